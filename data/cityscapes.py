@@ -1,0 +1,68 @@
+"""Cityscapes (Cordts et al., CVPR 2016): 2975 + 500 street scenes of 1024 x 2048 pixels, two tasks.
+
+Layout below `cityscapes/`: leftImg8bit, gtFine and disparity of the official packages. The network sees the
+image at half size, labels keep full size, and there is no augmentation (`transforms.fixed_transform`).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
+from data.files import class_table, read_table, read_uint8, read_uint16
+
+CLASS_NAMES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+    "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)
+TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+# The published loader means the sky, train id 10, but compares *file* ids, where 10 is rail track and 23 the sky.
+# Kept, because published scores rest on it (pixels with disparity 0 are trained on, but not scored).
+ZERO_DISPARITY_ID = 10
+SEMSEG_TABLE = class_table({file_id: index for index, file_id in enumerate(TRAIN_IDS)}, other=255)
+VOID_DISPARITY = 255.0                                                 # real disparities stay below 128
+
+
+def read_disparity(path: Path, label_path: Path, void: float = VOID_DISPARITY) -> np.ndarray:
+    """Disparity in pixels, H x W x 1: (v - 1) / 256 of the 16-bit file, `void` where v is 0 or 1.
+
+    Pixels of file id `ZERO_DISPARITY_ID` get 0.
+    """
+    stored = read_uint16(path)
+    label = read_uint8(label_path, channels=1)
+    if label.shape != stored.shape:
+        raise ValueError(f"{path} has (H, W) = {stored.shape}, but its labels {label_path} have {label.shape}")
+    disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(void))
+    disparity[label == ZERO_DISPARITY_ID] = 0
+    return disparity[..., None]                                        # (H, W) -> (H, W, 1)
+
+
+class Cityscapes(MultiTaskDataset):
+    """Cityscapes with segmentation and disparity (as task "depth", in pixels, not metres)."""
+
+    spec = DatasetSpec(
+        name="Cityscapes",
+        folder="cityscapes",
+        tasks={"semseg": 19, "depth": 1},
+        image_size=(512, 1024),
+        label_size=(1024, 2048),
+        class_names={"semseg": CLASS_NAMES},
+        boundary_max_dist=None,
+    )
+    sources: ClassVar[Mapping[str, Source]] = {
+        "image": Source(("leftImg8bit/{id}_leftImg8bit.png",), read_image),
+        "semseg": Source(("gtFine/{id}_gtFine_labelIds.png",), partial(read_table, table=SEMSEG_TABLE)),
+        "depth": Source(("disparity/{id}_disparity.png", "gtFine/{id}_gtFine_labelIds.png"), read_disparity),
+    }
+
+    def list_ids(self, split: str) -> list[str]:
+        """Ids like "train/aachen/aachen_000000_000019", sorted by city and frame."""
+        folder = self.folder / "leftImg8bit"
+        if not (folder / split).is_dir():
+            raise FileNotFoundError(f"folder of split {split!r} not found: {folder / split}")
+        ending = "_leftImg8bit.png"
+        files = sorted((folder / split).glob(f"*/*{ending}"))
+        return [path.relative_to(folder).as_posix().removesuffix(ending) for path in files]

@@ -1,0 +1,299 @@
+"""What stands in a room. Every function puts one thing at a pose: origin on the floor in the middle of its footprint,
+back towards -z, front towards +z, so that a wall's furniture only needs to be turned with the wall.
+
+FOOTPRINT gives width, depth and height in metres before the random size factor of the layout (scene.py)."""
+
+import numpy as np
+
+from data.example.stage import Paint, Pose, Stage
+
+FOOTPRINT = {
+    "bed": (1.45, 2.05, 0.95), "sofa": (1.9, 0.9, 0.85), "cabinet": (1.0, 0.55, 1.95), "dresser": (1.0, 0.5, 0.85),
+    "bookshelf": (0.95, 0.34, 1.85), "desk": (1.25, 0.62, 0.75), "fridge": (0.68, 0.66, 1.75),
+    "counter": (1.5, 0.6, 0.9), "nightstand": (0.46, 0.42, 0.5), "tv_bench": (1.4, 0.42, 0.5),
+    "floor_lamp": (0.42, 0.42, 1.6), "plant": (0.6, 0.6, 1.2), "table": (1.4, 0.85, 0.74), "low_table": (0.95, 0.6, 0.42),
+    "chair": (0.46, 0.48, 0.92), "armchair": (0.85, 0.85, 0.8),
+}
+WHITE, CREAM, DARK = (0.92, 0.91, 0.89), (0.87, 0.82, 0.72), (0.13, 0.13, 0.15)
+SOFA_COLOURS = [(0.2, 0.42, 0.5), (0.62, 0.2, 0.18), (0.5, 0.48, 0.45), (0.75, 0.55, 0.2), (0.3, 0.36, 0.25)]
+BED_COLOURS = [(0.35, 0.48, 0.72), (0.82, 0.8, 0.86), (0.7, 0.42, 0.52), (0.55, 0.68, 0.75)]
+CHAIR_COLOURS = [(0.72, 0.5, 0.28), (0.82, 0.3, 0.14), (0.24, 0.22, 0.22), (0.9, 0.72, 0.25)]
+LEAF_GREENS = [(0.2, 0.45, 0.16), (0.3, 0.52, 0.2), (0.16, 0.38, 0.22)]
+
+
+def _legs(thing, width, depth, height, thick, material, inset=0.04) -> None:
+    x, z = width / 2 - inset - thick / 2, depth / 2 - inset - thick / 2
+    for sx in (-x, x):
+        for sz in (-z, z):
+            thing.box((sx, height / 2, sz), (thick, height, thick), material)
+
+
+def bed(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """Frame, mattress, blanket, headboard; pillows are things of their own."""
+    width, depth, height = size
+    thing, wood = stage.thing("bed", pose), paint.wood()
+    thing.box((0, 0.16, 0), (width, 0.24, depth), wood)
+    thing.box((0, height / 2, -depth / 2 + 0.03), (width, height, 0.06), wood)
+    thing.box((0, 0.38, 0.02), (width - 0.06, 0.22, depth - 0.1), paint.make("plain", WHITE))
+    cover = paint.fabric(BED_COLOURS, cell=0.22)
+    thing.box((0, 0.36, 0.3), (width + 0.04, 0.32, depth - 0.62), cover)
+    for x in (-0.24 * width, 0.24 * width):
+        pillow(stage, pose.at(x, 0.55, -depth / 2 + 0.32), 0.2 * width, paint, flat=True)
+
+
+def pillow(stage: Stage, pose: Pose, half_width: float, paint: Paint, flat: bool = False) -> None:
+    """One cushion, lying or leaning back."""
+    material = paint.fabric([(0.93, 0.92, 0.9), (0.85, 0.45, 0.35), (0.9, 0.8, 0.5), (0.4, 0.55, 0.65)], cell=0.09)
+    lean = np.array([[1, 0, 0], [0, 1, 0.35], [0, -0.35, 1]])
+    radii = (half_width, 0.08, 0.19) if flat else (half_width, 0.19, 0.08)
+    stage.thing("pillow", pose).ball((0, 0, 0), radii, material, np.eye(3) if flat else lean)
+
+
+def sofa(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """Base, back, two arms and one cushion per seat."""
+    width, depth, height = size
+    thing, cloth = stage.thing("sofa", pose), paint.fabric(SOFA_COLOURS, "plain")
+    seat = paint.make("plain", cloth.first ** (1 / 2.2) * 1.12, vary=0.02)
+    thing.box((0, 0.2, 0), (width, 0.24, depth), cloth)
+    thing.box((0, height / 2 + 0.04, -depth / 2 + 0.12), (width, height - 0.08, 0.24), cloth)
+    for x in (-width / 2 + 0.09, width / 2 - 0.09):
+        thing.box((x, 0.33, 0.02), (0.18, 0.5, depth - 0.04), cloth)
+    number = 3 if width > 1.6 else (2 if width > 1.2 else 1)
+    span = (width - 0.36) / number
+    for i in range(number):
+        x = -width / 2 + 0.18 + span * (i + 0.5)
+        thing.box((x, 0.37, 0.11), (span - 0.02, 0.14, depth - 0.26), seat)
+        stage.seats.append(pose.at(x, 0.44, 0.02))
+    for x in (-width / 2 + 0.36, width / 2 - 0.36):
+        if number > 1 and paint.rng.random() < 0.55:
+            pillow(stage, pose.at(x, 0.6, -depth / 2 + 0.36), 0.2, paint)
+
+
+def cabinet(stage: Stage, pose: Pose, size, paint: Paint, name: str = "cabinet") -> None:
+    """Wardrobe with two doors, or drawers where it is low; knobs in front."""
+    width, depth, height = size
+    tone = paint.pick([(0.86, 0.83, 0.77), (0.76, 0.58, 0.38), (0.62, 0.46, 0.33)])
+    drawers = max(1, round(height / 0.28)) if height < 1.2 else 0
+    cell = (4.0, height / drawers) if drawers else (width / 2, 4.0)
+    shift = (0.5, 0.5 * (drawers % 2)) if drawers else (0.0, 0.5)
+    body = paint.make("panels", tone, 0.55 * tone, cell, 0.02, shift=shift, gloss=0.1)
+    thing, knob = stage.thing(name, pose), paint.metal()
+    thing.box((0, height / 2, 0), (width, height, depth), body)
+    thing.box((0, height + 0.015, 0), (width + 0.04, 0.03, depth + 0.03), paint.wood(0.8 * tone))
+    if not drawers:
+        for x in (-0.05, 0.05):
+            thing.box((x, 0.5 * height, depth / 2 + 0.012), (0.02, 0.2, 0.024), knob)
+    for i in range(drawers):
+        y = height * (i + 0.5) / drawers
+        thing.box((0, y, depth / 2 + 0.012), (0.18, 0.022, 0.024), knob)
+
+
+def dresser(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """A low cabinet with drawers, often with something on top."""
+    cabinet(stage, pose, size, paint, "dresser")
+    if paint.rng.random() < 0.6:
+        on_top(stage, pose.at(paint.rng.uniform(-0.3, 0.3), size[2] + 0.03, 0), paint)
+
+
+def nightstand(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """A small cabinet with a lamp."""
+    cabinet(stage, pose, size, paint, "nightstand")
+    table_lamp(stage, pose.at(0, size[2] + 0.03, 0), paint)
+
+
+def bookshelf(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """Open shelves with rows of books, each row a thing of its own."""
+    width, depth, height = size
+    thing, wood = stage.thing("bookshelf", pose), paint.wood()
+    thing.box((0, height / 2, -depth / 2 + 0.01), (width, height, 0.02), wood)
+    for x in (-width / 2 + 0.015, width / 2 - 0.015):
+        thing.box((x, height / 2, 0), (0.03, height, depth), wood)
+    number = max(2, round(height / 0.37))
+    gap = (height - 0.08) / number
+    for i in range(number + 1):
+        thing.box((0, 0.05 + i * gap, 0), (width - 0.06, 0.03, depth), wood)
+    for i in range(number):
+        fill = paint.rng.uniform(0.35, 1.0) * (width - 0.1)
+        tall = paint.rng.uniform(0.6, 0.85) * (gap - 0.03)
+        side = paint.rng.choice([-1, 1]) * (width - 0.1 - fill) / 2
+        spines = paint.make("books", CREAM, CREAM, (paint.rng.uniform(0.035, 0.06), tall), 0.05,
+                            shift=(paint.rng.uniform(0, 40), 0.0))
+        stage.thing("books", pose).box((side, 0.065 + i * gap + tall / 2, -0.03), (fill, tall, depth - 0.1), spines)
+
+
+def desk(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """Top on side panels, a drawer block, and a screen, a lamp or papers on it."""
+    width, depth, height = size
+    thing, top = stage.thing("desk", pose), paint.wood((0.5, 0.34, 0.24))
+    thing.box((0, height - 0.02, 0), (width, 0.04, depth), top)
+    for x in (-width / 2 + 0.03, width / 2 - 0.03):
+        thing.box((x, height / 2 - 0.02, 0), (0.04, height - 0.04, depth - 0.06), top)
+    drawer = paint.make("panels", (0.62, 0.46, 0.34), cell=(4.0, 0.2), shift=(0.5, 0.5))
+    thing.box((-width / 2 + 0.25, height - 0.34, 0), (0.4, 0.6, depth - 0.1), drawer)
+    television(stage, pose.at(0.05, height, -0.12), (0.62, 0.38), paint)
+    if paint.rng.random() < 0.7:
+        sheet = stage.thing("paper", pose.at(0.3, height + 0.004, 0.12, paint.rng.uniform(-0.5, 0.5)))
+        sheet.box((0, 0, 0), (0.21, 0.008, 0.3), paint.make("plain", (0.96, 0.96, 0.94), vary=0.01))
+    if paint.rng.random() < 0.7:
+        on_top(stage, pose.at(-width / 2 + 0.2, height, -0.08), paint)
+
+
+def television(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """A flat screen on a foot; size = (width, height)."""
+    width, height = size
+    thing, frame = stage.thing("tv", pose), paint.make("plain", DARK, vary=0.03, gloss=0.3)
+    thing.box((0, 0.01, 0), (0.4 * width, 0.02, 0.2), frame)
+    thing.box((0, 0.06, 0), (0.06, 0.12, 0.04), frame)
+    thing.box((0, 0.08 + height / 2, 0), (width, height, 0.05), frame)
+    shows = [((0.95, 0.6, 0.35), (0.3, 0.3, 0.65)), ((0.75, 0.9, 0.95), (0.2, 0.5, 0.85)), (DARK, (0.1, 0.11, 0.14))]
+    first, second = shows[paint.rng.integers(3)]
+    screen = paint.make("screen", first, np.asarray(second), (width, height), 0.04, shift=(0.0, 0.0), glow=0.5, gloss=0.2)
+    thing.box((0, 0.08 + height / 2, 0.005), (width - 0.05, height - 0.05, 0.05), screen)
+
+
+def tv_bench(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """A low cabinet with a television."""
+    cabinet(stage, pose, size, paint)
+    television(stage, pose.at(0, size[2] + 0.03, 0), (0.72 * size[0], 0.42 * size[0]), paint)
+
+
+def fridge(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """White or steel, two doors and handles."""
+    width, depth, height = size
+    thing = stage.thing("fridge", pose)
+    tone = paint.pick([(0.9, 0.91, 0.93), (0.7, 0.73, 0.76)])
+    skin, grip = paint.make("plain", tone, vary=0.02, gloss=0.5), paint.metal()
+    thing.box((0, 0.33 * height - 0.005, 0), (width, 0.66 * height - 0.01, depth), skin)
+    thing.box((0, 0.83 * height, 0), (width, 0.34 * height, depth), skin)
+    for y, tall in ((0.5 * height, 0.35), (0.78 * height, 0.2)):
+        thing.box((-width / 2 + 0.07, y, depth / 2 + 0.02), (0.025, tall, 0.04), grip)
+
+
+def counter(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """Kitchen unit with a stone top and things on it."""
+    width, depth, height = size
+    thing = stage.thing("counter", pose)
+    front = paint.make("panels", (0.55, 0.66, 0.62), cell=(width / 3, 4.0), shift=(0.5, 0.5))
+    thing.box((0, height / 2 - 0.02, -0.01), (width, height - 0.04, depth - 0.04), front)
+    stone = paint.make("noise", (0.4, 0.4, 0.42), np.array([0.72, 0.7, 0.68]), (0.06, 0.06), gloss=0.4)
+    thing.box((0, height - 0.02, 0), (width + 0.02, 0.04, depth), stone)
+    for x in (-0.3 * width, 0.05 * width, 0.33 * width):
+        on_top(stage, pose.at(x, height, paint.rng.uniform(-0.1, 0.1)), paint)
+
+
+def table(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """Square on four legs or round on a column, with things on it."""
+    width, depth, height = size
+    thing, wood = stage.thing("table", pose), paint.wood()
+    if paint.rng.random() < 0.25:
+        thing.post((0, height - 0.02, 0), depth / 2 + 0.05, 0.04, wood)
+        thing.post((0, height / 2, 0), 0.05, height - 0.04, wood)
+        thing.post((0, 0.02, 0), 0.26, 0.04, wood, taper=0.7)
+        width = 0.7 * depth
+    else:
+        thing.box((0, height - 0.02, 0), (width, 0.04, depth), wood)
+        thing.box((0, height - 0.075, 0), (width - 0.12, 0.07, depth - 0.12), wood)
+        _legs(thing, width, depth, height - 0.04, 0.06, wood)
+    for x in (-0.32, 0.0, 0.3):
+        if paint.rng.random() < 0.75:
+            on_top(stage, pose.at(x * width, height, paint.rng.uniform(-0.2, 0.2) * depth), paint)
+
+
+def chair(stage: Stage, pose: Pose, size, paint: Paint, colours=None) -> None:
+    """Four legs, a seat, two uprights with a back."""
+    width, depth, height = size
+    thing, seat = stage.thing("chair", pose), paint.make("plain", paint.pick(colours or CHAIR_COLOURS), gloss=0.1)
+    wood = paint.wood((0.5, 0.34, 0.22))
+    _legs(thing, width, depth, 0.43, 0.04, wood, inset=0.01)
+    thing.box((0, 0.45, 0), (width, 0.05, depth), seat)
+    for x in (-width / 2 + 0.03, width / 2 - 0.03):
+        thing.box((x, height / 2 + 0.22, -depth / 2 + 0.02), (0.035, height - 0.44, 0.035), wood)
+    thing.box((0, height - 0.14, -depth / 2 + 0.02), (width - 0.04, 0.26, 0.03), seat)
+    stage.seats.append(pose.at(0, 0.475, 0.04))
+
+
+def floor_lamp(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """Foot, pole, glowing shade."""
+    thing, pole, height = stage.thing("lamp", pose), paint.metal(), size[2]
+    thing.post((0, 0.015, 0), 0.15, 0.03, pole)
+    thing.post((0, height / 2, 0), 0.015, height, pole)
+    shade = paint.make("plain", (0.97, 0.88, 0.64), vary=0.03, glow=0.55)
+    thing.post((0, height, 0), 0.21, 0.3, shade, taper=0.65)
+
+
+def table_lamp(stage: Stage, pose: Pose, paint: Paint) -> None:
+    """A round foot and a glowing shade."""
+    thing = stage.thing("lamp", pose)
+    foot = paint.make("plain", paint.pick([(0.75, 0.35, 0.25), (0.3, 0.5, 0.55), (0.85, 0.8, 0.7)]), gloss=0.4)
+    thing.ball((0, 0.09, 0), (0.075, 0.09, 0.075), foot)
+    thing.post((0, 0.2, 0), 0.012, 0.1, foot)
+    thing.post((0, 0.31, 0), 0.13, 0.18, paint.make("plain", (0.97, 0.88, 0.64), vary=0.03, glow=0.55), taper=0.6)
+
+
+def plant(stage: Stage, pose: Pose, size, paint: Paint) -> None:
+    """A pot, a stem and a crown of leaves."""
+    rng, height = paint.rng, size[2]
+    thing, green = stage.thing("plant", pose), paint.pick(LEAF_GREENS)
+    pot = paint.make("plain", paint.pick([(0.72, 0.38, 0.24), (0.88, 0.86, 0.82)]), gloss=0.15)
+    pot_height, radius = 0.28 * height, 0.15 * height
+    thing.post((0, pot_height / 2, 0), 0.7 * radius, pot_height, pot, taper=1.4)
+    thing.post((0, 0.5 * height, 0), 0.02, 0.5 * height, paint.wood((0.4, 0.3, 0.2)))
+    for i in range(9):
+        angle, rise = 2.4 * i + rng.uniform(-0.3, 0.3), (0.45 + 0.055 * i) * height
+        reach = (0.34 - 0.025 * i) * 0.75 * height * rng.uniform(0.7, 1.0)
+        leaf = paint.make("leaves", green, 0.5 * green, (0.16, 0.16), 0.05)
+        lift = np.array([[np.cos(angle), 0, np.sin(angle)], [0.5, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+        thing.ball((reach * np.cos(angle) * 0.8, rise, -reach * np.sin(angle) * 0.8),
+                   (0.2 * height, 0.05 * height, 0.09 * height), leaf, lift)
+
+
+def bottle(stage: Stage, pose: Pose, paint: Paint) -> None:
+    """Body, shoulder, neck, cap and a label band."""
+    thing = stage.thing("bottle", pose)
+    tone = paint.pick([(0.1, 0.42, 0.2), (0.45, 0.2, 0.08), (0.15, 0.4, 0.62)])
+    glass, band = paint.make("plain", tone, gloss=0.8), paint.make("plain", WHITE)
+    scale = paint.rng.uniform(1.0, 1.35)
+    for y, radius, tall, taper, material in (
+        (0.095, 0.042, 0.19, 1.0, glass), (0.1, 0.0425, 0.08, 1.0, band), (0.215, 0.042, 0.05, 0.36, glass),
+        (0.27, 0.015, 0.06, 1.0, glass), (0.305, 0.018, 0.02, 1.0, band),
+    ):
+        thing.post((0, scale * y, 0), scale * radius, scale * tall, material, taper)
+
+
+def on_top(stage: Stage, pose: Pose, paint: Paint) -> None:
+    """A small thing for a table top: bottle, plant, lamp, vase, books or a box."""
+    kind = paint.rng.choice(["bottle", "bottle", "bottle", "plant", "lamp", "vase", "books", "box"])
+    if kind == "bottle":
+        bottle(stage, pose, paint)
+        if paint.rng.random() < 0.4:
+            bottle(stage, pose.at(0.12, 0, 0.05), paint)
+    elif kind == "plant":
+        plant(stage, pose, (0.2, 0.2, paint.rng.uniform(0.32, 0.45)), paint)
+    elif kind == "lamp":
+        table_lamp(stage, pose, paint)
+    elif kind == "vase":
+        clay = paint.make("stripes", (0.8, 0.75, 0.65), np.array([0.3, 0.45, 0.6]), (9.0, 0.1), gloss=0.4)
+        thing = stage.thing("vase", pose)
+        thing.ball((0, 0.11, 0), (0.08, 0.11, 0.08), clay)
+        thing.post((0, 0.22, 0), 0.035, 0.08, clay, taper=1.5)
+    elif kind == "books":
+        thing = stage.thing("books", pose)
+        for i in range(3):
+            cover = paint.make("plain", paint.pick([(0.6, 0.2, 0.2), (0.2, 0.3, 0.5), (0.75, 0.65, 0.3)]))
+            thing.box((0.01 * i, 0.018 + 0.036 * i, 0), (0.24 - 0.02 * i, 0.034, 0.17), cover)
+    else:
+        carton(stage, pose, 0.2, paint)
+
+
+def carton(stage: Stage, pose: Pose, edge: float, paint: Paint) -> None:
+    """A cardboard box with tape."""
+    thing = stage.thing("box", pose)
+    thing.box((0, 0.4 * edge, 0), (edge, 0.8 * edge, 0.8 * edge), paint.make("plain", (0.74, 0.58, 0.38), vary=0.04))
+    thing.box((0, 0.4 * edge, 0), (0.16 * edge, 0.8 * edge + 0.006, 0.8 * edge + 0.006), paint.make("plain", CREAM))
+
+
+BUILDERS = {
+    "bed": bed, "sofa": sofa, "armchair": sofa, "cabinet": cabinet, "dresser": dresser, "bookshelf": bookshelf,
+    "desk": desk, "fridge": fridge, "counter": counter, "nightstand": nightstand, "tv_bench": tv_bench,
+    "floor_lamp": floor_lamp, "plant": plant, "table": table, "low_table": table, "chair": chair,
+}

@@ -1,0 +1,150 @@
+"""Reading single files: pictures, depth maps, 8-bit label maps, Matlab files. Errors name the file.
+
+Pillow decodes everything: unlike OpenCV it refuses truncated files, keeps palette indices and ignores the
+EXIF orientation unless asked. 8-bit label maps are translated by a table of 256 values (one pass, exact);
+NaN in the table marks values that must not occur.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+
+DEPTH_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+MAX_DEPTH_M = 255.0      # 255 marks void in every label, so a measured depth must stay below it
+
+
+def _decode(path: Path, apply_exif: bool = False) -> tuple[np.ndarray, str]:
+    """Pixels of a picture as stored (palette indices stay indices), and its Pillow mode."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            picture = ImageOps.exif_transpose(image) if apply_exif else image
+            return np.asarray(picture), picture.mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"file not found: {path}") from None
+    except (OSError, SyntaxError, ValueError) as error:     # Pillow reports a broken PNG as a SyntaxError
+        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a picture") from error
+
+
+def read_rgb(path: str | Path, apply_exif: bool = True) -> np.ndarray:
+    """Any picture as H x W x 3 uint8 RGB.
+
+    Grey is repeated, palettes are looked up, alpha is dropped, 16-bit values are rounded to 8 bits.
+    `apply_exif` turns photographs upright; the training loaders keep the stored pixels because labels
+    belong to those.
+    """
+    path = Path(path)
+    pixels, mode = _decode(path, apply_exif)
+    if mode == "RGB":
+        return pixels
+    if mode.startswith("I"):                                           # 16-bit grey: "I;16", "I;16B", old "I"
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"{path}: grey values {pixels.min()}..{pixels.max()} exceed 0..65535")
+        grey = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)                   # (H, W) -> (H, W, 3)
+    if mode == "F":
+        raise ValueError(f"{path}: floating-point pictures have no defined white; store it with 8 or 16 bits")
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image) if apply_exif else image
+        return np.asarray(upright.convert("RGB"))
+
+
+def read_depth(path: str | Path, unit: str) -> np.ndarray:
+    """Depth map as H x W x 1 float32 in metres, 0 = no value.
+
+    `unit` ("m", "cm" or "mm") is that of the stored numbers: `.npy` arrays H x W (or H x W x 1) of any real
+    type, or single-channel pictures of 8 or 16 bits.
+    """
+    path = Path(path)
+    if unit not in DEPTH_UNITS:
+        raise ValueError(f"unknown depth unit {unit!r}; valid: {', '.join(DEPTH_UNITS)}")
+    depth = _read_npy(path) if path.suffix == ".npy" else _decode(path)[0]
+    if depth.ndim == 2:
+        depth = depth[..., None]                                       # (H, W) -> (H, W, 1)
+    if depth.ndim != 3 or depth.shape[2] != 1 or depth.size == 0:
+        raise ValueError(f"{path}: a depth map has one channel (H x W), this array has shape {depth.shape}")
+    if depth.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: depth values must be real numbers, this array holds {depth.dtype}")
+    depth = depth.astype(np.float32, copy=False)
+    if unit != "m":
+        depth = depth * np.float32(DEPTH_UNITS[unit])
+    low, high = depth.min(), depth.max()                               # NaN fails both comparisons below
+    if not (low >= 0 and high < MAX_DEPTH_M):
+        raise ValueError(f"{path}: depth {low:g}..{high:g} m is outside [0, {MAX_DEPTH_M:g}); "
+                         f"0 marks a missing value, and the file was read in the unit {unit!r}")
+    return depth
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"file not found: {path}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a plain numpy array") from error
+
+
+def read_uint8(path: Path, channels: int) -> np.ndarray:
+    """8-bit map, H x W (one channel: grey or palette indices) or H x W x 3."""
+    pixels, mode = _decode(path)
+    if mode == "1":
+        pixels = pixels.astype(np.uint8) * 255
+    found = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if pixels.dtype != np.uint8 and mode != "1" or found != channels:
+        raise ValueError(f"{path}: expected {channels} channel(s) of 8 bits, "
+                         f"found {found} of {pixels.dtype} (mode {mode})")
+    return pixels
+
+
+def read_uint16(path: Path) -> np.ndarray:
+    """Single-channel 16-bit picture, H x W uint16."""
+    pixels, mode = _decode(path)
+    if not mode.startswith("I") or pixels.ndim != 2:
+        raise ValueError(f"{path}: expected one channel of 16 bits, found mode {mode} with shape {pixels.shape}")
+    return pixels.astype(np.uint16)
+
+
+def read_table(path: Path, table: np.ndarray, channels: int = 1) -> np.ndarray:
+    """8-bit map with every value v replaced by `table[v]`: H x W x channels float32.
+
+    A value whose table entry is NaN is a ValueError that lists the values found and the valid ones.
+    """
+    pixels = read_uint8(path, channels)
+    label = cv2.LUT(pixels, table)
+    invalid = np.isnan(table)
+    if invalid.any() and np.isnan(label).any():
+        raise ValueError(f"{path}: label value(s) {_ranges(np.unique(pixels[np.isnan(label)]))} out of range; "
+                         f"valid: {_ranges(np.flatnonzero(~invalid))}")
+    return label if channels > 1 else label[..., None]                 # (H, W) -> (H, W, 1)
+
+
+def class_table(valid: dict[int, int], other: float = np.nan) -> np.ndarray:
+    """Table for `read_table`: file value -> class index; values that are not listed become `other`."""
+    table = np.full(256, other, np.float32)
+    for value, index in valid.items():
+        table[value] = index
+    return table
+
+
+def read_mat(path: Path, variable: str) -> Any:
+    """One variable of a Matlab file, structs as objects with attributes, 1 x 1 arrays unpacked."""
+    try:
+        content = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=[variable])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"file not found: {path}") from None
+    except (OSError, ValueError, TypeError, MatReadError, NotImplementedError) as error:
+        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a Matlab v5 file") from error
+    if variable not in content:
+        raise ValueError(f"{path} has no variable {variable!r}")
+    return content[variable]
+
+
+def _ranges(values: np.ndarray) -> str:
+    """'0..20, 255' for [0, 1, ..., 20, 255]."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

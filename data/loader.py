@@ -1,0 +1,112 @@
+"""Batches: which samples, in which order, on which rank, with which augmentation.
+
+The order is a pure function of (seed, step). It depends neither on the number of processes, as long as the
+global batch is the same, nor on the workers, nor on where a run was interrupted. No state has to be saved
+but the step.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from data.base import MultiTaskDataset
+
+
+class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (index, sample seed) for one rank, from update `start_update` on.
+
+    An update takes `batch_size * world_size * accumulate` images, in `accumulate` passes. Epoch e visits
+    the samples in a permutation seeded by (seed, e); every update takes the next images of it, and in each
+    pass rank r the entries r::world_size. So the images of an update do not depend on how they are shared
+    out. What is left at the end of an epoch is dropped. A sample's seed depends on (seed, epoch, index)
+    only.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
+                 accumulate: int = 1, start_update: int = 0):
+        self.per_pass = batch_size * world_size
+        self.global_batch = self.per_pass * accumulate
+        if min(batch_size, accumulate) < 1 or not 0 <= rank < world_size or start_update < 0:
+            raise ValueError(f"invalid sampler: batch_size={batch_size} (>= 1), accumulate={accumulate} (>= 1), "
+                             f"rank={rank} (0..world_size-1), world_size={world_size}, "
+                             f"start_update={start_update} (>= 0)")
+        if num_samples < self.global_batch:
+            raise ValueError(f"{num_samples} training images do not fill one update of {self.global_batch} "
+                             f"({batch_size} per process x {world_size} process(es) x {accumulate} accumulation); "
+                             "reduce trBatch or global_batch")
+        self.num_samples, self.rank, self.world_size = num_samples, rank, world_size
+        self.seed, self.start_update = seed, start_update
+        self.updates_per_epoch = num_samples // self.global_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, first = divmod(self.start_update, self.updates_per_epoch)
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            for start in range(first * self.global_batch, self.updates_per_epoch * self.global_batch, self.per_pass):
+                batch = order[start:start + self.per_pass][self.rank::self.world_size]
+                yield [(int(index), sample_seed(self.seed, epoch, int(index))) for index in batch]
+            epoch, first = epoch + 1, 0
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """64-bit seed of one sample's augmentation in one epoch."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
+
+
+class EvalSampler(Sampler[int]):
+    """Indices rank::world_size; shards may differ by one, so no sample is scored twice or lost."""
+
+    def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1):
+        self.indices = range(rank, num_samples, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stacks maps to (B, C, H, W); "meta" stays a list of dicts."""
+    batch = default_collate([{key: value for key, value in sample.items() if key != "meta"} for sample in samples])
+    return batch | {"meta": [sample["meta"] for sample in samples]}
+
+
+def _init_worker(worker_id: int) -> None:
+    """Workers are the parallelism: OpenCV and torch threads inside each would only compete."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse the megabytes each sample frees; returning them page by page costs a fifth of its time.
+
+    Other C libraries have no `mallopt` and keep their own habits.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for option in (-1, -3):                                # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+            mallopt(option, 32 * 2**20)                        # the largest value glibc accepts
+
+
+def _loader(dataset: Dataset, num_workers: int, **kwargs) -> DataLoader:
+    return DataLoader(dataset, num_workers=num_workers, collate_fn=collate, worker_init_fn=_init_worker,
+                      persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(), **kwargs)
+
+
+def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
+                       world_size: int = 1, seed: int = 0, accumulate: int = 1, start_update: int = 0) -> DataLoader:
+    """Endless loader; `batch_size` is per process and pass. Restart with the number of updates already made."""
+    sampler = TrainBatchSampler(len(dataset), batch_size, rank, world_size, seed, accumulate, start_update)
+    return _loader(dataset, num_workers, batch_sampler=sampler)
+
+
+def build_eval_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
+                      world_size: int = 1) -> DataLoader:
+    """One pass over this rank's share of the data set, last batch possibly smaller."""
+    return _loader(dataset, num_workers, batch_size=batch_size, sampler=EvalSampler(len(dataset), rank, world_size))

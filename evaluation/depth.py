@@ -1,0 +1,56 @@
+"""Depth errors pooled over all valid pixels of the set (Eigen et al., NeurIPS 2014)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evaluation.meter import Meter, ratio
+
+MIN_DEPTH_M = 1e-9
+DELTA = 1.25
+
+
+class DepthMeter(Meter):
+    """rmse and sq_rel (m), log_rmse (natural log), abs_rel, delta1..3 = share with max(p/t, t/p) < 1.25^k.
+
+    The rmse is the root of the mean over all pixels, not a mean of per-image values. Predictions that are not
+    positive count as 1e-9 m, which dominates log_rmse where there are many (the InvPT lineage's convention).
+    pred and target (B, 1, H, W) in metres. Valid: target != ignore and, with valid_range (lo, hi), lo <
+    target < hi (Cityscapes disparity 0..80). A valid target must be positive for the relative and logarithmic
+    figures.
+    """
+
+    SUMS = ("squared", "squared_log", "absolute_rel", "squared_rel")
+    COUNTS = ("num_valid", "delta1", "delta2", "delta3")
+
+    def __init__(self, ignore: float | None = 255.0, valid_range: tuple[float, float] | None = None):
+        self.ignore = ignore
+        self.valid_range = valid_range
+        super().__init__()
+
+    def initial_state(self) -> dict[str, Tensor]:
+        return ({name: torch.zeros((), dtype=torch.float64) for name in self.SUMS}
+                | {name: torch.zeros((), dtype=torch.int64) for name in self.COUNTS})
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        valid = torch.ones_like(target, dtype=torch.bool)
+        if self.ignore is not None:
+            valid &= target != self.ignore
+        if self.valid_range is not None:
+            lo, hi = self.valid_range
+            valid &= (target > lo) & (target < hi)
+        p, t = pred[valid].double(), target[valid].double()            # (num_valid,)
+        p = torch.where(p <= 0, MIN_DEPTH_M, p)
+        squared = (p - t).square()
+        worse = torch.maximum(p / t, t / p)
+        self.add(num_valid=valid.sum(), squared=squared.sum(), squared_log=(p.log() - t.log()).square().sum(),
+                 absolute_rel=((p - t).abs() / t).sum(), squared_rel=(squared / t).sum(),
+                 **{f"delta{k}": (worse < DELTA**k).sum() for k in (1, 2, 3)})
+
+    def compute(self) -> dict[str, float]:
+        total = {name: value.item() for name, value in self.state.items()}
+        mean = {name: ratio(value, total["num_valid"]) for name, value in total.items()}
+        return {"rmse": mean["squared"] ** 0.5, "log_rmse": mean["squared_log"] ** 0.5,
+                "abs_rel": mean["absolute_rel"], "sq_rel": mean["squared_rel"],
+                **{name: mean[name] for name in ("delta1", "delta2", "delta3")}}

@@ -1,0 +1,33 @@
+"""A quick indicator for boundaries during training; the real score is the F-measure in `boundary.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evaluation.meter import Meter, ratio
+from losses import BalancedBCELoss
+
+
+class EdgeLossMeter(Meter):
+    """`loss`: balanced BCE of the sigmoid *output* taken as if it were a logit, mean over all valid pixels.
+
+    The double sigmoid is the InvPT lineage's convention, kept so that validation curves compare; the value is
+    no likelihood. pred (B, 1, H, W) edge probability, target (B, 1, H, W) in [0, 1] with void = ignore_index.
+    """
+
+    def __init__(self, pos_weight: float | None = 0.95, ignore_index: int = 255):
+        self.loss = BalancedBCELoss(pos_weight, ignore_index)
+        self.ignore_index = ignore_index
+        super().__init__()
+
+    def initial_state(self) -> dict[str, Tensor]:
+        return {"sum_loss": torch.zeros((), dtype=torch.float64),
+                "num_valid": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        num_valid = (target != self.ignore_index).sum()
+        self.add(sum_loss=self.loss(pred.double(), target) * num_valid, num_valid=num_valid)
+
+    def compute(self) -> dict[str, float]:
+        return {"loss": ratio(self.state["sum_loss"].item(), self.state["num_valid"].item())}

@@ -1,0 +1,37 @@
+"""Edge maps as PNG files, the input of the external and internal boundary benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def crop_from_padding(padded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The centre of a padded map at the original size (H, W): offset floor((padded - size) / 2)."""
+    (height, width), (full_h, full_w) = size, padded.shape[:2]
+    if height > full_h or width > full_w:
+        raise ValueError(f"image of {height} x {width} cannot be cut from a map of {full_h} x {full_w}")
+    top, left = (full_h - height) // 2, (full_w - width) // 2
+    return padded[top:top + height, left:left + width]
+
+
+def save_edge_maps(prob: Tensor, meta: Sequence[Mapping], out_dir: str | Path) -> list[Path]:
+    """Write `<out_dir>/edge/<name>.png`, 8 bit, one per image; returns the paths.
+
+    prob (B, 1, H, W) edge probability in the padded frame; meta holds each image's "name" and original "size"
+    (H, W). Values are 255 * prob *truncated*, not rounded: the lineage's files, which the boundary scores
+    depend on.
+    """
+    if len(prob) != len(meta):
+        raise ValueError(f"{len(prob)} edge maps and {len(meta)} entries of meta must be equally many")
+    folder = Path(out_dir) / "edge"
+    folder.mkdir(parents=True, exist_ok=True)
+    maps = (prob[:, 0].float() * 255).cpu().numpy().astype(np.uint8)   # (B, H, W), astype truncates
+    paths = [folder / f"{image['name']}.png" for image in meta]
+    for path, padded, image in zip(paths, maps, meta, strict=True):
+        Image.fromarray(np.ascontiguousarray(crop_from_padding(padded, image["size"]))).save(path)
+    return paths

@@ -1,0 +1,69 @@
+"""Base of all metrics: a handful of summed tensors, so that distributed evaluation is a single all-reduce.
+
+Every published figure here is a function of counts over the whole validation set, never a mean of per-batch
+scores; therefore the result cannot depend on how images are grouped into batches or shared over processes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Meter:
+    """update(pred, target) per batch, reduce() once at the end, compute() -> figures.
+
+    `state` holds int64 counts and float64 sums, on the device of the data. pred is decoded (see each meter),
+    target the label (B, C, H, W) float with void = ignore. Figures that need a valid pixel are NaN where
+    there was none.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """Zeros of the right shapes and dtypes; the order of the keys is the same on every process."""
+        raise NotImplementedError
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        self.state = self.initial_state()
+        self._reduced = False
+
+    def add(self, **terms: Tensor) -> None:
+        """Add one batch's terms to the state, which follows the data to its device without a host sync."""
+        assert not self._reduced, "update() after reduce(): call reset() before the next evaluation"
+        for name, term in terms.items():
+            total = self.state[name]
+            assert term.shape == total.shape, f"{name}: term {tuple(term.shape)}, state {tuple(total.shape)}"
+            self.state[name] = total.to(term.device) + term.to(total.dtype)
+
+    def reduce(self) -> None:
+        """Sum the state over all processes (one all-reduce); does nothing without torch.distributed.
+
+        Counts travel as float64, which is exact up to 2^53 pixels. A process that saw no image takes part
+        too.
+        """
+        assert not self._reduced, "reduce() called twice would count every process's pixels again"
+        self._reduced = True
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flat = torch.cat([value.reshape(-1).double().to(device) for value in self.state.values()])
+        dist.all_reduce(flat)
+        parts = flat.cpu().split([value.numel() for value in self.state.values()])
+        self.state = {name: part.reshape(value.shape).to(value.dtype)
+                      for (name, value), part in zip(self.state.items(), parts, strict=True)}
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """numerator / denominator, NaN for an empty denominator."""
+    return numerator / denominator if denominator else math.nan

@@ -1,0 +1,70 @@
+"""Angular error of surface normals, pooled over all valid pixels of the set."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.meter import Meter, ratio
+
+CONVENTIONS = ("atan2", "arccos")
+SHARES_DEG = (11.25, 22.5, 30.0)
+BIN_DEG = 0.01                       # of the histogram behind the median, which is exact to half a bin
+NUM_BINS = round(180 / BIN_DEG)
+
+
+class NormalsMeter(Meter):
+    """mean, median and rmse in degrees; "11.25", "22.5", "30" = percent of pixels below that angle.
+
+    pred and target (B, 3, H, W); a pixel is valid if none of its three label channels is `ignore`. convention
+    "atan2" (InvPT lineage): both vectors scaled to unit length, 2 atan2(|p - g|, |p + g|), accurate near 0
+    and 180 degrees; a zero prediction scores 90. "arccos" (Multi-Task-Learning-PyTorch): arccos of the
+    clipped dot product, the label used as stored - its 8-bit rounding makes the angles slightly different.
+    """
+
+    def __init__(self, ignore: float = 255.0, convention: str = "atan2"):
+        if convention not in CONVENTIONS:
+            raise ValueError(f"normals convention '{convention}' is unknown; valid: {', '.join(CONVENTIONS)}")
+        self.ignore = ignore
+        self.convention = convention
+        super().__init__()
+
+    def initial_state(self) -> dict[str, Tensor]:
+        return {"sum_deg": torch.zeros((), dtype=torch.float64),
+                "sum_squared_deg": torch.zeros((), dtype=torch.float64),
+                "num_valid": torch.zeros((), dtype=torch.int64),
+                "num_below": torch.zeros(len(SHARES_DEG), dtype=torch.int64),
+                "histogram": torch.zeros(NUM_BINS, dtype=torch.int64)}
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        valid = (target != self.ignore).all(dim=1)                     # (B, H, W)
+        p, g = (maps.movedim(1, -1)[valid].double() for maps in (pred, target))    # (num_valid, 3)
+        p = F.normalize(p, dim=-1, eps=1e-12)
+        if self.convention == "atan2":
+            g = F.normalize(g, dim=-1, eps=1e-12)
+            angle = 2 * torch.atan2((p - g).norm(dim=-1), (p + g).norm(dim=-1))
+        else:
+            angle = torch.arccos((p * g).sum(-1).clamp(-1, 1))
+        deg = angle * (180 / math.pi)                                  # (num_valid,)
+        bins = (deg / BIN_DEG).long().clamp_max(NUM_BINS - 1)          # 180 itself belongs to the last bin
+        self.add(sum_deg=deg.sum(), sum_squared_deg=deg.square().sum(), num_valid=valid.sum(),
+                 num_below=torch.stack([(deg < limit).sum() for limit in SHARES_DEG]),
+                 histogram=torch.bincount(bins, minlength=NUM_BINS))
+
+    def compute(self) -> dict[str, float]:
+        num = self.state["num_valid"].item()
+        return {"mean": ratio(self.state["sum_deg"].item(), num), "median": self._median(num),
+                "rmse": ratio(self.state["sum_squared_deg"].item(), num) ** 0.5,
+                **{f"{limit:g}": ratio(100 * below, num)
+                   for limit, below in zip(SHARES_DEG, self.state["num_below"].tolist(), strict=True)}}
+
+    def _median(self, num: int) -> float:
+        """Mean of the centres of the two middle angles' bins (the same bin twice for odd counts)."""
+        if num == 0:
+            return math.nan
+        ranks = torch.tensor([(num + 1) // 2, num // 2 + 1])           # 1-based
+        bins = torch.searchsorted(self.state["histogram"].cpu().cumsum(0), ranks)
+        return (bins.double() + 0.5).mean().item() * BIN_DEG

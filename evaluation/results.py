@@ -1,0 +1,80 @@
+"""What is done with scores once they are there: the table, the JSON file, delta_m, the choice of checkpoints."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data.tasks import TASKS
+from evaluation.delta_m import delta_m
+
+Results = dict[str, dict[str, float]]       # task -> score -> value
+
+
+def selection_score(results: Results) -> float:
+    """One number to choose checkpoints by: the mean log of the primary scores, negated where lower is better.
+
+    It is scale-free (a relative gain of 1 % counts the same in every task) and needs no reference scores. Tasks
+    without a valid pixel are left out.
+    """
+    logs = []
+    for task, scores in results.items():
+        score = TASKS[task].score
+        value = scores[score.key]
+        if math.isfinite(value):
+            logs.append((1 if score.higher_is_better else -1) * math.log(max(value, 1e-6)))
+    return sum(logs) / len(logs) if logs else float("-inf")
+
+
+def delta_m_against(results: Results, reference: Mapping[str, float]) -> float | None:
+    """Multi-task gain in percent over the reference scores of the same tasks; None where a task has no reference."""
+    if not reference or any(task not in reference for task in results):
+        return None
+    multi = {task: scores[TASKS[task].score.key] for task, scores in results.items()}
+    return delta_m(multi, reference, {task: TASKS[task].score.higher_is_better for task in results})
+
+
+def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None) -> str:
+    """Markdown table: one row per named result, the primary score of each task as papers print it, and delta_m."""
+    tasks = [task for task in TASKS if any(task in results for results in rows.values())]
+    with_gain = bool(reference)
+    header = ["", *(_column(task) for task in tasks), *(["delta_m %"] if with_gain else [])]
+    lines = [header, ["---"] * len(header)]
+    for name, results in rows.items():
+        cells = [TASKS[t].score.format(results[t][TASKS[t].score.key]) if t in results else "-" for t in tasks]
+        gain = delta_m_against(results, reference or {})
+        lines.append([name, *cells, *(["-" if gain is None else f"{gain:+.2f}"] if with_gain else [])])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def _column(task: str) -> str:
+    score = TASKS[task].score
+    unit = f" {score.unit}" if score.unit else ""
+    return f"{task} {score.label}{unit} {'^' if score.higher_is_better else 'v'}"
+
+
+def save_results(path: Path, results: Results, **about: object) -> None:
+    """Writes {"scores": results, **about} as JSON; NaN becomes null."""
+    def finite(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: finite(v) for k, v in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite({**about, "scores": results}), indent=1) + "\n", encoding="ascii")
+
+
+def load_results(path: Path) -> Results:
+    """The scores of a file that `save_results` wrote; null becomes NaN."""
+    try:
+        scores = json.loads(path.read_text(encoding="ascii"))["scores"]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a result file written by this program ({type(error).__name__})") from error
+    return {task: {k: math.nan if v is None else v for k, v in values.items()} for task, values in scores.items()}
+
+
+def unscored(results: Results) -> Sequence[str]:
+    """Tasks whose primary score is undefined because no pixel was valid."""
+    return [task for task, scores in results.items() if math.isnan(scores[TASKS[task].score.key])]

@@ -1,0 +1,49 @@
+"""Mean intersection over union of semantic segmentation and human parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evaluation.meter import Meter, ratio
+
+
+class SegmentationMeter(Meter):
+    """Counts per class over all valid pixels of the set; figures are fractions.
+
+    `mIoU` averages over *all* classes and a class that is neither labelled nor predicted counts 0: the
+    convention of the InvPT lineage. `mIoU_present` leaves such classes out. `IoU/<k>` per class,
+    `pixel_accuracy`. pred (B, 1, H, W) class ids, target (B, 1, H, W) with void = ignore_index.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255):
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        super().__init__()
+
+    def initial_state(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(self.num_classes, dtype=torch.int64) for name in ("tp", "fp", "fn")}
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        valid = target != self.ignore_index
+        pred, target = pred[valid].long(), target[valid].long()        # (num_valid,)
+        tp = self._count(target[pred == target], "label")
+        self.add(tp=tp, fp=self._count(pred, "prediction") - tp, fn=self._count(target, "label") - tp)
+
+    def _count(self, ids: Tensor, what: str) -> Tensor:
+        """Histogram of class ids, (num_classes,)."""
+        counts = torch.bincount(ids, minlength=self.num_classes)
+        if len(counts) > self.num_classes:
+            raise ValueError(f"{what} {len(counts) - 1} does not exist: there are {self.num_classes} classes "
+                             f"(0..{self.num_classes - 1}, {self.ignore_index} = void)")
+        return counts
+
+    def compute(self) -> dict[str, float]:
+        tp, fp, fn = (self.state[name].double() for name in ("tp", "fp", "fn"))
+        union = tp + fp + fn
+        iou = tp / union.clamp_min(1)
+        present = union > 0
+        return {"mIoU": iou.mean().item(),
+                "mIoU_present": iou[present].mean().item(),            # mean of nothing is NaN
+                "pixel_accuracy": ratio(tp.sum().item(), (tp + fn).sum().item()),
+                **{f"IoU/{k}": value for k, value in enumerate(iou.tolist())}}

@@ -1,0 +1,56 @@
+"""Cross entropy for class labels: plain (semantic segmentation, human parts) and balanced (saliency).
+
+Both divide the summed loss by the number of valid pixels, never by the sum of class weights: this is what the
+published loss weights of the InvPT family (Ye and Xu, ECCV 2022, and successors) were tuned for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.base import IGNORE_INDEX, DenseLoss, class_target
+
+
+class CrossEntropyLoss(DenseLoss):
+    """Sum over valid pixels of -log softmax / max(number of valid pixels, 1); label ids 0..n-1, void ignored.
+
+    class_weight: optional fixed weight per class (the weighted edge loss of ATRC uses (1 - w, w)).
+    """
+
+    def __init__(self, ignore_index: int = IGNORE_INDEX, class_weight: Sequence[float] | None = None):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.class_weight = class_weight
+
+    def compute(self, logits: Tensor, label: Tensor) -> Tensor:
+        target = class_target(label, logits.shape[1], self.ignore_index)
+        weight = None if self.class_weight is None else logits.new_tensor(self.class_weight)
+        total = F.cross_entropy(logits, target, weight, ignore_index=self.ignore_index, reduction="sum")
+        return total / (target != self.ignore_index).sum().clamp_min(1)
+
+
+class BalancedCrossEntropyLoss(DenseLoss):
+    """Two-class cross entropy for saliency; a class is weighted by the other one's share of the valid pixels.
+
+    With q the fraction of valid pixels of class 0 the class weights are (1 - q, q). A batch that shows a
+    single class therefore has loss 0.
+    """
+
+    def __init__(self, ignore_index: int = IGNORE_INDEX):
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def compute(self, logits: Tensor, label: Tensor) -> Tensor:
+        if logits.shape[1] != 2:
+            raise ValueError("balanced cross entropy needs 2 channels (background, salient), "
+                             f"got {logits.shape[1]}")
+        target = class_target(label, 2, self.ignore_index)
+        num_valid = (target != self.ignore_index).sum().clamp_min(1)
+        q = (target == 0).sum().to(logits.dtype) / num_valid           # share of the background
+        total = F.cross_entropy(logits, target, torch.stack((1 - q, q)), ignore_index=self.ignore_index,
+                                reduction="sum")
+        return total / num_valid

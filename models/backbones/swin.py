@@ -1,0 +1,185 @@
+"""Swin Transformer as an image backbone (Liu et al., ICCV 2021), four maps at strides 4, 8, 16, 32.
+
+The multi-task decoders were trained on the segmentation variant of Swin, which differs from timm's classifier
+in three ways that change numbers: a LayerNorm on every stage output, windows that never shrink, and the order
+of padding and rolling. timm's modules do the arithmetic; this file arranges them and reads the three key
+layouts in which Swin weights are published.
+Letters: B batch, H W token grid of the stage, C channels, w window side.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+DERIVED_BUFFERS = ("relative_position_index", "attn_mask")  # stored by some releases, computed by us
+
+
+class SwinBlock(SwinTransformerBlock):
+    """timm's block with the padding order of the original detection and segmentation code.
+
+    The original pads the map to whole windows first and rolls the padded map; timm rolls first. The two are
+    sure to agree only where the map is a multiple of the window, which no official input size satisfies in
+    all stages: weights fine-tuned with one order give unrelated features in the other.
+    """
+
+    def __init__(self, *args, pad_before_roll: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pad_before_roll = pad_before_roll
+
+    def _attn(self, tokens: Tensor) -> Tensor:
+        """Window attention on normalised tokens (B, H, W, C) -> (B, H, W, C)."""
+        if not self.pad_before_roll:
+            return super()._attn(tokens)
+        height, width = tokens.shape[1:3]
+        window_h, window_w = self.window_size
+        # Zeros after the norm, not masked: padded tokens are keys, with q, k, v equal to the qkv bias.
+        padded = F.pad(tokens, (0, 0, 0, -width % window_w, 0, -height % window_h))  # whole windows
+        return super()._attn(padded)[:, :height, :width]  # nothing left to pad: roll, attend, roll back
+
+
+class SwinStage(nn.Module):
+    """Patch merging (not in the first stage), then blocks; in every second one windows shift by w // 2."""
+
+    def __init__(self, dim: int, merge: bool, num_heads: int, window_size: int, drop_path: Sequence[float],
+                 pad_before_roll: bool):
+        super().__init__()
+        self.downsample = PatchMerging(dim // 2, dim) if merge else nn.Identity()
+        self.blocks = nn.Sequential(*[
+            SwinBlock(
+                dim, input_resolution=(window_size, window_size), num_heads=num_heads,
+                window_size=window_size, shift_size=window_size // 2 if index % 2 else 0,
+                drop_path=rate, pad_before_roll=pad_before_roll,
+                always_partition=True,  # keep window and shift on maps smaller than the window
+                dynamic_mask=True,  # the shift mask follows the input size instead of input_resolution
+            )
+            for index, rate in enumerate(drop_path)
+        ])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, 2H, 2W, C/2), or (B, H, W, C) in the first stage -> (B, H, W, C)."""
+        return self.blocks(self.downsample(tokens))
+
+
+class SwinBackbone(nn.Module):
+    """Swin with a LayerNorm (eps 1e-5) on each stage output; accepts any image size (sizes round up).
+
+    Args:
+        embed_dim: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
+        depths, num_heads: one entry per stage.
+        window_size: side of the square attention window, in tokens.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 over all blocks.
+        pad_before_roll: order of the original code; False is timm's (see `SwinBlock`).
+    """
+
+    never_pretrained = ("norm0", "norm1", "norm2", "norm3")  # no such layers in a classifier
+
+    def __init__(self, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], window_size: int,
+                 drop_path_rate: float = 0.1, pad_before_roll: bool = True):
+        super().__init__()
+        if len(depths) != 4 or len(num_heads) != 4:
+            raise ValueError(f"Swin has 4 stages but got depths {tuple(depths)} "
+                             f"and num_heads {tuple(num_heads)}")
+        self.channels = tuple(embed_dim * 2**stage for stage in range(4))
+        for dim, heads in zip(self.channels, num_heads, strict=True):
+            if dim % heads:
+                raise ValueError(f"Swin stage of {dim} channels cannot be split into {heads} heads")
+        self.strides = (4, 8, 16, 32)
+        self.patch_embed = PatchEmbed(
+            img_size=None, patch_size=4, embed_dim=embed_dim, norm_layer=partial(nn.LayerNorm, eps=1e-5),
+            output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        self.layers = nn.ModuleList(
+            SwinStage(dim, stage > 0, num_heads[stage], window_size, rates[stage].tolist(), pad_before_roll)
+            for stage, dim in enumerate(self.channels))
+        self.apply(_init_linear)
+        for stage, dim in enumerate(self.channels):
+            self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=1e-5))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Normalised image (B, 3, H, W) -> four maps (B, C_i, ceil(H/s_i), ceil(W/s_i)), finest first."""
+        tokens = self.patch_embed(image)  # (B, H/4, W/4, C)
+        maps = []
+        for stage, layer in enumerate(self.layers):
+            tokens = layer(tokens)  # the next merging sees these, not the normalised ones
+            maps.append(rearrange(getattr(self, f"norm{stage}")(tokens), "b h w c -> b c h w").contiguous())
+        return maps
+
+    def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights in any of the three layouts -> this module's keys, position tables fitted to its window."""
+        state = to_timm_layout(state)
+        own = self.state_dict()
+        resized = [key for key, value in state.items() if key.endswith("relative_position_bias_table")
+                   and key in own and value.shape[0] != own[key].shape[0]]
+        for key in resized:
+            state[key] = resize_bias_table(state[key], own[key].shape[0])
+        if resized:
+            logger.info(f"relative position tables resized to another window (bicubic): {len(resized)}")
+        return state
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Truncated normal, std 0.02, zero bias: the paper's setting. Position tables are initialised by timm."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def to_timm_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames Swin weights to timm's keys; buffers that follow from the sizes are dropped.
+
+    The layout is told from the keys: "mmseg" (OpenMMLab segmentation) calls its stages `stages`; "official"
+    (Microsoft) merges patches at the end of a stage, so that stage 0 owns a `downsample`; "timm" merges at
+    the start of the next stage. Other keys (`norm0`, `head`, ...) pass unchanged.
+    """
+    is_mmseg = any(key.startswith("stages.") for key in state)
+    shift_merging = is_mmseg or any(key.startswith("layers.0.downsample.") for key in state)
+    renamed = {}
+    for key, value in state.items():
+        if key.endswith(DERIVED_BUFFERS):
+            continue
+        if is_mmseg:
+            if ".downsample." in key:
+                value = merging_from_unfold_order(value)
+            key = _mmseg_key(key)
+        if shift_merging:
+            key = re.sub(r"^layers\.(\d+)\.down", lambda match: f"layers.{int(match[1]) + 1}.down", key)
+        renamed[key] = value
+    return renamed
+
+
+def _mmseg_key(key: str) -> str:
+    key = re.sub(r"^patch_embed\.projection\.", "patch_embed.proj.", key)
+    key = re.sub(r"^stages\.", "layers.", key)
+    key = key.replace(".attn.w_msa.", ".attn.")
+    return key.replace(".ffn.layers.0.0.", ".mlp.fc1.").replace(".ffn.layers.1.", ".mlp.fc2.")
+
+
+def merging_from_unfold_order(value: Tensor) -> Tensor:
+    """Patch-merging tensor (..., 4C) from unfold order (c, r) to slice order (p, c), both of 2 x 2 pixels.
+
+    r runs over pixels (row, column) (0,0), (0,1), (1,0), (1,1), the layout of `unfold`; p over (0,0), (1,0),
+    (0,1), (1,1), the order in which the official code concatenates its slices.
+    """
+    pixels = rearrange(value, "... (c r) -> ... r c", r=4)[..., [0, 2, 1, 3], :]
+    return rearrange(pixels, "... p c -> ... (p c)")
+
+
+def resize_bias_table(table: Tensor, num_entries: int) -> Tensor:
+    """Relative position table ((2w-1)^2, heads) for another window: bicubic, as the official code does."""
+    old_side, new_side = round(table.shape[0] ** 0.5), round(num_entries**0.5)
+    if old_side**2 != table.shape[0]:
+        raise ValueError(f"relative position table of {table.shape[0]} rows belongs to no square window")
+    grid = rearrange(table, "(h w) n -> 1 n h w", h=old_side)
+    grid = F.interpolate(grid.float(), size=(new_side, new_side), mode="bicubic", align_corners=False)
+    return rearrange(grid, "1 n h w -> (h w) n").to(table.dtype)

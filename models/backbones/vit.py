@@ -1,0 +1,124 @@
+"""Plain Vision Transformer as an image backbone (Dosovitskiy et al., ICLR 2021), four maps at stride 16.
+
+InvPT and its successors tap a ViT at four depths instead of using a pyramid. The module is timm's
+`VisionTransformer` without classifier, so that its state dict keeps timm's keys; only the forward pass (taps)
+and the resizing of the position embedding at load time are ours.
+Letters: B batch, C channels, H W token grid, N = H * W.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+PATCH_KEY_NPZ = "embedding/kernel"  # names in the original AugReg files
+POSITION_KEY_NPZ = "Transformer/posembed_input/pos_embedding"
+
+
+class ViTBackbone(VisionTransformer):
+    """ViT whose maps are the tokens after four blocks, without the class token.
+
+    The position embedding belongs to one grid, so the module accepts only the image size it was built for.
+
+    Args:
+        image_size: (height, width) in pixels, multiples of the patch size.
+        embed_dim, depth, num_heads: width, number of blocks, attention heads.
+        patch_size: side of a patch in pixels, also the stride of the maps.
+        taps: blocks (counted from 1) after which to read the tokens; default the four quarters of the depth.
+            A tap on the last block is read after the final LayerNorm, the others are not normalised.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+    """
+
+    never_pretrained = ()
+
+    def __init__(self, image_size: Sequence[int], embed_dim: int, depth: int, num_heads: int,
+                 patch_size: int = 16, taps: Sequence[int] | None = None, drop_path_rate: float = 0.15):
+        height, width = image_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"ViT needs an image size of multiples of {patch_size} but got {height}x{width}")
+        if embed_dim % num_heads:
+            raise ValueError(f"ViT of {embed_dim} channels cannot be split into {num_heads} heads")
+        taps = tuple(taps) if taps is not None else tuple(depth * quarter // 4 for quarter in (1, 2, 3, 4))
+        if list(taps) != sorted(set(taps)) or not taps or taps[0] < 1 or taps[-1] > depth:
+            raise ValueError(f"ViT taps must rise within 1..{depth} (its depth) but got {taps}")
+        super().__init__(
+            img_size=(height, width), patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_heads=num_heads, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
+        self.image_size = (height, width)
+        self.taps = taps
+        self.channels = (embed_dim,) * len(taps)
+        self.strides = (patch_size,) * len(taps)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Normalised image (B, 3, H*patch, W*patch) -> one map (B, C, H, W) per tap, shallowest first."""
+        height, width = image.shape[-2:]
+        if (height, width) != self.image_size:
+            built_h, built_w = self.image_size
+            raise ValueError(f"ViT was built for images of {built_h}x{built_w} (height x width; its position "
+                             f"embedding has that grid) but got {height}x{width}")
+        tokens = self.patch_embed(image)  # (B, N, C), row-major
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, C)
+        tokens = tokens + self.pos_embed
+        maps = []
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens)
+            if number in self.taps:
+                tap = self.norm(tokens) if number == len(self.blocks) else tokens
+                grid_h, _ = self.patch_embed.grid_size
+                maps.append(rearrange(tap[:, 1:], "b (h w) c -> b c h w", h=grid_h).contiguous())
+        return maps
+
+    def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """timm weights -> the same with the position embedding resized to this module's grid."""
+        state = dict(state)
+        if "pos_embed" in state:
+            state["pos_embed"] = resize_position_embedding(state["pos_embed"], self.patch_embed.grid_size)
+        return state
+
+    def read_npz(self, path: Path) -> dict[str, Tensor]:
+        """Original AugReg `.npz` file -> state dict in timm's keys, with the sizes of the file."""
+        with np.load(path, allow_pickle=False) as arrays:
+            shapes = {key: arrays[key].shape for key in (PATCH_KEY_NPZ, POSITION_KEY_NPZ) if key in arrays}
+            depth = len({key.split("/")[1] for key in arrays if key.startswith("Transformer/encoderblock_")})
+        if len(shapes) < 2:
+            raise ValueError(f"{path} is not an AugReg ViT file: it lacks '{PATCH_KEY_NPZ}' or "
+                             f"'{POSITION_KEY_NPZ}'")
+        patch_size, _, _, embed_dim = shapes[PATCH_KEY_NPZ]
+        side = round((shapes[POSITION_KEY_NPZ][1] - 1) ** 0.5) * patch_size
+        # A module of the file's own sizes takes the arrays: timm's reader would resize with another kernel.
+        reader = VisionTransformer(
+            img_size=side, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_classes=0,
+            num_heads=self.blocks[0].attn.num_heads, global_pool="")
+        reader.load_pretrained(str(path))
+        return reader.state_dict()
+
+
+def resize_position_embedding(embedding: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """(1, 1+n, C) -> (1, 1+H*W, C): class entry kept, grid bicubic, no antialiasing, align_corners False.
+
+    timm's own helper antialiases, and that kernel differs even when enlarging (cubic coefficient -0.5, not
+    -0.75). The source grid is taken as square; only an n that is no square number but equal to H * W is taken
+    as the grid of this model already.
+    """
+    height, width = grid_size
+    num_patches = embedding.shape[1] - 1
+    side = round(num_patches**0.5)
+    is_square = side**2 == num_patches
+    if num_patches == height * width and (height == width or not is_square):
+        return embedding
+    if not is_square:
+        raise ValueError(f"position embedding of {num_patches} patches is not a square grid and not the "
+                         f"{height}x{width} grid of this model; use a checkpoint of the same image size")
+    logger.info(f"position embedding resized from {side}x{side} to {height}x{width} (bicubic)")
+    class_entry, grid = embedding[:, :1], rearrange(embedding[:, 1:], "1 (h w) c -> 1 c h w", h=side)
+    grid = F.interpolate(grid.float(), size=(height, width), mode="bicubic", align_corners=False)
+    grid = rearrange(grid, "1 c h w -> 1 (h w) c").to(embedding.dtype)
+    return torch.cat([class_entry, grid], dim=1)

@@ -1,0 +1,22 @@
+"""Task heads: from a decoder's feature map to raw task outputs."""
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.blocks.patch_expand import PatchExpand
+
+
+class PatchExpandHead(nn.Module):
+    """Psi and P of BIM: four-fold patch expansion to full resolution, then a linear layer per pixel.
+
+    (B, C, H, W) -> (B, num_outputs, 4 H, 4 W), without activation.
+    """
+
+    def __init__(self, in_channels: int, num_outputs: int):
+        super().__init__()
+        self.expand = PatchExpand(in_channels, in_channels, scale=4)
+        self.proj = nn.Conv2d(in_channels, num_outputs, kernel_size=1)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        fine = self.expand(rearrange(feat, "b c h w -> b h w c"))  # (B, 4 H, 4 W, C)
+        return self.proj(rearrange(fine, "b h w c -> b c h w"))

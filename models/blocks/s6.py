@@ -1,0 +1,51 @@
+"""Parameters of S6 scan routes with Mamba's initialisation.
+
+Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.6.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.ops import S6Weights, s6_scan
+
+STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes are log-uniform between the first two
+
+
+class S6(nn.Module):
+    """Weights of `routes` scan routes of one width, stacked on a leading axis; `rank` is the step size's."""
+
+    def __init__(self, width: int, rank: int, state: int = 16, routes: int = 1):
+        super().__init__()
+        self.x_proj = nn.Parameter(torch.empty(routes, rank + 2 * state, width))
+        self.dt_proj_weight = nn.Parameter(torch.empty(routes, width, rank))
+        self.dt_proj_bias = nn.Parameter(torch.empty(routes, width))
+        self.A_log = nn.Parameter(torch.empty(routes, width, state))
+        self.D = nn.Parameter(torch.empty(routes, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        width, rank = self.dt_proj_weight.shape[1:]
+        nn.init.uniform_(self.x_proj, -width**-0.5, width**-0.5)
+        nn.init.uniform_(self.dt_proj_weight, -rank**-0.5, rank**-0.5)
+        log_step = torch.empty_like(self.dt_proj_bias).uniform_(math.log(STEP_MIN), math.log(STEP_MAX))
+        step = log_step.exp().clamp(min=STEP_FLOOR)
+        self.dt_proj_bias.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.A_log.shape[-1] + 1).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    @property
+    def weights(self) -> S6Weights:
+        return S6Weights(self.x_proj, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
+
+
+def scan_together(routes: Sequence[S6], sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Scans sequence i (B, D_i, L) with single route i; in one call where all widths agree."""
+    if len({sequence.shape[1] for sequence in sequences}) > 1:
+        return [s6_scan(sequence[:, None], route.weights).squeeze(1)
+                for route, sequence in zip(routes, sequences, strict=True)]
+    weights = S6Weights(*map(torch.cat, zip(*(route.weights for route in routes), strict=True)))
+    return list(s6_scan(torch.stack(list(sequences), dim=1), weights).unbind(1))  # K x (B, D, L)

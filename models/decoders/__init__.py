@@ -1,0 +1,1 @@
+"""Multi-task decoders, one file each."""

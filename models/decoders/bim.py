@@ -1,0 +1,232 @@
+"""BIM: a multi-task decoder built on Mamba scans that run in both directions through all tasks at once.
+
+Three stages refine one feature map per task from coarse to fine. In each stage every task is refined alone by
+a multi-scale scan (MSST), and all tasks exchange information through one bidirectional scan (BCFR) over a
+sequence that holds every pixel of every task, at a cost linear in the number of tasks.
+Re-implemented from the description in Cao et al., "Enhancing Mamba Decoder with Bidirectional Interaction in
+Multi-Task Dense Prediction", ICCV 2025. No code of it was published; options marked (gap) fill what the
+readable part of the paper leaves open.
+
+Axes: B batch, T tasks (their order matters), H W grid of the stage, L = H * W, C stage width,
+D = expand * C, N state size, R = ceil(C / 16) rank of the step size. Maps are channels-last between the layers.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from models.blocks.heads import PatchExpandHead
+from models.blocks.patch_expand import PatchExpand
+from models.blocks.s6 import S6, scan_together
+from models.model import DecoderOutput
+from models.ops import ss2d_core
+
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclass
+class BIMConfig:
+    """Options of the decoder; the paper's symbols where it gives any."""
+
+    msst_depth: int = 2  # N in F^s_{t,N}: MSST layers per task and stage (gap filled from MTMamba)
+    order: str = "msst_first"  # or bcfr_first: which block leads a stage (gap)
+    ms_scan: str = "scale"  # or window: how MS-Scan makes its granularities (gap)
+    scales: tuple[int, ...] = (1, 2, 4)  # pooling factor of each group of channels, for ms_scan = scale
+    windows: tuple[int, ...] = (0, 8, 2)  # window side of each group, 0 = full map, for ms_scan = window
+    d_state: int = 16  # N of the state-space model
+    expand: int = 2  # D / C
+    drop_path: float = 0.2  # stochastic depth of the first residual branch, falling linearly to 0 at the last
+
+    def __post_init__(self):
+        self.scales, self.windows = tuple(self.scales), tuple(self.windows)
+        _require(self.order in ("msst_first", "bcfr_first"), "order", self.order, "msst_first or bcfr_first")
+        _require(self.ms_scan in ("scale", "window"), "ms_scan", self.ms_scan, "scale or window")
+        _require(self.scales and min(self.scales) >= 1, "scales", self.scales, "pooling factors >= 1")
+        _require(self.windows and min(self.windows) >= 0, "windows", self.windows, "window sides >= 0")
+        for name in ("msst_depth", "d_state", "expand"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
+        _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "a rate in [0, 1)")
+
+
+def _require(condition: object, name: str, value: object, valid: str) -> None:
+    if not condition:
+        raise ValueError(f"BIM option {name} = {value!r} is not valid, expected {valid}")
+
+
+class MSScan(nn.Module):
+    """Four-route scans of channel groups, each at a granularity of its own: (B, D, H, W) -> (B, D, H, W)."""
+
+    def __init__(self, width: int, rank: int, config: BIMConfig):
+        super().__init__()
+        self.pooled = config.ms_scan == "scale"
+        self.sizes = config.scales if self.pooled else config.windows
+        share, extra = divmod(width, len(self.sizes))
+        if share == 0:
+            raise ValueError(f"BIM: {width} channels cannot be split into {len(self.sizes)} MS-Scan groups")
+        self.widths = [share + (g < extra) for g in range(len(self.sizes))]
+        self.groups = nn.ModuleList(S6(group, rank, config.d_state, routes=4) for group in self.widths)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        parts = zip(feat.split(self.widths, dim=1), self.groups, self.sizes, strict=True)
+        return torch.cat([self._scan_group(*part) for part in parts], dim=1)
+
+    def _scan_group(self, feat: Tensor, group: S6, size: int) -> Tensor:
+        if not self.pooled:
+            return ss2d_core(feat, group.weights, window=size)
+        if size == 1:
+            return ss2d_core(feat, group.weights)
+        # Border cells are means over the pixels that exist.
+        coarse = F.avg_pool2d(feat, size, ceil_mode=True, count_include_pad=False)
+        coarse = ss2d_core(coarse, group.weights)  # (B, D_g, ceil(H / size), ceil(W / size))
+        return F.interpolate(coarse, size=feat.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class BIScan(nn.Module):
+    """Scans the tokens of all tasks task-first, then position-first: (B, T, D, H, W) -> (B, T, D, H, W).
+
+    One half of the channels runs forward, the other backward. The state is never reset at the border of a task
+    or of a row.
+    """
+
+    def __init__(self, width: int, rank: int, state: int):
+        super().__init__()
+        self.widths = (width - width // 2, width // 2)  # forward, backward
+        self.fwd_tf, self.bwd_tf = (S6(half, rank, state) for half in self.widths)
+        self.fwd_pf, self.bwd_pf = (S6(half, rank, state) for half in self.widths)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        tasks, height = feat.shape[1], feat.shape[3]
+        forward, backward = rearrange(feat, "b t d h w -> b d (t h w)").split(self.widths, dim=1)
+        halves = scan_together((self.fwd_tf, self.bwd_tf), (forward, backward.flip(-1)))  # (B, D / 2, T L) each
+        # The reversed half is a (T, L) raster with both axes reversed, so one rearrangement serves both.
+        halves = [rearrange(half, "b d (t q) -> b d (q t)", t=tasks) for half in halves]
+        forward, backward = scan_together((self.fwd_pf, self.bwd_pf), halves)
+        both = torch.cat((forward, backward.flip(-1)), dim=1)  # (B, D, L T)
+        return rearrange(both, "b d (h w t) -> b t d h w", h=height, t=tasks)
+
+
+class MSSTLayer(nn.Module):
+    """Multi-scale single-task layer, a gated residual branch around MS-Scan: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, channels: int, drop_path: float, config: BIMConfig):
+        super().__init__()
+        width = config.expand * channels
+        self.norm = nn.LayerNorm(channels)
+        self.in_proj = nn.Linear(channels, 2 * width, bias=False)
+        self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
+        self.scan = MSScan(width, math.ceil(channels / 16), config)
+        self.out_norm = nn.LayerNorm(width)
+        self.out_proj = nn.Linear(width, channels, bias=False)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        inner, gate = self.in_proj(self.norm(feat)).chunk(2, dim=-1)  # (B, H, W, D) each
+        inner = F.silu(self.conv(rearrange(inner, "b h w d -> b d h w")))
+        scanned = rearrange(self.scan(inner), "b d h w -> b h w d")
+        return feat + self.drop_path(self.out_proj(self.out_norm(scanned) * F.silu(gate)))
+
+
+class BCFRBlock(nn.Module):
+    """Bidirectional cross-task feature refine: all tasks' maps through one BI-Scan, everything else per task."""
+
+    def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: BIMConfig):
+        super().__init__()
+        width = config.expand * channels
+        self.norm = _per_task(tasks, lambda: nn.LayerNorm(channels))
+        self.in_proj = _per_task(tasks, lambda: nn.Linear(channels, 2 * width, bias=False))
+        self.conv = _per_task(tasks, lambda: nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))
+        self.scan = BIScan(width, math.ceil(channels / 16), config.d_state)
+        self.out_norm = _per_task(tasks, lambda: nn.LayerNorm(width))
+        self.out_proj = _per_task(tasks, lambda: nn.Linear(width, channels, bias=False))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
+        inner, gates = [], {}
+        for task, feat in feats.items():
+            task_inner, gates[task] = self.in_proj[task](self.norm[task](feat)).chunk(2, dim=-1)  # (B, H, W, D)
+            task_inner = rearrange(task_inner, "b h w d -> b d h w")
+            inner.append(F.silu(self.conv[task](task_inner)))
+        scanned = rearrange(self.scan(torch.stack(inner, dim=1)), "b t d h w -> t b h w d")
+        out = {}
+        for (task, feat), task_scanned in zip(feats.items(), scanned):
+            gated = self.out_norm[task](task_scanned) * F.silu(gates[task])
+            out[task] = feat + self.drop_path(self.out_proj[task](gated))
+        return out
+
+
+class MFRStage(nn.Module):
+    """Mamba feature refinement: up-sample, fuse the encoder's skip map, refine each task, let the tasks interact."""
+
+    def __init__(self, tasks: Sequence[str], channels: int, rates: Iterable[float], config: BIMConfig):
+        super().__init__()
+        rates = list(rates)  # one per residual branch, in the order they run
+        bcfr_rate = rates.pop(0 if config.order == "bcfr_first" else -1)
+        self.interact_first = config.order == "bcfr_first"
+        self.expand = _per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
+        self.fuse = _per_task(tasks, lambda: nn.Linear(2 * channels, channels))
+        self.msst = _per_task(tasks, lambda: nn.Sequential(*(MSSTLayer(channels, rate, config) for rate in rates)))
+        self.bcfr = BCFRBlock(tasks, channels, bcfr_rate, config)
+
+    def forward(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+        """Task maps (B, H / 2, W / 2, 2 C) and the skip map (B, H, W, C) to task maps (B, H, W, C)."""
+        fused = {}
+        for task, feat in feats.items():
+            fine = self.expand[task](feat)  # (B, H, W, C)
+            if fine.shape[:3] != skip.shape[:3]:
+                raise ValueError(f"BIM: up-sampled map is {fine.shape[1]}x{fine.shape[2]}, encoder map of that stage is "
+                                 f"{skip.shape[1]}x{skip.shape[2]}; the input's sides must be multiples of 32")
+            fused[task] = self.fuse[task](torch.cat((fine, skip), dim=-1))
+        if self.interact_first:
+            return self._refine(self.bcfr(fused))
+        return self.bcfr(self._refine(fused))
+
+    def _refine(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {task: self.msst[task](feat) for task, feat in feats.items()}
+
+
+class BIMDecoder(nn.Module):
+    """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
+
+    `tasks` fixes the task order of the scans. Raises ValueError when the encoder's maps do not fit.
+    """
+
+    Config = BIMConfig
+    requires = "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e"
+    stride = STRIDES[0]
+
+    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int], config: BIMConfig):
+        super().__init__()
+        widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(in_channels))
+        if tuple(strides) != STRIDES or len(in_channels) != len(STRIDES) or not widths_fit:
+            raise ValueError(f"decoder 'bim' needs {self.requires}, got widths {tuple(in_channels)} "
+                             f"and strides {tuple(strides)}")
+        if not tasks or len(set(tasks)) != len(tasks):
+            raise ValueError(f"decoder 'bim' needs one or more different tasks, got {tuple(tasks)}")
+        self.tasks, self.channels = tuple(tasks), in_channels[0]
+        per_stage = config.msst_depth + 1
+        rates = torch.linspace(config.drop_path, 0, 3 * per_stage, device="cpu").tolist()
+        self.stages = nn.ModuleList(
+            MFRStage(tasks, width, rates[s * per_stage:(s + 1) * per_stage], config)
+            for s, width in enumerate(reversed(in_channels[:-1])))
+
+    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
+        *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
+        refined = dict.fromkeys(self.tasks, coarsest)  # every task starts from the same map
+        for stage, skip in zip(self.stages, reversed(skips)):
+            refined = stage(refined, skip)
+        return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
+
+    def make_head(self, num_outputs: int) -> PatchExpandHead:
+        """The head that belongs to this decoder: Psi and P of the paper, up to full resolution."""
+        return PatchExpandHead(self.channels, num_outputs)
+
+
+def _per_task(tasks: Sequence[str], build) -> nn.ModuleDict:
+    return nn.ModuleDict({task: build() for task in tasks})

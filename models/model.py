@@ -1,0 +1,63 @@
+"""The one model class: backbone -> (neck) -> decoder -> one head per task -> resize to the label's size."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DecoderOutput(NamedTuple):
+    """What every decoder returns. The dictionaries are never modified.
+
+    feats: task -> (B, C, h, w), the input of that task's head. intermediate: task -> raw preliminary predictions
+    (B, n_t, h', w'), for intermediate supervision. extra: named 0-dim losses of the decoder itself; their weights
+    are in `loss_kwargs.loss_weights`.
+    """
+
+    feats: dict[str, Tensor]
+    intermediate: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+
+
+class Predictions(NamedTuple):
+    """Raw outputs of a model (no softmax, no sigmoid): task -> (B, n_t, H, W), and the decoder's extras."""
+
+    final: dict[str, Tensor]
+    intermediate: dict[str, Tensor]
+    extra: dict[str, Tensor]
+
+
+class MultiTaskModel(nn.Module):
+    """Composes the parts. The parameter tree is `encoder.*`, `neck.*`, `decoder.*`, `heads.{task}.*`.
+
+    The decoder takes the list of feature maps, finest first, and returns a `DecoderOutput`. `output_size` is
+    (height, width) of the predictions; None means that of the image.
+    """
+
+    def __init__(self, encoder: nn.Module, neck: nn.Module | None, decoder: nn.Module,
+                 heads: Mapping[str, nn.Module], output_size: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.neck = neck
+        self.decoder = decoder
+        self.heads = nn.ModuleDict(heads)
+        self.output_size = output_size
+
+    def forward(self, image: Tensor) -> Predictions:
+        """(B, 3, H, W) float, ImageNet-normalised -> raw predictions at `output_size`."""
+        size = self.output_size or image.shape[-2:]
+        feats = self.encoder(image)                                 # finest first, (B, C_i, H / s_i, W / s_i)
+        if self.neck is not None:
+            feats = self.neck(feats)
+        out = self.decoder(feats)
+        final = {task: resize(head(out.feats[task]), size) for task, head in self.heads.items()}
+        intermediate = {task: resize(logits, size) for task, logits in out.intermediate.items()}
+        return Predictions(final, intermediate, out.extra)
+
+
+def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, align_corners False; (B, n, h, w) -> (B, n, *size). Nothing happens at equal size."""
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)

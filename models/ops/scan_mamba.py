@@ -1,0 +1,62 @@
+"""The fused CUDA scan of the mamba-ssm package, used where it is installed, loads and really runs.
+
+Reference: package mamba-ssm (Gu and Dao, Apache-2.0), function `selective_scan_fn`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.ops.scan_args import ScanArgs
+
+
+@functools.cache
+def find_mamba_kernel(device: str = "cuda") -> tuple[Callable | None, str]:
+    """(kernel, reason); the kernel is None where it cannot run. Tried once per process and device type.
+
+    Three things go wrong in practice: the package is absent, its library was built for another PyTorch or CUDA,
+    or it was built for another GPU generation and only fails when called.
+    """
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError as error:
+        return None, f"mamba_ssm cannot be imported: {_first_line(error)}"
+    except OSError as error:
+        return None, f"the mamba_ssm library does not load: {_first_line(error)}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return None, "mamba_ssm is installed but no CUDA device is available"
+    try:
+        sequence, matrix = torch.ones(1, 4, 8, device=device), torch.ones(4, 2, device=device)
+        maps = torch.ones(1, 1, 2, 8, device=device)
+        probe = selective_scan_fn(sequence, sequence, -matrix, maps, maps)
+        float(probe.sum())  # a kernel built for another GPU fails here, at the first wait
+    except RuntimeError as error:
+        return None, f"the mamba_ssm probe call failed: {_first_line(error)}"
+    return selective_scan_fn, "mamba_ssm is installed and its probe call works"
+
+
+def mamba_refusal(args: ScanArgs, return_last_state: bool) -> str | None:
+    """Why this call cannot go to the kernel, or None."""
+    if not args.u.is_cuda:
+        return f"mamba_ssm needs CUDA tensors, got tensors on {args.u.device}"
+    if args.scan_dtype != torch.float32:
+        return "mamba_ssm computes in float32, got float64 input"
+    if return_last_state and torch.is_grad_enabled() and any(t.requires_grad for t in args.tensors.values()):
+        return "mamba_ssm gives no gradient through last_state"
+    kernel, reason = find_mamba_kernel()
+    return None if kernel else reason
+
+
+def mamba_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
+    """Returns y (B, D, L) in u's dtype and the last state (B, D, N) in float32, without gradient."""
+    kernel, _ = find_mamba_kernel()
+    out_dtype, args = args.u.dtype, args.to_scan_dtype()
+    y, last_state = kernel(args.u, args.delta, args.A, args.B, args.C, D=args.D, z=args.z, delta_bias=args.delta_bias,
+                           delta_softplus=args.delta_softplus, return_last_state=True)
+    return y.to(out_dtype), last_state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

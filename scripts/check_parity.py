@@ -1,0 +1,129 @@
+"""Compare this program with reference numbers of the published implementations.
+
+    python scripts/check_parity.py --golden DIR [--dtype float32] [--only SUBSTR] [--scan_backend NAME]
+
+DIR is searched with all its sub-folders. One row per case; the exit status is 1 if any case fails or none was
+found. Reference files that no check reads are listed as "not covered", never as passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))    # run as a script, only scripts/ is on the path
+
+from scripts.parity import FAMILIES  # noqa: E402
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Options  # noqa: E402
+
+PASS, FAIL, NOT_COVERED = "pass", "FAIL", "not covered"
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Row:
+    family: str
+    case: str
+    status: str
+    error: float | None = None
+    tolerance: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        error, limit = ("-" if x is None else f"{x:.1e}" for x in (self.error, self.tolerance))
+        numbers = f"{error:>9} {limit:>9}"
+        return f"{self.family:<16}{self.case:<50} {numbers}  {self.status:<12}{self.note}".rstrip()
+
+
+def compare(root: Path, options: Options, only: str = "") -> Iterator[Row]:
+    """One row per case below `root`, then the files that nothing reads; `only` is a part of "family/case"."""
+    for folder in _folders(root):
+        used: set[Path] = set()
+        for family, find in FAMILIES.items():
+            for check in find(folder):
+                used |= check.files
+                name = f"{folder.path.name}: {check.case}"
+                if only in f"{family}/{name}":
+                    yield from _rows(family, name, check, options)
+        yield from _unread(folder, used, only)
+
+
+def _folders(root: Path) -> Iterator[Folder]:
+    """`root` and what lies below it, except data sets that a check reads as a whole."""
+    if not root.is_dir():
+        raise ValueError(f"folder of reference numbers not found: {root}")
+    inside_data: set[Path] = set()
+    for path in sorted([root, *(p for p in root.rglob("*") if p.is_dir())]):
+        if path.parent in inside_data or path in inside_data:
+            inside_data.add(path)
+            continue
+        folder = Folder(path)
+        inside_data |= folder.data_sets
+        yield folder
+
+
+def _rows(family: str, case: str, check: Check, options: Options) -> Iterator[Row]:
+    """The worst quantity of a case; quantities without counterpart get a row of their own."""
+    try:
+        measures = list(check.run(options))
+    except NotCovered as reason:
+        yield Row(family, case, NOT_COVERED, note=str(reason))
+        return
+    except Exception as error:       # a failure of the code under test is a result; the other cases go on
+        yield Row(family, case, FAIL, note=f"{type(error).__name__}: {error}".splitlines()[0][:160])
+        return
+    compared = [m for m in measures if not m.uncovered]
+    if compared:
+        worst = max(compared, key=lambda m: m.severity)
+        yield Row(family, case, PASS if worst.passed else FAIL, worst.error, worst.tolerance, worst.name)
+    for reason, names in _grouped(measures).items():
+        yield Row(family, case, NOT_COVERED, note=f"{', '.join(names)}: {reason}")
+
+
+def _grouped(measures: list[Measure]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for measure in measures:
+        if measure.uncovered:
+            groups.setdefault(measure.uncovered, []).append(measure.name)
+    return groups
+
+
+def _unread(folder: Folder, used: set[Path], only: str) -> Iterator[Row]:
+    """One row per group of files (same name up to the first dot) that no check has read."""
+    read = {path.name.split(".")[0] for path in used}
+    unread = {path.name.split(".")[0] for path in [*folder.tables, *folder.arrays]} - read
+    for stem in sorted(unread):
+        if only in f"{folder.path.name}/{stem}":
+            yield Row(folder.path.name, stem, NOT_COVERED, note="no check reads these files")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--golden", type=Path, required=True, metavar="DIR", help="folder of reference numbers")
+    add("--dtype", choices=DTYPES, default="float64", help="arithmetic of losses, predictions and scans")
+    add("--only", default="", metavar="SUBSTR", help="only cases whose family/case contains this")
+    add("--scan_backend", default="auto", metavar="NAME", help="backend of the selective scan")
+    add("--device", default="cpu", help="device of the scans, e.g. cuda")
+    args = parser.parse_args(arguments)
+    counts = dict.fromkeys((PASS, FAIL, NOT_COVERED), 0)
+    print(f"{'family':<16}{'case':<50} {'error':>9} {'tolerance':>9}  status")
+    for row in compare(args.golden, Options(DTYPES[args.dtype], args.scan_backend, args.device), args.only):
+        counts[row.status] += 1
+        print(row, flush=True)
+    print(f"{counts[PASS]} passed, {counts[FAIL]} failed, {counts[NOT_COVERED]} not covered ({args.dtype})")
+    if counts[PASS] + counts[FAIL] == 0:
+        print(f"nothing was compared: no reference numbers of a known kind below {args.golden}"
+              + (f" match '{args.only}'" if args.only else ""))
+    return 0 if counts[PASS] and not counts[FAIL] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

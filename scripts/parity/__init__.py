@@ -1,0 +1,10 @@
+"""Comparison with published reference numbers: one module per kind of reference, all in the table below.
+
+A module offers `checks(folder)`, which recognises its files by their content and yields one `Check` per case.
+A new kind is a new module and a row.
+"""
+
+from scripts.parity import loaders, losses, metrics, outputs, scan, transforms
+
+FAMILIES = {"selective_scan": scan.checks, "metrics": metrics.checks, "losses": losses.checks,
+            "outputs": outputs.checks, "transforms": transforms.checks, "loaders": loaders.checks}

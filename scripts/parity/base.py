@@ -1,0 +1,153 @@
+"""What the parity checks share: a folder of reference numbers, one check, and how far off a result is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+
+class NotCovered(Exception):
+    """This program has no counterpart for a reference number; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    dtype: torch.dtype = torch.float64
+    scan_backend: str = "auto"
+    device: str = "cpu"
+
+    def pick(self, float64: float, float32: float) -> float:
+        """The tolerance that belongs to the arithmetic in use."""
+        return float64 if self.dtype == torch.float64 else float32
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One compared quantity; with `uncovered` set, the reason why it was not compared."""
+
+    name: str
+    error: float = 0.0
+    tolerance: float = 0.0
+    uncovered: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance                            # False for NaN
+
+    @property
+    def severity(self) -> float:
+        """Failures first, then by share of the tolerance used up."""
+        if not self.passed:
+            return float("inf")
+        return self.error / self.tolerance if self.tolerance else 0.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case: the files it reads and a function that compares them with this program."""
+
+    case: str
+    files: frozenset[Path]
+    run: Callable[[Options], Iterable[Measure]]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory of reference numbers; files are recognised by what they contain, never by their names."""
+
+    path: Path
+
+    @cached_property
+    def tables(self) -> dict[Path, object]:
+        """Every JSON file with its content."""
+        return {p: json.loads(p.read_text(encoding="utf-8")) for p in sorted(self.path.glob("*.json"))}
+
+    @cached_property
+    def arrays(self) -> dict[Path, frozenset[str]]:
+        """Every .npz and .safetensors file with the names of its arrays."""
+        found = {}
+        for path in sorted(self.path.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as content:
+                found[path] = frozenset(content.files)
+        for path in sorted(self.path.glob("*.safetensors")):
+            with safe_open(path, "pt") as content:
+                found[path] = frozenset(content.keys())
+        return found
+
+    @property
+    def data_sets(self) -> frozenset[Path]:
+        """Sub-folders that are small data sets: those beside a file `<name>...npz` of expected samples."""
+        stems = [path.stem for path, keys in self.arrays.items()
+                 if any(key.count("/") == 2 and key.endswith("/image") for key in keys)]
+        folders = (path for path in self.path.iterdir() if path.is_dir())
+        return frozenset(path for path in folders if any(stem.startswith(path.name) for stem in stems))
+
+    def holding(self, needed: Iterable[str]) -> Path | None:
+        """The .npz file that has all these arrays."""
+        needed = set(needed)
+        return next((p for p, keys in self.arrays.items() if p.suffix == ".npz" and needed <= keys), None)
+
+    def records(self) -> Iterator[tuple[Path, dict]]:
+        """Entries of the JSON files that are lists of named cases."""
+        for path, content in self.tables.items():
+            if isinstance(content, list):
+                yield from ((path, entry) for entry in content if isinstance(entry, dict) and "name" in entry)
+
+
+class Npz:
+    """Arrays of one .npz file, each read when it is asked for; iterates over their names."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        with np.load(self.path, allow_pickle=False) as content:
+            return content[key]
+
+    def tensor(self, key: str) -> Tensor:
+        return torch.from_numpy(self[key])
+
+    def __iter__(self) -> Iterator[str]:
+        with np.load(self.path, allow_pickle=False) as content:
+            names = list(content.files)
+        return iter(names)
+
+
+def _pair(got, want) -> tuple[np.ndarray, np.ndarray]:
+    got, want = (x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (got, want))
+    if got.shape != want.shape:
+        raise ValueError(f"result has shape {got.shape}, reference {want.shape}")
+    return got.astype(np.float64), want.astype(np.float64)
+
+
+def absolute_error(got, want) -> float:
+    """Largest |got - want|; NaN never equals a number."""
+    got, want = _pair(got, want)
+    both_nan = np.isnan(got) & np.isnan(want)
+    return float(np.where(both_nan, 0.0, np.abs(got - want)).max(initial=0.0))
+
+
+def scaled_error(got, want) -> float:
+    """Largest |got - want| over the largest |want| (over 1e-12 for a reference of zeros)."""
+    got, want = _pair(got, want)
+    return float(np.abs(got - want).max(initial=0.0) / max(np.abs(want).max(initial=0.0), 1e-12))
+
+
+def entry_error(got, want) -> float:
+    """Largest |got - want| / (|want| + median of the non-zero |want|).
+
+    Unlike `scaled_error` a single huge entry (the gradient of a zero-length normal, 1e9) does not hide the
+    others.
+    """
+    got, want = _pair(got, want)
+    nonzero = np.abs(want[want != 0])
+    floor = np.median(nonzero) if nonzero.size else 1e-12
+    return float((np.abs(got - want) / (np.abs(want) + floor)).max(initial=0.0))

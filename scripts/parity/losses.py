@@ -1,0 +1,128 @@
+"""Training losses: value and gradient of every loss, of the combined schemes and of the load balancing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from losses import (
+    BalancedBCELoss,
+    BalancedCrossEntropyLoss,
+    CrossEntropyLoss,
+    L1Loss,
+    MultiTaskLoss,
+    NormalsLoss,
+    load_balancing_loss,
+)
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, entry_error, scaled_error
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _old_bce(params: dict) -> Loss:
+    """Multi-Task-Learning-PyTorch: labels are cut at one half, no void."""
+    loss = BalancedBCELoss(params["pos_weight"])
+    return lambda logits, label: loss(logits, (label >= 0.5).to(label.dtype))
+
+
+def _old_normals(params: dict) -> Loss:
+    """Multi-Task-Learning-PyTorch: mean over the elements of the valid pixels."""
+    loss = NormalsLoss(params["ignore"])
+    return lambda logits, label: loss(logits, label) / label.shape[1]
+
+
+KINDS: dict[str, Callable[[dict], Loss]] = {
+    "cross_entropy": lambda p: CrossEntropyLoss(p["ignore"], p.get("class_weight")),
+    "cross_entropy_balanced": lambda p: BalancedCrossEntropyLoss(p["ignore"]),
+    "balanced_bce": lambda p: BalancedBCELoss(p["pos_weight"], p["ignore"]),
+    "l1": lambda p: (NormalsLoss if p.get("normalize") else L1Loss)(p["ignore"]),
+    "mtl_balanced_bce": _old_bce,
+    "mtl_l1_normals": _old_normals,
+}
+
+
+def checks(folder: Folder) -> Iterator[Check]:
+    for table, entry in folder.records():
+        if "params" in entry and {"logits", "target"} <= entry.keys():
+            keys, run = (f"logits/{entry['logits']}", f"target/{entry['target']}"), _single
+            data = folder.holding(keys)
+        elif {"preds", "targets", "weights", "out"} <= entry.keys():
+            data, run = folder.holding([f"logits/{key}" for key in entry["preds"].values()]), _scheme
+        elif "cv" in entry.get("out", {}):
+            gates = (p for p, keys in folder.arrays.items() if any(map(_GATES.match, keys)))
+            data, run = next(gates, None), _load_balancing
+        else:
+            continue
+        files = frozenset({table} if data is None else {table, data})
+        yield Check(entry["name"], files, lambda options, e=entry, d=data, run=run: run(e, _open(d), options))
+
+
+def _open(path: Path | None) -> Npz:
+    if path is None:
+        raise ValueError("no .npz file beside the table holds the arrays of this case")
+    return Npz(path)
+
+
+# The references' cross entropies and class shares are rounded to float32 even in float64 runs, hence 2e-7.
+# A sum of logarithms may vanish, so its error is absolute where it is below 1.
+def _value(name: str, got: Tensor, want: float, options: Options, smallest: float = 1e-12) -> Measure:
+    return Measure(name, abs(got.item() - want) / max(abs(want), smallest), options.pick(2e-7, 2e-6))
+
+
+def _grad(name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
+    return Measure(name, entry_error(got, want), options.pick(2e-7, 1e-4))
+
+
+def _single(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
+    kind = entry["params"]["kind"]
+    if kind not in KINDS:
+        raise NotCovered(f"no loss of kind '{kind}'")
+    logits = data.tensor(f"logits/{entry['logits']}").to(options.dtype).requires_grad_()
+    value = KINDS[kind](entry["params"])(logits, data.tensor(f"target/{entry['target']}"))
+    want = entry["value_f64" if options.dtype == torch.float64 else "value_f32"]
+    yield _value("value", value, want, options)
+    grad = torch.autograd.grad(value, logits)[0]
+    if f"grad/{entry['name']}" in data:
+        yield _grad("grad", grad, data.tensor(f"grad/{entry['name']}"), options)
+
+
+def _task_loss(task: str, logits: Tensor) -> nn.Module:
+    from data.tasks import TASKS, TaskContext
+    return TASKS[task].loss(TaskContext(num_channels=logits.shape[1]))
+
+
+def _scheme(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
+    tasks, scale = entry["tasks"], entry.get("inter_scale")
+    final = {t: data.tensor(f"logits/{entry['preds'][t]}").to(options.dtype).requires_grad_() for t in tasks}
+    inter = {t: (scale * x.detach()).requires_grad_() for t, x in final.items()} if scale is not None else {}
+    labels = {t: data.tensor(f"target/{entry['targets'][t]}") for t in tasks}
+    criterion = MultiTaskLoss({t: _task_loss(t, final[t]) for t in tasks}, entry["weights"],
+                              "log" if entry["log"] else "weighted_sum")
+    losses = criterion(final, labels, inter)
+    losses["total"].backward()
+    for key, want in entry["out"].items():
+        smallest = 1.0 if entry["log"] and key == "total" else 1e-12
+        yield _value(key, losses[key.replace("inter_", "inter/", 1)], want, options, smallest)
+    prefix = f"scheme/{entry['name'].removeprefix('scheme_')}"
+    for group, leaves in (("grad", final), ("grad_inter", inter)):
+        for task, leaf in leaves.items():
+            yield _grad(f"{group}/{task}", leaf.grad, data.tensor(f"{prefix}/{group}/{task}"), options)
+
+
+_GATES = re.compile(r"[^/]*cv/(?P<layer>.+)/[^/]+$")                   # <..cv>/<router>/<layer>/<task>
+
+
+def _load_balancing(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
+    layers: dict[str, list[Tensor]] = {}
+    for key in data:
+        if match := _GATES.match(key):
+            layers.setdefault(match["layer"], []).append(data.tensor(key).to(options.dtype))
+    out = entry["out"]
+    cv = load_balancing_loss(layers.values())
+    others = sum(value for name, value in out.items() if name not in ("cv", "total"))
+    for name, got in (("cv", cv), ("total", others + entry["weight"] * cv)):
+        yield Measure(name, scaled_error(got, out[name]), options.pick(1e-10, 2e-6))

@@ -1,0 +1,115 @@
+"""Augmentation: every single step with given parameters, and whole pipelines replayed from recorded draws."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from data import transforms
+from data.tasks import TASKS, VOID
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
+
+DEPTH_VOID = {"taskprompter": -1.0, "mlore": 0.0}      # after the transforms; the others and ours: 255
+GREY_LEVEL = float(1.01 / 255 / transforms.STD.min())  # one level of 255 after normalisation
+# Bilinear resizing and 8-bit colours may differ by one level between versions of OpenCV; labels never.
+IMAGE_TOLERANCE = {"scale": 1e-3, "photometric": 1.0, "train pipeline": GREY_LEVEL}
+
+
+class Replay:
+    """Stands in for `random.Random`: returns recorded draws and insists on their kind, bounds and number."""
+
+    def __init__(self, draws: Sequence[Sequence]):
+        self.draws = list(draws)
+
+    def _next(self, *call):
+        if not self.draws:
+            raise ValueError(f"draw {call} after the last recorded one")
+        *recorded, value = self.draws.pop(0)
+        if tuple(recorded) != call:
+            raise ValueError(f"draw {call} where {tuple(recorded)} was recorded")
+        return value
+
+    def random(self) -> float:
+        return self._next("random")
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._next("uniform", low, high)
+
+    def randint(self, low: int, high: int) -> int:
+        return self._next("randint", low, high)
+
+
+def checks(folder: Folder) -> Iterator[Check]:
+    data = folder.holding(["input/image"])
+    for table, entry in folder.records():
+        if data is not None and "op" in entry:
+            yield Check(entry["name"], frozenset({table, data}), lambda options, e=entry: _run(e, Npz(data)))
+
+
+def _run(entry: dict, data: Npz) -> Iterator[Measure]:
+    prefix = f"{entry['name']}/"
+    wanted = [key.removeprefix(prefix) for key in data if key.startswith(prefix)]
+    if not wanted:
+        raise NotCovered("no arrays of this case")
+    sample = {key.removeprefix("input/"): data[key] for key in data if key.startswith("input/")}
+    sample = {key: value for key, value in sample.items() if key == "image" or key in TASKS}
+    if set(wanted) == {"human_parts"}:             # a map without people: nothing but background
+        sample["human_parts"] = np.zeros_like(sample["human_parts"])
+    got = _apply(entry, sample)
+    for key in wanted:
+        if key not in got:
+            yield Measure(key, uncovered="not a map of this program")
+            continue
+        want = data[prefix + key]
+        if key == "depth" and entry.get("family") in DEPTH_VOID:
+            want = np.where(want == DEPTH_VOID[entry["family"]], VOID, want)
+        default = 1e-6 if key in ("image", "depth") else 0.0           # depth is divided by the scale factor
+        tolerance = IMAGE_TOLERANCE.get(entry["op"], default) if key == "image" else default
+        yield Measure(key, absolute_error(got[key], want), tolerance)
+
+
+def _apply(entry: dict, sample: dict) -> dict:
+    op, tasks = entry["op"], {key: TASKS[key] for key in sample if key != "image"}
+    if op == "scale":
+        return transforms.RandomScale(tasks).apply(sample, entry["scale"])
+    if op == "crop":
+        top, bottom, left, right = entry["loc"]
+        return transforms.RandomCrop((bottom - top, right - left)).apply(sample, top, left)
+    if op == "photometric":
+        return {"image": _photometric(sample["image"], entry["steps"])}
+    if op in ("train pipeline", "val pipeline"):
+        build = transforms.train_transform if op.startswith("train") else transforms.eval_transform
+        replay = Replay(entry.get("draws", ()))
+        result = build(tuple(entry["size"]), tasks)(sample, replay)
+        if replay.draws:
+            raise ValueError(f"{len(replay.draws)} recorded draws were not made")
+        return result
+    return _steps(entry, sample, tasks)
+
+
+def _steps(entry: dict, sample: dict, tasks: dict) -> dict:
+    """flip, normalize, pad, add_ignore, and "pad(H,W) then add_ignore"."""
+    for name, size in re.findall(r"(\w+)(?:\((\d+,\d+)\))?(?: then )?", entry["op"]):
+        if name == "flip":
+            sample = transforms.RandomFlip(tasks).apply(sample)
+        elif name == "normalize":
+            sample = transforms.Normalise()(sample, None)
+        elif name == "pad":
+            frame = tuple(int(side) for side in (size.split(",") if size else entry["size"]))
+            if any(side < have for side, have in zip(frame, sample["image"].shape, strict=False)):
+                raise NotCovered("an image larger than the frame is refused here: batches must stack")
+            sample = transforms.Pad(tasks, frame)(sample, None)
+        elif name == "add_ignore":
+            sample = transforms.MarkVoid(tasks)(sample, None)
+        else:
+            raise NotCovered(f"no step '{name}'")
+    return sample
+
+
+def _photometric(image: np.ndarray, steps: Sequence[tuple[str, float]]) -> np.ndarray:
+    image = image.astype(np.uint8)
+    for name, value in steps:
+        image = getattr(transforms, name)(image, value)
+    return image

@@ -1,0 +1,150 @@
+"""The experiment files: layers, types, mistakes, the lineage's keys, every shipped file."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models.build import build_model, decoder_config
+from tests.shared import ROOT
+from utils.config import ConfigError, config_from_dict, load_config, save_config
+
+SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yml") if "_base_" not in p.parts and p.stem != "bim_small")
+
+MINIMAL = {"model": "bim", "backbone": "swin_tiny", "train_db_name": "NYUD", "val_db_name": "NYUD",
+           "task_dictionary": {"include_depth": True, "include_semseg": True}}
+
+# What the experiment files of the lineage hold, key by key (values of the published recipes).
+LINEAGE_COMMON = {
+    "version_name": "x", "out_dir": "../runs", "train_db_name": "PASCALContext", "val_db_name": "PASCALContext",
+    "trBatch": 2, "valBatch": 6, "nworkers": 2, "ignore_index": 255, "val_interval": 1000, "epochs": 999999,
+    "max_iter": 40000, "optimizer": "adam", "optimizer_kwargs": {"lr": "2e-5", "weight_decay": "1e-6"},
+    "scheduler": "poly", "model": "TransformerNet", "backbone": "vitL", "head": "mlp",
+    "task_dictionary": {"include_semseg": True, "include_human_parts": True, "include_sal": True,
+                        "include_edge": True, "include_normals": True, "edge_w": 0.95},
+    "loss_kwargs": {"loss_weights": {"semseg": 1.0, "human_parts": 2.0, "sal": 5.0, "edge": 50.0, "normals": 10.0}},
+}
+LINEAGE = {
+    "InvPT": {"intermediate_supervision": True, "embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64,
+              "mtt_resolution_downsample_rate": 2},
+    "TaskPrompter": {"embed_dim": 300, "final_embed_dim": 350, "prompt_len": 1, "chan_nheads": 1, "use_ctr": True,
+                     "head": "conv", "ignore_invalid_area_depth": True,
+                     "grad_clip_param": {"max_norm": 10, "norm_type": 2}},
+    "MLoRE": {"final_embed_dim": 452, "topk": 9, "pre_softmax": False, "spe_rank": 72,
+              "grad_clip_param": {"max_norm": 10}},
+    "BridgeNet": {"intermediate_supervision": True, "embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64,
+                  "mtt_resolution_downsample_rate": 1, "backbone": "intern_b", "optimizer": "adamw",
+                  "optimizer_kwargs": {"lr": "6e-5", "weight_decay": 0.05, "betas": [0.9, 0.999]}},
+    "MTMamba": {"model": "MTMamba", "backbone": "swin_large", "optimizer": "adamw", "scheduler_kwargs": {"power": 0.9},
+                "loss_kwargs": {"loss_scheme": "log", "loss_weights": {
+                    "semseg": 1.0, "human_parts": 1.0, "sal": 1.0, "edge": 1.0, "normals": 1.0}}},
+}
+
+
+def write(path: Path, values: dict) -> Path:
+    path.write_text(yaml.safe_dump(values), encoding="ascii")
+    return path
+
+
+def test_layers_win_in_order(tmp_path, monkeypatch):
+    monkeypatch.delenv("DB_ROOT", raising=False)
+    write(tmp_path / "base.yml", {**MINIMAL, "max_iter": 10, "val_interval": 5, "optimizer_kwargs": {"lr": 1, "eps": 1e-3}})
+    path = write(tmp_path / "exp.yml", {"_base_": "base.yml", "max_iter": 20, "optimizer_kwargs": {"lr": "2e-4"}})
+    config = load_config(path, ["max_iter=30", "optimizer_kwargs.weight_decay=0"])
+    assert (config.max_iter, config.val_interval, config.version_name) == (30, 5, "exp")
+    assert config.optimizer_kwargs == dataclasses.replace(config.optimizer_kwargs, lr=2e-4, eps=1e-3, weight_decay=0.0)
+
+
+def test_data_root_order(tmp_path, monkeypatch):
+    monkeypatch.delenv("DB_ROOT", raising=False)
+    path = write(tmp_path / "exp.yml", MINIMAL)
+    assert load_config(path).db_root == str(ROOT / "datasets")              # configs/mypath.py
+    write(path, {**MINIMAL, "db_root": "from_file"})
+    assert load_config(path).db_root == "from_file"
+    monkeypatch.setenv("DB_ROOT", "from_env")
+    assert load_config(path).db_root == "from_env"
+    assert load_config(path, ["db_root=from_argument"]).db_root == "from_argument"
+
+
+def test_task_order_is_the_tables(tmp_path):
+    config = load_config(write(tmp_path / "exp.yml", MINIMAL))
+    assert config.tasks == ("semseg", "depth")
+    assert config.input_size == (448, 576)
+    assert config.task_context("semseg").num_channels == 40
+
+
+def test_resolved_configuration_reads_back(tmp_path):
+    config = load_config(ROOT / "configs" / "bim_nyud.yml", ["trBatch=3", "global_batch=0", "image_size=[64,96]"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from_dict(config.to_dict(), "checkpoint") == config
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"max_itr": 5}, r"exp\.yml: unknown key 'max_itr'; did you mean 'max_iter'\?"),
+    ({"optimizer_kwargs": {"lrr": 1}}, r"exp\.yml: unknown key 'optimizer_kwargs\.lrr'; did you mean 'lr'\?"),
+    ({"max_iter": "many"}, r"'max_iter' must be a whole number, got 'many'"),
+    ({"trBatch": 2.5}, r"'trBatch' must be a whole number, got 2\.5"),
+    ({"trBatch": 0}, r"'trBatch' must be at least 1, got 0"),
+    ({"tensorboard": 1}, r"'tensorboard' must be true or false, got 1"),
+    ({"optimizer": "adamv"}, r"'optimizer' must be one of adam, adamw, sgd \(did you mean 'adamw'\?\), got 'adamv'"),
+    ({"task_dictionary": {"include_detph": True}}, r"unknown key 'task_dictionary\.include_detph'; did you mean 'include_depth'"),
+    ({"task_dictionary": {"include_sal": True}}, r"NYUD has no labels for sal; its tasks: semseg, depth, normals, edge"),
+    ({"task_dictionary": {}}, r"no task is on"),
+    ({"train_db_name": "NUYD"}, r"train_db_name 'NUYD' is not known; did you mean 'NYUD'\?"),
+    ({"image_size": [448]}, r"'image_size' must be a list of 2 values, got \[448\]"),
+    ({"loss_kwargs": {"loss_weights": {"semseg": 1}}}, r"loss_weights lacks depth"),
+    ({"loss_kwargs": {"loss_weights": {"semseg": 1, "dept": 1}}}, r"unknown task\(s\) dept"),
+    ({"scheduler_kwargs": {"warmup_iters": 10}, "max_iter": 10}, r"warmup_iters 10 must be below max_iter 10"),
+    ({"backbone": None}, r"the key 'backbone' is required"),
+])
+def test_a_mistake_is_named(tmp_path, change, message):
+    path = write(tmp_path / "exp.yml", {**MINIMAL, **change})
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_mistake_names_the_layer_it_came_from(tmp_path):
+    write(tmp_path / "base.yml", {**MINIMAL, "trBatch": "two"})
+    path = write(tmp_path / "exp.yml", {"_base_": "base.yml"})
+    with pytest.raises(ConfigError, match=r"base\.yml: 'trBatch'"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="the command line: 'valBatch'"):
+        load_config(path, ["trBatch=1", "valBatch=x"])
+    with pytest.raises(ConfigError, match="not of the form key=value"):
+        load_config(path, ["trBatch"])
+
+
+def test_broken_files(tmp_path):
+    (tmp_path / "a.yml").write_text("key: [1,", encoding="ascii")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "a.yml")
+    write(tmp_path / "loop.yml", {"_base_": "loop.yml"})
+    with pytest.raises(ConfigError, match="include it again"):
+        load_config(tmp_path / "loop.yml")
+    with pytest.raises(FileNotFoundError, match=r"did you mean loop\.yml"):
+        load_config(tmp_path / "lop.yml")
+
+
+@pytest.mark.parametrize("name", LINEAGE)
+def test_the_lineages_files_load(tmp_path, name):
+    config = load_config(write(tmp_path / "exp.yml", {**LINEAGE_COMMON, **LINEAGE[name]}))
+    assert config.tasks == ("semseg", "human_parts", "sal", "normals", "edge")
+    assert config.optimizer_kwargs.lr in (2e-5, 6e-5)
+    with pytest.raises(ValueError, match="not yet available; available: bim"):
+        decoder_config(config.model, config.model_kwargs)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_file_builds(path):
+    """Parses, and its decoder builds on a tiny backbone of the same kind."""
+    config = load_config(path)
+    kind = "vit" if config.backbone.startswith("vit") else "swin"
+    tiny = {"swin": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4},
+            "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2}}[kind]
+    neck_kwargs = {"embed_dim": 8} if config.neck == "pyramid" else {}
+    outputs = {task: config.dataset.tasks[task] for task in config.tasks}
+    model = build_model(config.model, kind, outputs, (64, 96), neck=config.neck, backbone_kwargs=tiny,
+                        neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, "d_state": 2})
+    assert list(model.heads) == list(config.tasks)

@@ -1,0 +1,406 @@
+"""Selective scan: every backend against the reference numbers and against the plain recurrence."""
+
+import importlib.abc
+import json
+import logging
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.ops import S6Weights, count_scan_flops, scan_flops, selective_scan, set_scan_backend, ss2d_core
+from models.ops import scan_mamba, scan_torch
+from tests.shared import SHARED, golden
+
+scan_module = sys.modules["models.ops.selective_scan"]  # the package's attribute of that name is the function
+BACKENDS = ["reference", "torch"]
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+def cases(pattern):
+    return sorted(path.stem for path in (SHARED / "golden" / "selective_scan").glob(pattern)) or ["absent"]
+
+
+def relative_error(value, expected):
+    return ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-300)).item() if expected.numel() else 0.0
+
+
+def random_inputs(batch=2, channels=6, length=7, state=4, groups=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    maps = (batch, groups, state, length)
+    return {"u": draw(batch, channels, length), "delta": draw(batch, channels, length) - 1,
+            "A": -torch.exp(draw(channels, state)), "B": draw(*maps), "C": draw(*maps), "D": draw(channels),
+            "z": draw(batch, channels, length), "delta_bias": draw(channels)}
+
+
+def values_and_grads(inputs, backend, cotangent=None, state_cotangent=None, **kwargs):
+    """[y, last_state, gradients in the order of NAMES]; only the cotangents given take part."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    y, last_state = selective_scan(**leaves, return_last_state=True, backend=backend, **kwargs)
+    loss = 0 if cotangent is None else (y * cotangent).sum()
+    if state_cotangent is not None:
+        loss = loss + (last_state * state_cotangent).sum()
+    return [y.detach(), last_state.detach(), *torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice(monkeypatch):
+    """No test inherits a backend from the environment, or an earlier log line."""
+    monkeypatch.delenv("SCAN_BACKEND", raising=False)
+    monkeypatch.setattr(scan_module, "_configured", "auto")
+    monkeypatch.setattr(scan_module, "_logged", set())
+    forget_kernel = scan_mamba.find_mamba_kernel.cache_clear
+    forget_kernel()
+    yield
+    forget_kernel()
+
+
+# ---- values and gradients ----
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", cases("scan_*.safetensors"))
+def test_golden_values_and_all_gradients(case, backend):
+    folder = golden("selective_scan")
+    flags = {entry["name"]: entry for entry in json.loads((folder / "cases.json").read_text())}[case]
+    data = load_file(folder / f"{case}.safetensors")
+    inputs = {name: data[f"in.{name}"] for name in NAMES if f"in.{name}" in data}
+    y, last_state, *grads = values_and_grads(inputs, backend, data["cot.y"],
+                                             delta_softplus=flags["delta_softplus"])
+    assert relative_error(y, data["out.y"]) <= 1e-10
+    assert relative_error(last_state, data["out.last_state"]) <= 1e-10
+    for name, grad in zip(inputs, grads, strict=True):
+        assert relative_error(grad, data[f"grad.{name}"]) <= 1e-10, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", cases("ss2d_*.safetensors"))
+def test_golden_four_route_blocks(case, backend):
+    """ss2d_core inside the three published blocks: values and the gradients of inputs and parameters."""
+    data = load_file(golden("selective_scan") / f"{case}.safetensors")
+    set_scan_backend(backend)
+    leaves = {key: data[key].clone().requires_grad_() for key in data if key.startswith(("param.", "in."))}
+    p = {key.removeprefix("param."): leaf for key, leaf in leaves.items()}
+    width, height_width = p["out_norm.weight"].numel(), p["in.x"].shape[1:3]
+
+    gated = "out_proj.weight" in p
+    inner = p["in.x"] @ p["in_proj.weight"].T
+    inner, gate = inner.split(width, dim=-1) if gated else (inner, None)
+    inner = F.conv2d(rearrange(inner, "b h w d -> b d h w"), p["conv2d.weight"], p["conv2d.bias"], padding=1,
+                     groups=width)
+    source = None
+    if "in.x_cross" in p:
+        source = rearrange(p["in.x_cross"] @ p["in_proj_cross.weight"].T, "b h w d -> b d h w")
+    weights = S6Weights(p["x_proj_weight"], p["dt_projs_weight"], p["dt_projs_bias"],
+                        p["A_logs"].unflatten(0, (4, width)), p["Ds"].unflatten(0, (4, width)))
+    merged = rearrange(ss2d_core(F.silu(inner), weights, source), "b d h w -> b h w d")
+    assert merged.shape[1:3] == height_width
+    assert relative_error(merged, data["mid.merged_before_norm"]) <= 1e-10
+    y = F.layer_norm(merged, (width,), p["out_norm.weight"], p["out_norm.bias"])
+    if gated:
+        y = (y * F.silu(gate)) @ p["out_proj.weight"].T
+    assert relative_error(y, data["out.y"]) <= 1e-10
+    for key, grad in zip(leaves, torch.autograd.grad((y * data["cot.y"]).sum(), list(leaves.values()))):
+        assert relative_error(grad, data[f"grad.{key.removeprefix('in.')}"]) <= 1e-10, key
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 31, 32, 33, 64, 65, 97])
+@pytest.mark.parametrize("doubling", [False, True], ids=["stepwise", "doubling"])
+def test_torch_equals_reference_at_any_length(length, doubling, monkeypatch):
+    """Both in-block recurrences (the second is the one for GPUs), with cotangents on y and on the last state."""
+    if doubling:
+        monkeypatch.setattr(scan_torch, "_recur",
+                            lambda d, s, end: scan_torch._recur_by_doubling(d.block[:end], s.block[:end]))
+        monkeypatch.setattr(scan_torch, "_recur_back",
+                            lambda d, a, end: scan_torch._recur_back_by_doubling(d.block[:end], a.block[:end]))
+    inputs = random_inputs(length=length)
+    cotangents = torch.randn_like(inputs["u"]), torch.randn(2, 6, 4, dtype=torch.float64)
+    plain, fast = (values_and_grads(inputs, b, *cotangents, delta_softplus=True) for b in BACKENDS)
+    for name, a, b in zip(("y", "last_state", *NAMES), fast, plain, strict=True):
+        assert relative_error(a, b) <= 1e-11, name
+
+
+def test_gradient_through_last_state_alone():
+    inputs = random_inputs(length=40)
+    cotangent = torch.randn(2, 6, 4, dtype=torch.float64)
+    plain, fast = (values_and_grads(inputs, b, None, cotangent, delta_softplus=True) for b in BACKENDS)
+    for name, a, b in zip(NAMES, fast[2:], plain[2:], strict=True):
+        assert relative_error(a, torch.zeros_like(a) if b is None else b) <= 1e-11, name
+    assert fast[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("maps", ["constant_B", "constant_C", "one_group"])
+def test_other_shapes_of_B_and_C(maps):
+    inputs = random_inputs(length=37, groups=1 if maps == "one_group" else 2)
+    constant = torch.randn(6, 4, dtype=torch.float64)
+    if maps == "one_group":
+        inputs["B"] = inputs["B"][:, 0]  # (B, N, L)
+    else:
+        inputs[maps[-1]] = constant
+    cotangent = torch.randn_like(inputs["u"])
+    plain, fast = (values_and_grads(inputs, b, cotangent, delta_softplus=True) for b in BACKENDS)
+    for name, a, b in zip(("y", "last_state", *NAMES), fast, plain, strict=True):
+        assert relative_error(a, b) <= 1e-11, name
+
+
+def test_gradcheck(monkeypatch):
+    monkeypatch.setitem(scan_torch.BLOCK_STEPS, "cpu", 3)  # so that eight steps cross two block borders
+    inputs = random_inputs(batch=1, channels=4, length=8, state=2)
+    leaves = [inputs[name].requires_grad_() for name in NAMES]
+    assert torch.autograd.gradcheck(
+        lambda *args: selective_scan(*args, delta_softplus=True, return_last_state=True, backend="torch"),
+        leaves)
+
+
+def test_sequence_of_all_tasks_longer_than_65536():
+    """A two-byte index or a lossy decay would show here; A near zero keeps the whole past alive."""
+    length = 70_001
+    inputs = random_inputs(batch=1, channels=1, length=length, state=1, groups=1)
+    inputs["A"] = torch.full((1, 1), -1e-4, dtype=torch.float64)
+    inputs["D"] = inputs["z"] = inputs["delta_bias"] = None
+    y = selective_scan(**inputs, delta_softplus=True, backend="torch")
+    step = F.softplus(inputs["delta"])[0, 0]
+    decay, push = torch.exp(-1e-4 * step).tolist(), (step * inputs["u"][0, 0] * inputs["B"][0, 0, 0]).tolist()
+    state, states = 0.0, []
+    for a, b in zip(decay, push, strict=True):
+        state = a * state + b
+        states.append(state)
+    assert relative_error(y[0, 0], torch.tensor(states, dtype=torch.float64) * inputs["C"][0, 0, 0]) <= 1e-11
+
+
+def test_layout_of_the_inputs_does_not_matter():
+    inputs = random_inputs(length=45)
+    strided = {name: t.mT.contiguous().mT if t.dim() > 1 else t.repeat_interleave(2)[::2]
+               for name, t in inputs.items()}
+    assert not strided["u"].is_contiguous() and not strided["A"].is_contiguous()
+    cotangent = torch.randn_like(inputs["u"]).mT.contiguous().mT
+    results = [values_and_grads(x, "torch", cotangent, delta_softplus=True) for x in (inputs, strided)]
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) <= 1e-13
+    assert selective_scan(**strided, backend="torch").stride() == strided["u"].stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    inputs = random_inputs(batch=0, length=40)
+    y, last_state, *grads = values_and_grads(inputs, backend, torch.zeros_like(inputs["u"]))
+    assert y.shape == (0, 6, 40) and last_state.shape == (0, 6, 4)
+    assert grads[2].shape == inputs["A"].shape and not grads[2].any()
+
+
+# ---- precision ----
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_inputs_are_scanned_in_float32_also_under_autocast(backend):
+    half = random_inputs(length=200, dtype=torch.bfloat16)
+    floats, doubles = ({k: v.to(dtype) for k, v in half.items()} for dtype in (torch.float32, torch.float64))
+    y_exact = selective_scan(**doubles, delta_softplus=True, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        leaves = {k: v.clone().requires_grad_() for k, v in half.items()}
+        y, state = selective_scan(**leaves, delta_softplus=True, return_last_state=True, backend=backend)
+        float_y = selective_scan(**floats, delta_softplus=True, backend=backend)
+        grads = torch.autograd.grad(y.float().sum(), list(leaves.values()))
+    assert (y.dtype, state.dtype, float_y.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert relative_error(y.double(), y_exact) < 4e-3  # one rounding to bfloat16
+    assert relative_error(float_y.double(), y_exact) < 1e-6  # nothing inside ran in bfloat16
+    assert all(grad.dtype == torch.bfloat16 and grad.isfinite().all() for grad in grads)
+
+
+def test_float32_stays_within_rounding_of_float64():
+    inputs = random_inputs(length=333, dtype=torch.float32)
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    cotangent = torch.ones_like(inputs["u"])
+    y, _, *grads = values_and_grads(inputs, "torch", cotangent, delta_softplus=True)
+    y_64, _, *grads_64 = values_and_grads(doubles, "reference", cotangent, delta_softplus=True)
+    assert y.dtype == torch.float32 and relative_error(y.double(), y_64) < 1e-6
+    for name, a, b in zip(NAMES, grads, grads_64, strict=True):
+        assert relative_error(a.double(), b) < 1e-5, name
+
+
+# ---- memory and cost ----
+
+class PeakMemory(TorchDispatchMode):
+    """Largest number of bytes alive at once in storages created inside the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.alive = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = (*args, *(kwargs or {}).values())
+        given = {t.untyped_storage()._cdata for t in inputs if isinstance(t, torch.Tensor)}
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in given and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def test_extra_memory_is_below_a_tenth_of_the_states():
+    length, channels, state = 4032, 384, 16
+    inputs = random_inputs(1, channels, length, state, groups=1, dtype=torch.float32)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items() if name != "z"}
+    cotangent = torch.ones_like(inputs["u"].detach())
+    states = 4 * length * channels * state
+    with PeakMemory() as memory:
+        y = selective_scan(**leaves, delta_softplus=True, backend="torch")
+        forward_peak = memory.peak - 4 * y.numel()
+        grads = torch.autograd.grad(y, list(leaves.values()), cotangent)
+    y_and_grads = 4 * (y.numel() + sum(grad.numel() for grad in grads))
+    assert 0 < forward_peak < 0.1 * states
+    assert 0 < memory.peak - y_and_grads < 0.1 * states
+
+
+def test_cost_is_counted_on_every_device():
+    assert scan_flops(2, 10, 6, 4) == 9 * 2 * 10 * 6 * 4 + 2 * 10 * 6
+    inputs = random_inputs(length=10)
+    meta = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    for arguments in (inputs, meta):
+        with count_scan_flops() as outer:
+            selective_scan(**arguments)
+            with count_scan_flops() as inner:
+                y = selective_scan(**arguments)
+        assert (inner.calls, inner.elements, inner.flops) == (1, 2 * 6 * 10, scan_flops(2, 10, 6, 4))
+        assert (outer.calls, outer.flops) == (2, 2 * inner.flops)
+        assert y.shape == inputs["u"].shape and y.device == arguments["u"].device
+    selective_scan(**inputs)
+    assert outer.calls == 2  # nothing is counted after the block
+
+
+# ---- choice of the backend and errors ----
+
+def scan_log(caplog, **kwargs):
+    with caplog.at_level(logging.INFO, logger="models.ops.selective_scan"):
+        selective_scan(**random_inputs(), **kwargs)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_auto_on_cpu_is_torch_and_says_why_once(caplog):
+    scan_log(caplog)
+    reason = "mamba_ssm needs CUDA tensors, got tensors on cpu"
+    assert scan_log(caplog) == [f"selective scan: torch backend ({reason})"]
+
+
+def test_argument_beats_environment_beats_configuration(caplog, monkeypatch):
+    set_scan_backend("reference")
+    assert scan_log(caplog)[-1] == "selective scan: reference backend (requested by the configuration)"
+    monkeypatch.setenv("SCAN_BACKEND", "torch")
+    assert scan_log(caplog)[-1] == "selective scan: torch backend (requested by SCAN_BACKEND)"
+    lines = scan_log(caplog, backend="reference")
+    assert lines[-1] == "selective scan: reference backend (requested by the backend argument)"
+
+
+def test_requested_mamba_that_cannot_run_is_an_error(monkeypatch):
+    with pytest.raises(RuntimeError, match="by the backend argument but cannot run: .*CUDA tensors.*cpu"):
+        selective_scan(**random_inputs(), backend="mamba_ssm")
+    monkeypatch.setenv("SCAN_BACKEND", "mamba_ssm")
+    with pytest.raises(RuntimeError, match="requested by SCAN_BACKEND but cannot run"):
+        selective_scan(**random_inputs())
+
+
+def test_unknown_backend_names_the_choices(monkeypatch):
+    for call in (lambda: set_scan_backend("cuda"), lambda: selective_scan(**random_inputs(), backend="cuda")):
+        with pytest.raises(ValueError, match="'cuda', choose from auto, torch, mamba_ssm, reference"):
+            call()
+    monkeypatch.setenv("SCAN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SCAN_BACKEND: unknown scan backend 'fast'"):
+        selective_scan(**random_inputs())
+
+
+def install_fake_mamba(monkeypatch, kernel):
+    package = "mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface"
+    for name in package:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[package[-1]].selective_scan_fn = kernel
+
+
+def test_mamba_failure_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    kernel, reason = scan_mamba.find_mamba_kernel("cpu")
+    assert kernel is None and reason.startswith("mamba_ssm cannot be imported: ")
+
+
+def test_mamba_failure_library_does_not_load(monkeypatch):
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("mamba_ssm"):
+                raise OSError("libcudart.so.11.0: cannot open shared object file\nsecond line")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    kernel, reason = scan_mamba.find_mamba_kernel("cpu")
+    assert kernel is None
+    assert reason == "the mamba_ssm library does not load: libcudart.so.11.0: cannot open shared object file"
+
+
+def test_mamba_failure_probe_call(monkeypatch):
+    def kernel(*args, **kwargs):
+        raise RuntimeError("no kernel image is available")
+
+    install_fake_mamba(monkeypatch, kernel)
+    kernel, reason = scan_mamba.find_mamba_kernel("cpu")
+    assert kernel is None
+    assert reason == "the mamba_ssm probe call failed: no kernel image is available"
+
+
+def test_mamba_arguments_and_result(monkeypatch):
+    """A stand-in kernel with mamba_ssm's signature, on the CPU: the wrapper passes everything through."""
+    calls = []
+
+    def kernel(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+               return_last_state=False):
+        calls.append(u.dtype)
+        return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
+                              backend="reference")
+
+    install_fake_mamba(monkeypatch, kernel)
+    real = scan_mamba.find_mamba_kernel
+    monkeypatch.setattr(scan_mamba, "find_mamba_kernel", lambda: real("cpu"))
+    inputs = random_inputs(dtype=torch.bfloat16)
+    args = scan_module.ScanArgs(**inputs, delta_softplus=True)
+    y, last_state = scan_mamba.mamba_scan(args)
+    expected = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend="reference")
+    assert calls == [torch.float32, torch.float32]  # the probe, then the call
+    assert torch.equal(y, expected[0]) and torch.equal(last_state, expected[1])
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("delta", (2, 6, 8)), ("B", (2, 2, 3, 7)), ("C", (2, 4, 4, 7)), ("D", (5,)), ("z", (2, 6)), ("A", (5, 4)),
+    ("delta_bias", (6, 1))])
+def test_wrong_shape_names_the_argument(name, shape):
+    inputs = random_inputs() | {name: torch.zeros(shape, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=rf"{name} has shape .*expected"):
+        selective_scan(**inputs)
+
+
+def test_groups_must_divide_the_channels():
+    with pytest.raises(ValueError, match="4 groups of B, C do not divide 6 channels"):
+        selective_scan(**random_inputs(groups=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "mamba_ssm"])
+def test_gpu_backends_equal_the_reference(backend):
+    kernel, reason = scan_mamba.find_mamba_kernel()
+    if backend == "mamba_ssm" and kernel is None:
+        pytest.skip(reason)
+    inputs = {name: t.cuda() for name, t in random_inputs(length=333, dtype=torch.float32).items()}
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    results = []
+    for name in (backend, "reference"):
+        y = selective_scan(**leaves, delta_softplus=True, backend=name)
+        results.append([y, *torch.autograd.grad(y.sum(), list(leaves.values()))])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-4

@@ -1,0 +1,85 @@
+"""Processes and devices: one place that knows about ranks. Nothing happens at import.
+
+Works alone, under `torchrun` and under `python -m torch.distributed.launch` (both set RANK, WORLD_SIZE and
+LOCAL_RANK; the latter also passes --local-rank, which main.py accepts). NCCL on CUDA, gloo on CPU.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)     # every rank evaluates its share, so none waits for long
+
+
+def rank() -> int:
+    """Number of this process, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of a tensor over all processes (the same on each)."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """One picklable object from every process, in rank order, on every process."""
+    if not dist.is_initialized():
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device for `device: auto|cpu|cuda`; asking for CUDA where there is none is a ValueError."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but PyTorch finds no CUDA device; use device=cpu or device=auto")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"local rank {local_rank} needs its own GPU, but this machine has {count}; "
+                         f"start at most {count} processes here (--nproc_per_node {count})")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the launcher's process group for the duration; does nothing without a launcher."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
+                            device_id=device if device.type == "cuda" else None)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

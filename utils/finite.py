@@ -1,0 +1,53 @@
+"""Stops a run whose numbers are no longer finite, naming the step and the task, without slowing CUDA down."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class FiniteGuard:
+    """Looks at the losses and the gradient norm of every update.
+
+    On CPU the check comes before the update. On CUDA reading a value would make the host wait for the device, so
+    the values are copied to the host in the background and read one update later; `flush` reads the outstanding ones
+    and is called before anything is evaluated or saved, so that no bad weights are ever written.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pending: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None = None
+
+    def check(self, step: int, passes: Sequence[Mapping[str, Tensor]], grad_norm: Tensor | None) -> None:
+        """Raises FloatingPointError if a value of this update (CPU) or of the one before (CUDA) is not finite.
+
+        `passes` holds the losses of the update's mini-batches; `grad_norm` None leaves the gradient out.
+        """
+        self.flush()
+        named = [(f"loss '{name}'", loss) for losses in passes for name, loss in losses.items()]
+        if grad_norm is not None:
+            named.append(("gradient norm", grad_norm))
+        values = torch.stack([value.detach().float() for _, value in named])
+        event = None
+        if self._cuda:
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (step, [name for name, _ in named], values, event)
+        if not self._cuda:
+            self.flush()
+
+    def flush(self) -> None:
+        """Raises FloatingPointError if an outstanding value is not finite."""
+        if self._pending is None:
+            return
+        step, names, values, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        bad = [f"{name} is {v}" for name, v in zip(names, values.tolist(), strict=True) if not math.isfinite(v)]
+        if bad:
+            raise FloatingPointError(
+                f"step {step}: {', '.join(bad)}; training stopped before this could be saved, earlier checkpoints are "
+                "untouched (try a lower optimizer_kwargs.lr, a grad_clip_param.max_norm, or precision=fp32)")

@@ -1,0 +1,88 @@
+"""Pictures for people: one panel per image with the input, every task's prediction and a legend."""
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data.palette import VOC, depth_range
+from data.tasks import TASKS, TaskContext
+from data.transforms import MEAN, STD
+
+TILE_WIDTH = 320
+TITLE_HEIGHT = 22
+LEGEND_LINE = 16
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def to_array(prediction: Tensor) -> np.ndarray:
+    """(C, H, W) tensor -> (H, W, C) array."""
+    return prediction.permute(1, 2, 0).cpu().numpy()
+
+
+def batch_panel(batch: Mapping, predictions: Mapping[str, Tensor], contexts: Mapping[str, TaskContext]) -> np.ndarray:
+    """First image of a validation batch: predictions in the upper row, labels below. Returns RGB (H, W, 3) uint8."""
+    image = batch["image"][0].permute(1, 2, 0).cpu().numpy() * STD + MEAN
+    rgb = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    rows = []
+    for maps in ({t: to_array(p[0]) for t, p in predictions.items()}, {t: to_array(batch[t][0]) for t in predictions}):
+        pictures = [_fit(TASKS[task].colourise(m, contexts[task]), rgb) for task, m in maps.items()]
+        rows.append(np.concatenate([rgb, *pictures], axis=1))
+    return np.concatenate(rows, axis=0)
+
+
+def prediction_panel(rgb: np.ndarray, maps: Mapping[str, np.ndarray],
+                     contexts: Mapping[str, TaskContext]) -> np.ndarray:
+    """Input (H, W, 3) uint8 and decoded predictions (H, W, C) of one image -> titled tiles with legends, RGB uint8."""
+    height = max(1, round(TILE_WIDTH * rgb.shape[0] / rgb.shape[1]))
+    tiles = [_tile("input", rgb, height, [])]
+    tiles += [_tile(task, TASKS[task].colourise(m, contexts[task]), height, _legend(task, m, contexts[task]))
+              for task, m in maps.items()]
+    columns = min(3, len(tiles))
+    tallest = max(tile.height for tile in tiles)
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * (TILE_WIDTH + 8) + 8, rows * (tallest + 8) + 8), PAPER)
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (8 + i % columns * (TILE_WIDTH + 8), 8 + i // columns * (tallest + 8)))
+    return np.asarray(sheet)
+
+
+def _tile(title: str, picture: np.ndarray, height: int, legend: list[tuple[tuple[int, int, int], str]]) -> Image.Image:
+    """One picture with its title above and its legend below, `TILE_WIDTH` wide."""
+    lines = -(-len(legend) // 2)
+    tile = Image.new("RGB", (TILE_WIDTH, TITLE_HEIGHT + height + 4 + lines * LEGEND_LINE), PAPER)
+    draw = ImageDraw.Draw(tile)
+    draw.text((2, 3), title, INK, ImageFont.load_default(15))
+    resized = cv2.resize(picture, (TILE_WIDTH, height), interpolation=cv2.INTER_AREA)
+    tile.paste(Image.fromarray(resized), (0, TITLE_HEIGHT))
+    font = ImageFont.load_default(11)
+    for i, (colour, text) in enumerate(legend):
+        x, y = i % 2 * (TILE_WIDTH // 2), TITLE_HEIGHT + height + 4 + i // 2 * LEGEND_LINE
+        draw.rectangle((x + 2, y + 2, x + 14, y + 13), fill=colour, outline=INK)
+        draw.text((x + 19, y + 1), text, INK, font)
+    return tile
+
+
+def _legend(task: str, prediction: np.ndarray, context: TaskContext) -> list[tuple[tuple[int, int, int], str]]:
+    """(colour, text) entries: the classes that occur by area, the depth range, or what the colours mean."""
+    kind = TASKS[task].legend
+    if kind == "classes":
+        ids, counts = np.unique(prediction, return_counts=True)
+        top = ids[np.argsort(-counts)][:8].astype(int)
+        names = context.class_names
+        return [(tuple(map(int, VOC[i + context.first_colour])), names[i] if i < len(names) else str(i)) for i in top]
+    if kind == "depth":
+        near, far = depth_range(prediction[..., 0])
+        unit = TASKS[task].score.unit
+        return [((122, 4, 3), f"near {near:.2f} {unit}"), ((48, 18, 59), f"far {far:.2f} {unit}")]
+    if kind == "normals":
+        return [((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"), ((127, 127, 255), "+z")]
+    return [((0, 0, 0), "0"), ((255, 255, 255), "1")]
+
+
+def _fit(picture: np.ndarray, like: np.ndarray) -> np.ndarray:
+    if picture.shape[:2] == like.shape[:2]:
+        return picture
+    return cv2.resize(picture, like.shape[1::-1], interpolation=cv2.INTER_NEAREST)

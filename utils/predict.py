@@ -1,0 +1,156 @@
+"""Predictions on any photographs, and the evaluation of a checkpoint: what `predict` and `infer` run."""
+
+import json
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.files import read_rgb
+from data.loader import build_eval_loader
+from data.tasks import TASKS, TaskContext
+from data.transforms import MEAN, STD
+from evaluation.evaluate import evaluate
+from evaluation.results import Results, format_table, save_results, unscored
+from models.model import MultiTaskModel, resize
+from utils import distributed
+from utils.config import Config
+from utils.panel import prediction_panel, to_array
+from utils.precision import autocast
+from utils.setup import build_split, trained_model
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MIN_SIDE = 32      # one cell of the coarsest feature map
+
+
+def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
+    """Evaluates a checkpoint on the test split; writes results.json and the boundary maps (edge/<name>.png).
+
+    Under a launcher every rank evaluates its share. A task without a valid pixel in the whole split is a ValueError,
+    after the other scores have been reported.
+    """
+    device = distributed.pick_device(config.device)
+    with distributed.process_group(device):
+        model = trained_model(config, checkpoint, device)
+        loader = build_eval_loader(build_split(config, "val"), config.valBatch, config.nworkers, distributed.rank(),
+                                   distributed.world_size())
+        results = evaluate(model, loader, {t: config.task_context(t) for t in config.tasks}, device,
+                           precision=config.precision, edge_dir=output_dir / "edge",
+                           progress=distributed.is_main() and config.progress)
+        if distributed.is_main():
+            save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name)
+            log.info("%s on %s\n%s", checkpoint, config.val_db_name,
+                     format_table({config.version_name: results}, config.single_task_scores))
+            log.info("scores: %s  boundary maps: %s", output_dir / "results.json", output_dir / "edge")
+        if empty := unscored(results):
+            raise ValueError(f"the {config.val_db_name} test split has no valid pixel for {', '.join(empty)}: "
+                             "the score is undefined (check the label files)")
+    return results
+
+
+def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) -> list[Path]:
+    """Writes panels, colour pictures and raw arrays for an image or all images of a folder; returns the panels.
+
+    `output_dir` receives panels/<name>.png, colour/<task>/<name>.png, raw/<task>/<name>.<png|npy> at the image's own
+    size, and formats.json with the units of the raw files. An unreadable image is reported and skipped; at the end
+    it makes the call a ValueError that names every such image.
+    """
+    paths = list_images(source)
+    device = distributed.pick_device(config.device)
+    model = trained_model(config, checkpoint, device)
+    contexts = {task: config.task_context(task) for task in config.tasks}
+    names = _unique_names(paths)
+    panels, failed = [], []
+    for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
+        try:
+            rgb = read_rgb(path)
+            maps = predict_image(model, rgb, config, device)
+        except (ValueError, OSError) as error:
+            log.error("%s", error)
+            failed.append(path.name)
+            continue
+        panels.append(_write(output_dir, names[path], rgb, maps, contexts))
+    if panels:
+        formats = {task: TASKS[task].raw_format for task in config.tasks}
+        (output_dir / "formats.json").write_text(json.dumps(formats, indent=1) + "\n", encoding="ascii")
+        log.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(paths)} image(s) could not be predicted: {', '.join(failed[:10])}")
+    return panels
+
+
+@torch.inference_mode()
+def predict_image(model: MultiTaskModel, rgb: np.ndarray, config: Config,
+                  device: torch.device) -> dict[str, np.ndarray]:
+    """Decoded predictions {task: (H, W, C)} of an image (H, W, 3) uint8 of any size, at that size.
+
+    The image is scaled to fit the network's frame with its aspect ratio kept, and padded centrally with the mean
+    colour, as images of the data set are; the logits are cut out, scaled back and decoded.
+    """
+    height, width = rgb.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(f"the image is {height} x {width} pixels; every side must have at least {MIN_SIDE}")
+    image, (top, left, h, w) = _frame(rgb, config.input_size)
+    with autocast(device, config.precision):
+        logits = model(image.to(device)).final
+    maps = {}
+    for task, full in logits.items():
+        full = resize(full.float(), config.input_size)                       # data sets may ask for other label sizes
+        cut = full[..., top:top + h, left:left + w]
+        maps[task] = to_array(TASKS[task].decode(resize(cut, (height, width)))[0])
+    return maps
+
+
+def list_images(source: Path) -> list[Path]:
+    """The image itself, or the images of a folder by name; none is a FileNotFoundError."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"--input {source}: no such image or folder")
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"--input {source}: the folder holds no image ({' '.join(IMAGE_SUFFIXES)})")
+    return paths
+
+
+def _frame(rgb: np.ndarray, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """(1, 3, *size) normalised and padded, and where the image lies in it: top, left, height, width."""
+    scale = min(size[0] / rgb.shape[0], size[1] / rgb.shape[1])
+    h = min(size[0], max(1, round(rgb.shape[0] * scale)))
+    w = min(size[1], max(1, round(rgb.shape[1] * scale)))
+    inside = cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    top, left = (size[0] - h) // 2, (size[1] - w) // 2
+    frame = np.zeros((*size, 3), np.float32)
+    frame[top:top + h, left:left + w] = (inside.astype(np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(frame).permute(2, 0, 1)[None], (top, left, h, w)  # (H, W, 3) -> (1, 3, H, W)
+
+
+def _write(output_dir: Path, name: str, rgb: np.ndarray, maps: dict[str, np.ndarray],
+           contexts: dict[str, TaskContext]) -> Path:
+    for task, prediction in maps.items():
+        raw, colour = output_dir / "raw" / task / name, output_dir / "colour" / task / f"{name}.png"
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        colour.parent.mkdir(parents=True, exist_ok=True)
+        TASKS[task].write_raw(raw, prediction)
+        _save_rgb(colour, TASKS[task].colourise(prediction, contexts[task]))
+    panel = output_dir / "panels" / f"{name}.png"
+    panel.parent.mkdir(parents=True, exist_ok=True)
+    _save_rgb(panel, prediction_panel(rgb, maps, contexts))
+    return panel
+
+
+def _save_rgb(path: Path, rgb: np.ndarray) -> None:
+    if not cv2.imwrite(str(path), cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"could not write {path}: is the disk full or the folder read-only?")
+
+
+def _unique_names(paths: list[Path]) -> dict[Path, str]:
+    """Output names: the stem, or the whole file name where two images share a stem. Dots become underscores."""
+    stems = [p.stem for p in paths]
+    return {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}
