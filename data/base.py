@@ -59,8 +59,8 @@ def find_folder(root: str | Path, spec: DatasetSpec) -> Path:
     if root.name == spec.folder and root.is_dir() and not (root / spec.folder).is_dir():
         return root
     if not (root / spec.folder).is_dir():
-        raise FileNotFoundError(f"data folder not found: {root / spec.folder} (set db_root in the config or on "
-                                f"the command line, or $DB_ROOT, to the folder that holds {spec.folder}/)")
+        raise FileNotFoundError(f"data folder not found: {root / spec.folder} (set db_root in the config "
+                                f"or on the command line, or $DB_ROOT, to the folder holding {spec.folder}/)")
     return root / spec.folder
 
 
@@ -113,7 +113,7 @@ class MultiTaskDataset(Dataset):
         return tuple(found)
 
     def missing_files(self) -> list[Path]:
-        """Files that the split needs and that are not there. One listing per folder: fast on network disks."""
+        """Files the split needs that are not there; lists each folder once: fast on network disks."""
         listings: dict[str, set[str]] = {}
 
         def exists(relative: str) -> bool:
@@ -136,8 +136,8 @@ class MultiTaskDataset(Dataset):
         if missing := self.missing_files():
             shown = ", ".join(str(p.relative_to(self.folder)) for p in missing[:5])
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise FileNotFoundError(f"{len(missing)} file(s) of split {self.split!r} ({len(self.ids)} images) "
-                                    f"missing in {self.folder}: {shown}{more}")
+            raise FileNotFoundError(f"{len(missing)} file(s) of split {self.split!r} "
+                                    f"({len(self.ids)} images) missing in {self.folder}: {shown}{more}")
 
     def __len__(self) -> int:
         return len(self.ids)

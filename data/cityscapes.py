@@ -19,8 +19,8 @@ CLASS_NAMES = (
     "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# The published loader means the sky, train id 10, but compares *file* ids, where 10 is rail track and 23 the sky.
-# Kept, because published scores rest on it (pixels with disparity 0 are trained on, but not scored).
+# The published loader means the sky, train id 10, but compares *file* ids, where 10 is rail track and 23
+# the sky. Kept, because published scores rest on it (pixels with disparity 0 are trained on, but not scored).
 ZERO_DISPARITY_ID = 10
 SEMSEG_TABLE = class_table({file_id: index for index, file_id in enumerate(TRAIN_IDS)}, other=255)
 VOID_DISPARITY = 255.0                                                 # real disparities stay below 128
@@ -34,7 +34,7 @@ def read_disparity(path: Path, label_path: Path, void: float = VOID_DISPARITY) -
     stored = read_uint16(path)
     label = read_uint8(label_path, channels=1)
     if label.shape != stored.shape:
-        raise ValueError(f"{path} has (H, W) = {stored.shape}, but its labels {label_path} have {label.shape}")
+        raise ValueError(f"{path} has (H, W) = {stored.shape}, its labels {label_path} {label.shape}")
     disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(void))
     disparity[label == ZERO_DISPARITY_ID] = 0
     return disparity[..., None]                                        # (H, W) -> (H, W, 1)

@@ -86,7 +86,7 @@ def _read_npy(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise FileNotFoundError(f"file not found: {path}") from None
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a plain numpy array") from error
+        raise ValueError(f"cannot read {path}: {error}; damaged, or not a plain numpy array") from error
 
 
 def read_uint8(path: Path, channels: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def read_uint16(path: Path) -> np.ndarray:
     """Single-channel 16-bit picture, H x W uint16."""
     pixels, mode = _decode(path)
     if not mode.startswith("I") or pixels.ndim != 2:
-        raise ValueError(f"{path}: expected one channel of 16 bits, found mode {mode} with shape {pixels.shape}")
+        raise ValueError(f"{path}: expected one channel of 16 bits, found mode {mode}, shape {pixels.shape}")
     return pixels.astype(np.uint16)
 
 
@@ -118,7 +118,8 @@ def read_table(path: Path, table: np.ndarray, channels: int = 1) -> np.ndarray:
     label = cv2.LUT(pixels, table)
     invalid = np.isnan(table)
     if invalid.any() and np.isnan(label).any():
-        raise ValueError(f"{path}: label value(s) {_ranges(np.unique(pixels[np.isnan(label)]))} out of range; "
+        found = _ranges(np.unique(pixels[np.isnan(label)]))
+        raise ValueError(f"{path}: label value(s) {found} out of range; "
                          f"valid: {_ranges(np.flatnonzero(~invalid))}")
     return label if channels > 1 else label[..., None]                 # (H, W) -> (H, W, 1)
 
@@ -138,7 +139,7 @@ def read_mat(path: Path, variable: str) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"file not found: {path}") from None
     except (OSError, ValueError, TypeError, MatReadError, NotImplementedError) as error:
-        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a Matlab v5 file") from error
+        raise ValueError(f"cannot read {path}: {error}; damaged, or not a Matlab v5 file") from error
     if variable not in content:
         raise ValueError(f"{path} has no variable {variable!r}")
     return content[variable]

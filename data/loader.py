@@ -32,13 +32,13 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         self.per_pass = batch_size * world_size
         self.global_batch = self.per_pass * accumulate
         if min(batch_size, accumulate) < 1 or not 0 <= rank < world_size or start_update < 0:
-            raise ValueError(f"invalid sampler: batch_size={batch_size} (>= 1), accumulate={accumulate} (>= 1), "
-                             f"rank={rank} (0..world_size-1), world_size={world_size}, "
+            raise ValueError(f"invalid sampler: batch_size={batch_size} (>= 1), accumulate={accumulate} "
+                             f"(>= 1), rank={rank} (0..world_size-1), world_size={world_size}, "
                              f"start_update={start_update} (>= 0)")
         if num_samples < self.global_batch:
             raise ValueError(f"{num_samples} training images do not fill one update of {self.global_batch} "
-                             f"({batch_size} per process x {world_size} process(es) x {accumulate} accumulation); "
-                             "reduce trBatch or global_batch")
+                             f"({batch_size} per process x {world_size} process(es) x {accumulate} "
+                             "accumulation); reduce trBatch or global_batch")
         self.num_samples, self.rank, self.world_size = num_samples, rank, world_size
         self.seed, self.start_update = seed, start_update
         self.updates_per_epoch = num_samples // self.global_batch
@@ -47,7 +47,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch, first = divmod(self.start_update, self.updates_per_epoch)
         while True:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-            for start in range(first * self.global_batch, self.updates_per_epoch * self.global_batch, self.per_pass):
+            end = self.updates_per_epoch * self.global_batch
+            for start in range(first * self.global_batch, end, self.per_pass):
                 batch = order[start:start + self.per_pass][self.rank::self.world_size]
                 yield [(int(index), sample_seed(self.seed, epoch, int(index))) for index in batch]
             epoch, first = epoch + 1, 0
@@ -73,8 +74,8 @@ class EvalSampler(Sampler[int]):
 
 def collate(samples: list[dict]) -> dict:
     """Stacks maps to (B, C, H, W); "meta" stays a list of dicts."""
-    batch = default_collate([{key: value for key, value in sample.items() if key != "meta"} for sample in samples])
-    return batch | {"meta": [sample["meta"] for sample in samples]}
+    maps = [{key: value for key, value in sample.items() if key != "meta"} for sample in samples]
+    return default_collate(maps) | {"meta": [sample["meta"] for sample in samples]}
 
 
 def _init_worker(worker_id: int) -> None:
@@ -85,12 +86,12 @@ def _init_worker(worker_id: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc reuse the megabytes each sample frees; returning them page by page costs a fifth of its time.
+    """Lets glibc reuse the megabytes each sample frees; handing them back costs a fifth of its time.
 
     Other C libraries have no `mallopt` and keep their own habits.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        for option in (-1, -3):                                # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        for option in (-1, -3):                                # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             mallopt(option, 32 * 2**20)                        # the largest value glibc accepts
 
 
@@ -100,8 +101,9 @@ def _loader(dataset: Dataset, num_workers: int, **kwargs) -> DataLoader:
 
 
 def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
-                       world_size: int = 1, seed: int = 0, accumulate: int = 1, start_update: int = 0) -> DataLoader:
-    """Endless loader; `batch_size` is per process and pass. Restart with the number of updates already made."""
+                       world_size: int = 1, seed: int = 0, accumulate: int = 1,
+                       start_update: int = 0) -> DataLoader:
+    """Endless loader; `batch_size` is per process and pass; restart with the number of updates made."""
     sampler = TrainBatchSampler(len(dataset), batch_size, rank, world_size, seed, accumulate, start_update)
     return _loader(dataset, num_workers, batch_sampler=sampler)
 
@@ -109,4 +111,5 @@ def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: 
 def build_eval_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
                       world_size: int = 1) -> DataLoader:
     """One pass over this rank's share of the data set, last batch possibly smaller."""
-    return _loader(dataset, num_workers, batch_size=batch_size, sampler=EvalSampler(len(dataset), rank, world_size))
+    sampler = EvalSampler(len(dataset), rank, world_size)
+    return _loader(dataset, num_workers, batch_size=batch_size, sampler=sampler)

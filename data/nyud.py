@@ -14,16 +14,17 @@ from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
 from data.files import class_table, read_depth, read_table
 
 CLASS_NAMES = (
-    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter",
-    "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes", "ceiling", "books",
-    "refridgerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand",
-    "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop",
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
+    "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat",
+    "clothes", "ceiling", "books", "refridgerator", "television", "paper", "towel", "shower curtain", "box",
+    "whiteboard", "person", "night stand", "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure",
+    "otherfurniture", "otherprop",
 )
 
 # Files hold 0 = unlabelled, 1..40 = classes; labels are 0..39 and 255 = void.
 SEMSEG_TABLE = class_table({0: 255} | {c + 1: c for c in range(40)})
 UNIT_TABLE = np.arange(256, dtype=np.float32) / 255                   # 0..255 -> 0..1
-NORMALS_TABLE = 2 * np.arange(256, dtype=np.float32) / 255 - 1         # 0..255 -> -1..1; never exactly 0, so never void
+NORMALS_TABLE = 2 * np.arange(256, dtype=np.float32) / 255 - 1     # 0..255 -> -1..1, never 0: nothing is void
 
 
 class NYUD(MultiTaskDataset):

@@ -19,17 +19,18 @@ from data.files import class_table, read_mat, read_table
 from data.thinning import thin
 
 CLASS_NAMES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
 )
 PART_NAMES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
 PERSON = CLASS_NAMES.index("person")
 
 PART_IDS = {part: index for index, parts in enumerate((
-    "hair head lear rear lebrow rebrow leye reye mouth nose", "neck torso", "luarm ruarm", "llarm rlarm lhand rhand",
-    "luleg ruleg", "llleg rlleg lfoot rfoot"), start=1) for part in parts.split()}
+    "hair head lear rear lebrow rebrow leye reye mouth nose", "neck torso", "luarm ruarm",
+    "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot"), start=1) for part in parts.split()}
 
-# PASCAL-Context ids of the classes that NYUD also names (and tvmonitor): the network the normals were distilled from
+# PASCAL-Context ids of the classes that NYUD also names (and tvmonitor): the network behind the normals
 # was trained indoors, so only these have trustworthy normals.
 NORMALS_IDS = (
     3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51, 53,
@@ -67,7 +68,7 @@ def read_normals(path: Path, label_path: Path) -> np.ndarray:
     normals = read_table(path, NORMALS_TABLE, channels=3)
     label = _label_map(label_path)
     if label.shape != normals.shape[:2]:
-        raise ValueError(f"{path} has (H, W) = {normals.shape[:2]}, but its mask {label_path} has {label.shape}")
+        raise ValueError(f"{path} has (H, W) = {normals.shape[:2]}, its mask {label_path} {label.shape}")
     return normals * HAS_NORMALS[label][..., None]
 
 

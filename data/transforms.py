@@ -260,8 +260,8 @@ class ResizeLabels:
 
 
 def train_transform(size: tuple[int, int], tasks: Mapping[str, Task],
-                    scale_range: tuple[float, float] = (0.5, 2.0), flip: float = 0.5, photometric: bool = True,
-                    category_limit: float = 0.75) -> Compose:
+                    scale_range: tuple[float, float] = (0.5, 2.0), flip: float = 0.5,
+                    photometric: bool = True, category_limit: float = 0.75) -> Compose:
     """Random scale, crop, flip, colours; then as `eval_transform`. `size` is the network's input (H, W)."""
     colours = (PhotometricDistortion(),) if photometric else ()
     return Compose((RandomScale(tasks, *scale_range), RandomCrop(size, category_limit),

@@ -1,4 +1,4 @@
-"""Checks a real data folder: python scripts/check_data.py --db_root DIR --dataset NYUD [--split train] [--limit 100]
+"""Checks a data folder: python scripts/check_data.py --db_root DIR --dataset NYUD [--split train] [--limit N]
 
 Reads every file of the chosen splits with the training loaders and reports counts, sizes, value ranges and
 the share of void per task, plus what the papers leave open (how wide boundary lines are, whether depth has
@@ -70,7 +70,7 @@ def depth_facts(label: np.ndarray) -> tuple[float, ...]:
     return (float((label == 0).mean()),)
 
 
-# Questions that need more than a range: task -> (function of the stored label, sentence with the means over images).
+# Questions that need more than a range: task -> (function of the stored label, sentence with their means).
 QUESTIONS: dict[str, tuple[Callable[[np.ndarray], tuple[float, ...]], str]] = {
     "edge": (edge_facts, "values other than 0 and full: {:.2%}; edge pixels: {:.2%}; "
                          "kept by thinning: {:.1%} (100% = lines one pixel wide, about 50% = two)"),
@@ -100,7 +100,7 @@ def examine(dataset: MultiTaskDataset, name: str, reports: dict[str, MapReport])
             report.add(label, np.zeros(image_size, bool))
             continue
         report.add(label, (dataset.tasks[key].mark_void(label) == VOID).all(axis=-1))
-        if image_size and label.shape[:2] not in (image_size, (1, 1)):          # 1 x 1: a map without any object
+        if image_size and label.shape[:2] not in (image_size, (1, 1)):     # 1 x 1: a map without objects
             report.resized[dataset.paths(key, name)[0].parent.relative_to(dataset.folder).as_posix()] += 1
         if key in QUESTIONS:
             report.answers.append(QUESTIONS[key][0](label))
@@ -136,11 +136,12 @@ def check_split(name: str, db_root: str, split: str, tasks: dict[str, Task], lim
         problems.append(f"split {split!r} lists {double} id(s) more than once")
     reports = {key: MapReport() for key in ("image", *dataset.tasks)}
     step = max(1, len(dataset.ids) // limit) if limit else 1
-    chosen = [i for i in dataset.ids[::step] if all(p.is_file() for key in reports for p in dataset.paths(key, i))]
+    chosen = [image_id for image_id in dataset.ids[::step]
+              if all(path.is_file() for key in reports for path in dataset.paths(key, image_id))]
     for image_id in tqdm(chosen, desc=split, leave=False, disable=not sys.stderr.isatty()):
         problems += examine(dataset, image_id, reports)
-    print(f"{name} {split}: {len(dataset.ids)} ids, {len(missing)} missing files, {len(chosen)} images examined "
-          f"in {dataset.folder}")
+    print(f"{name} {split}: {len(dataset.ids)} ids, {len(missing)} missing files, {len(chosen)} images "
+          f"examined in {dataset.folder}")
     for key, report in reports.items():
         print(describe(key, report))
     return problems
@@ -148,8 +149,9 @@ def check_split(name: str, db_root: str, split: str, tasks: dict[str, Task], lim
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 if all is well, 1 with a list of problems otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--db_root", required=True, help="folder that holds NYUDv2/, PASCALContext/ or cityscapes/")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--db_root", required=True, help="holds NYUDv2/, PASCALContext/ or cityscapes/")
     parser.add_argument("--dataset", required=True, choices=list(DATASETS))
     parser.add_argument("--split", help="default: all splits")
     parser.add_argument("--tasks", nargs="+", help="default: all tasks of the data set")

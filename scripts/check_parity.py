@@ -57,8 +57,6 @@ def compare(root: Path, options: Options, only: str = "") -> Iterator[Row]:
 
 def _folders(root: Path) -> Iterator[Folder]:
     """`root` and what lies below it, except data sets that a check reads as a whole."""
-    if not root.is_dir():
-        raise ValueError(f"folder of reference numbers not found: {root}")
     inside_data: set[Path] = set()
     for path in sorted([root, *(p for p in root.rglob("*") if p.is_dir())]):
         if path.parent in inside_data or path in inside_data:
@@ -97,9 +95,8 @@ def _grouped(measures: list[Measure]) -> dict[str, list[str]]:
 
 def _unread(folder: Folder, used: set[Path], only: str) -> Iterator[Row]:
     """One row per group of files (same name up to the first dot) that no check has read."""
-    read = {path.name.split(".")[0] for path in used}
-    unread = {path.name.split(".")[0] for path in [*folder.tables, *folder.arrays]} - read
-    for stem in sorted(unread):
+    unread = {*folder.tables, *folder.arrays} - used
+    for stem in sorted({path.name.split(".")[0] for path in unread}):
         if only in f"{folder.path.name}/{stem}":
             yield Row(folder.path.name, stem, NOT_COVERED, note="no check reads these files")
 
@@ -113,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--scan_backend", default="auto", metavar="NAME", help="backend of the selective scan")
     add("--device", default="cpu", help="device of the scans, e.g. cuda")
     args = parser.parse_args(arguments)
+    if not args.golden.is_dir():
+        parser.error(f"--golden {args.golden}: no such folder")
     counts = dict.fromkeys((PASS, FAIL, NOT_COVERED), 0)
     print(f"{'family':<16}{'case':<50} {'error':>9} {'tolerance':>9}  status")
     for row in compare(args.golden, Options(DTYPES[args.dtype], args.scan_backend, args.device), args.only):

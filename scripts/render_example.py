@@ -1,9 +1,9 @@
 """Render the example data set: small rooms with exact labels for all six tasks, in both folder layouts.
 
-    python scripts/render_example.py --out example_data --train 160 --val 40 --size 160 224 --seed 0 --workers 2
+    python scripts/render_example.py --out example_data --train 160 --val 40 --size 160 224 --workers 2
 
-The folder then holds NYUDv2/ and PASCALContext/ as the loaders expect them. A second call with equal options does
-nothing; other options or an interrupted run ask for --overwrite."""
+The folder then holds NYUDv2/ and PASCALContext/ as the loaders expect them. A second call with equal options
+does nothing; other options or an interrupted run ask for --overwrite."""
 
 import argparse
 import os
@@ -28,7 +28,9 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.perf_counter()
     try:
-        done = write_example(args.out, args.train, args.val, tuple(args.size), args.seed, args.workers, args.overwrite)
+        done = write_example(
+            args.out, args.train, args.val, tuple(args.size), args.seed, args.workers, args.overwrite
+        )
     except (ValueError, FileExistsError) as error:
         sys.exit(f"render_example: {error}")
     if done:

@@ -14,8 +14,16 @@ from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.ops import S6Weights, count_scan_flops, scan_flops, selective_scan, set_scan_backend, ss2d_core
-from models.ops import scan_mamba, scan_torch
+from models.ops import (
+    S6Weights,
+    count_scan_flops,
+    scan_flops,
+    scan_mamba,
+    scan_torch,
+    selective_scan,
+    set_scan_backend,
+    ss2d_core,
+)
 from tests.shared import SHARED, golden
 
 scan_module = sys.modules["models.ops.selective_scan"]  # the package's attribute of that name is the function
@@ -28,7 +36,7 @@ def cases(pattern):
 
 
 def relative_error(value, expected):
-    return ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-300)).item() if expected.numel() else 0.0
+    return ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-300)).item()
 
 
 def random_inputs(batch=2, channels=6, length=7, state=4, groups=2, dtype=torch.float64, seed=0):
@@ -50,7 +58,8 @@ def values_and_grads(inputs, backend, cotangent=None, state_cotangent=None, **kw
     loss = 0 if cotangent is None else (y * cotangent).sum()
     if state_cotangent is not None:
         loss = loss + (last_state * state_cotangent).sum()
-    return [y.detach(), last_state.detach(), *torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)]
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return [y.detach(), last_state.detach(), *grads]
 
 
 @pytest.fixture(autouse=True)
@@ -109,19 +118,20 @@ def test_golden_four_route_blocks(case, backend):
     if gated:
         y = (y * F.silu(gate)) @ p["out_proj.weight"].T
     assert relative_error(y, data["out.y"]) <= 1e-10
-    for key, grad in zip(leaves, torch.autograd.grad((y * data["cot.y"]).sum(), list(leaves.values()))):
+    grads = torch.autograd.grad((y * data["cot.y"]).sum(), list(leaves.values()))
+    for key, grad in zip(leaves, grads, strict=True):
         assert relative_error(grad, data[f"grad.{key.removeprefix('in.')}"]) <= 1e-10, key
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 32, 33, 64, 65, 97])
 @pytest.mark.parametrize("doubling", [False, True], ids=["stepwise", "doubling"])
 def test_torch_equals_reference_at_any_length(length, doubling, monkeypatch):
-    """Both in-block recurrences (the second is the one for GPUs), with cotangents on y and on the last state."""
+    """Both in-block recurrences (the second is for GPUs), with cotangents on y and on the last state."""
     if doubling:
-        monkeypatch.setattr(scan_torch, "_recur",
-                            lambda d, s, end: scan_torch._recur_by_doubling(d.block[:end], s.block[:end]))
-        monkeypatch.setattr(scan_torch, "_recur_back",
-                            lambda d, a, end: scan_torch._recur_back_by_doubling(d.block[:end], a.block[:end]))
+        for name in ("_recur", "_recur_back"):
+            function = getattr(scan_torch, name + "_by_doubling")
+            monkeypatch.setattr(scan_torch, name, lambda decay, states, end, function=function:
+                                function(decay.block[:end], states.block[:end]))
     inputs = random_inputs(length=length)
     cotangents = torch.randn_like(inputs["u"]), torch.randn(2, 6, 4, dtype=torch.float64)
     plain, fast = (values_and_grads(inputs, b, *cotangents, delta_softplus=True) for b in BACKENDS)

@@ -18,8 +18,8 @@ DEPTH_VOID = {"mtmamba": 255.0, "taskprompter": -1.0, "mlore": 0.0}
 CASES_PATH = SHARED / "golden" / "metrics" / "transforms.json"
 CASES = json.loads(CASES_PATH.read_text()) if CASES_PATH.is_file() else []
 
-# One grey level after normalisation with the smallest std: bilinear resizing may round differently between OpenCV
-# versions. Everything else is exact.
+# One grey level after normalisation with the smallest std: bilinear resizing may round differently between
+# OpenCV versions. Everything else is exact.
 GREY_LEVEL = 1.001 / 255 / 0.224
 IMAGE_TOLERANCE = {"scale": 1e-3, "train pipeline": GREY_LEVEL}
 
@@ -62,7 +62,7 @@ def run_case(case, sample):
         return T.RandomCrop((bottom - top, right - left)).apply(sample, top, left)
     if op == "flip":
         return T.RandomFlip(tasks).apply(sample)
-    if op == "pad":                                      # the reference leaves a side that is already larger alone
+    if op == "pad":                            # the reference leaves a side that is already larger alone
         frame = [max(a, b) for a, b in zip(case["size"], sample["image"].shape[:2], strict=True)]
         return T.Pad(tasks, frame)(sample, None)
     if op == "normalize":
@@ -90,12 +90,14 @@ def recorded():
         return dict(file)
 
 
+def below(arrays, prefix):
+    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+
 @pytest.mark.parametrize("case", CASES or [None], ids=lambda case: case["name"] if case else "absent")
 def test_equals_recorded_run(case, recorded):
-    inputs = {key.removeprefix("input/"): value for key, value in recorded.items() if key.startswith("input/")}
-    result = run_case(case, dict(inputs))
-    prefix = case["name"] + "/"
-    expected = {key.removeprefix(prefix): value for key, value in recorded.items() if key.startswith(prefix)}
+    result = run_case(case, below(recorded, "input/"))
+    expected = below(recorded, case["name"] + "/")
     assert expected
     for key, value in expected.items():
         tolerance = IMAGE_TOLERANCE.get(case["op"], 0) if key == "image" else 0
@@ -191,15 +193,16 @@ def test_crop_takes_the_eleventh_position_unseen():
     assert rng.count == 22 and (cropped["semseg"] == 3).all()
 
 
-@pytest.mark.parametrize(("share_of_void", "draws"), [(0.0, 22), (0.5, 2)])
-def test_crop_ignores_void_when_it_compares_classes(share_of_void, draws):
-    sample = make_sample(40, 40)
-    label = np.full(1600, 1, np.float32)
-    label[:320] = 2                                       # 80 % of class 1 among all; 60 % once void is left out
-    label[1600 - int(1600 * share_of_void):] = 255
-    sample["semseg"] = label.reshape(40, 40, 1)
+@pytest.mark.parametrize(("shares", "draws"), [
+    ({1: 0.7, 2: 0.3}, 2), ({1: 0.8, 2: 0.2}, 22),
+    ({1: 0.1, 2: 0.1, 255: 0.8}, 2), ({1: 0.6, 255: 0.4}, 22), ({255: 1.0}, 22),       # void is not a class
+])
+def test_crop_compares_the_labelled_pixels(shares, draws):
+    sample = make_sample(40, 50)
+    row = np.repeat(list(shares), [round(40 * share) for share in shares.values()])
+    sample["semseg"] = np.tile(row, 50).reshape(50, 40).T[..., None].astype(np.float32)   # each column alike
     rng = Corners([])
-    T.RandomCrop((41, 39))(sample, rng)
+    T.RandomCrop((40, 30))(sample, rng)
     assert rng.count == draws
 
 
@@ -234,8 +237,8 @@ def test_eval_pads_around_the_centre_with_void():
 
 
 def test_image_larger_than_the_frame_is_refused():
-    message = re.escape("image frame_7 is 40 x 50 (height x width) and does not fit into the frame of 40 x 48; "
-                        "set image_size to at least [40, 50]")
+    message = re.escape("image frame_7 is 40 x 50 (height x width) and does not fit into the "
+                        "frame of 40 x 48; set image_size to at least [40, 50]")
     with pytest.raises(ValueError, match=message):
         T.eval_transform((40, 48), TASKS4)(make_sample(), random.Random(0))
 

@@ -1,6 +1,7 @@
 """The room itself and what hangs on its walls or lies on its floor.
 
-Wall things are placed at a pose whose origin is on the floor at the foot of the wall, with +z into the room."""
+Wall things are placed at a pose whose origin is on the floor at the foot of the wall, with +z into the
+room."""
 
 import numpy as np
 
@@ -27,7 +28,11 @@ def shell(stage: Stage, width: float, depth: float, height: float, paint: Paint)
     paper = paint.make(pattern, tone, 0.93 * tone, (0.3, 0.3), 0.02)
     ceiling = paint.make("plain", (0.95, 0.95, 0.94), vary=0.01)
     middle, t = -depth / 2, THICK
-    wide, tall, deep = width + 2 * t, height + 2 * t, depth + 2 * t  # overlapping: no ray slips through a seam
+    wide, tall, deep = (
+        width + 2 * t,
+        height + 2 * t,
+        depth + 2 * t,
+    )  # overlapping: no ray slips through a seam
     room = Pose(np.zeros(3))
     for name, centre, size, material in (
         ("floor", (0, -t / 2, middle), (wide, t, deep), floor),
@@ -43,13 +48,23 @@ def shell(stage: Stage, width: float, depth: float, height: float, paint: Paint)
 def ceiling_lamp(stage: Stage, x: float, z: float, height: float, paint: Paint) -> None:
     """A round lamp under the ceiling."""
     thing = stage.thing("lamp", Pose(np.array([x, height, z])))
-    thing.post((0, -0.05, 0), 0.22, 0.1, paint.make("plain", (0.97, 0.95, 0.88), vary=0.01, glow=0.8), casts_shadow=False)
+    thing.post(
+        (0, -0.05, 0),
+        0.22,
+        0.1,
+        paint.make("plain", (0.97, 0.95, 0.88), vary=0.01, glow=0.8),
+        casts_shadow=False,
+    )
 
 
 def door(stage: Stage, pose: Pose, height: float, paint: Paint) -> None:
     """Frame, two-panel leaf, handle; 0.95 m wide."""
     tone = paint.pick([(0.93, 0.92, 0.9), (0.52, 0.33, 0.2)])
-    thing, wood, frame = stage.thing("door", pose), paint.wood(tone), paint.make("plain", 0.9 * tone, vary=0.02)
+    thing, wood, frame = (
+        stage.thing("door", pose),
+        paint.wood(tone),
+        paint.make("plain", 0.9 * tone, vary=0.02),
+    )
     thing.box((0, height / 2, 0.02), (0.85, height, 0.04), wood)
     for x in (-0.45, 0.45):
         thing.box((x, height / 2, 0.03), (0.08, height, 0.06), frame)
@@ -62,8 +77,15 @@ def door(stage: Stage, pose: Pose, height: float, paint: Paint) -> None:
 def window(stage: Stage, pose: Pose, width: float, height: float, paint: Paint) -> None:
     """Sky behind a cross-barred frame; sometimes with curtains or blinds. The sill is at 0.95 m."""
     base, rng = 0.95, paint.rng
-    sky = paint.make("sky", (0.86, 0.92, 0.97), np.array([0.4, 0.63, 0.92]), (height, height), 0.03,
-                     shift=(rng.uniform(0, 40), 0.0), glow=0.85)
+    sky = paint.make(
+        "sky",
+        (0.86, 0.92, 0.97),
+        np.array([0.4, 0.63, 0.92]),
+        (height, height),
+        0.03,
+        shift=(rng.uniform(0, 40), 0.0),
+        glow=0.85,
+    )
     stage.thing("glass", pose).box((0, base + height / 2, 0.01), (width, height, 0.02), sky)
     thing, frame = stage.thing("window", pose), paint.make("plain", (0.95, 0.95, 0.94), vary=0.02)
     for x in (-width / 2, 0.0, width / 2):
@@ -76,20 +98,34 @@ def window(stage: Stage, pose: Pose, width: float, height: float, paint: Paint) 
         tone = paint.pick([(0.75, 0.32, 0.3), (0.35, 0.45, 0.62), (0.85, 0.72, 0.45), (0.5, 0.6, 0.5)])
         cloth = paint.make("stripes", tone, 0.82 * tone, (0.11, 0.11), 0.03)
         for x in (-width / 2 - 0.14, width / 2 + 0.14):
-            stage.thing("curtain", pose).box((x, base + height / 2 - 0.12, 0.1), (0.34, height + 0.5, 0.05), cloth)
+            stage.thing("curtain", pose).box(
+                (x, base + height / 2 - 0.12, 0.1), (0.34, height + 0.5, 0.05), cloth
+            )
     elif dressing == "blinds":
-        slats = paint.make("panels", (0.9, 0.88, 0.82), np.array([0.62, 0.6, 0.55]), (9.0, 0.07), 0.02, shift=(0.5, 0.0))
+        slats = paint.make(
+            "panels", (0.9, 0.88, 0.82), np.array([0.62, 0.6, 0.55]), (9.0, 0.07), 0.02, shift=(0.5, 0.0)
+        )
         drop = rng.uniform(0.35, 0.7) * height
-        stage.thing("blinds", pose).box((0, base + height - drop / 2, 0.09), (width + 0.06, drop, 0.025), slats)
+        stage.thing("blinds", pose).box(
+            (0, base + height - drop / 2, 0.09), (width + 0.06, drop, 0.025), slats
+        )
 
 
 def picture(stage: Stage, pose: Pose, size, paint: Paint) -> None:
     """A framed painting; size = (width, height), middle at 1.6 m."""
     width, height = size
-    thing, frame = stage.thing("picture", pose), paint.wood(paint.pick([(0.25, 0.18, 0.12), (0.75, 0.6, 0.3)]))
+    thing, frame = (
+        stage.thing("picture", pose),
+        paint.wood(paint.pick([(0.25, 0.18, 0.12), (0.75, 0.6, 0.3)])),
+    )
     thing.box((0, 1.6, 0.015), (width, height, 0.03), frame)
-    art = paint.make("picture", paint.pick([(0.8, 0.35, 0.25), (0.85, 0.7, 0.25)]),
-                     paint.pick([(0.2, 0.4, 0.6), (0.2, 0.5, 0.4)]), (0.4, 0.4), 0.06)
+    art = paint.make(
+        "picture",
+        paint.pick([(0.8, 0.35, 0.25), (0.85, 0.7, 0.25)]),
+        paint.pick([(0.2, 0.4, 0.6), (0.2, 0.5, 0.4)]),
+        (0.4, 0.4),
+        0.06,
+    )
     thing.box((0, 1.6, 0.02), (width - 0.08, height - 0.08, 0.03), art)
 
 
@@ -97,7 +133,9 @@ def whiteboard(stage: Stage, pose: Pose, paint: Paint) -> None:
     """A board of 1.4 m by 0.9 m in a metal frame."""
     thing = stage.thing("whiteboard", pose)
     thing.box((0, 1.55, 0.015), (1.4, 0.9, 0.03), paint.metal())
-    thing.box((0, 1.55, 0.02), (1.34, 0.84, 0.03), paint.make("plain", (0.96, 0.96, 0.97), vary=0.01, gloss=0.4))
+    thing.box(
+        (0, 1.55, 0.02), (1.34, 0.84, 0.03), paint.make("plain", (0.96, 0.96, 0.97), vary=0.01, gloss=0.4)
+    )
 
 
 def rug(stage: Stage, pose: Pose, size, paint: Paint) -> None:

@@ -1,24 +1,35 @@
-"""What stands in a room. Every function puts one thing at a pose: origin on the floor in the middle of its footprint,
-back towards -z, front towards +z, so that a wall's furniture only needs to be turned with the wall.
+"""What stands in a room. Every function puts one thing at a pose: origin on the floor in the middle of its
+footprint, back towards -z, front towards +z, so that a wall's furniture only needs to be turned with the
+wall.
 
 FOOTPRINT gives width, depth and height in metres before the random size factor of the layout (scene.py)."""
 
 import numpy as np
 
+from data.example.small import CREAM, WHITE, on_top, pillow, plant, table_lamp, television
 from data.example.stage import Paint, Pose, Stage
 
 FOOTPRINT = {
-    "bed": (1.45, 2.05, 0.95), "sofa": (1.9, 0.9, 0.85), "cabinet": (1.0, 0.55, 1.95), "dresser": (1.0, 0.5, 0.85),
-    "bookshelf": (0.95, 0.34, 1.85), "desk": (1.25, 0.62, 0.75), "fridge": (0.68, 0.66, 1.75),
-    "counter": (1.5, 0.6, 0.9), "nightstand": (0.46, 0.42, 0.5), "tv_bench": (1.4, 0.42, 0.5),
-    "floor_lamp": (0.42, 0.42, 1.6), "plant": (0.6, 0.6, 1.2), "table": (1.4, 0.85, 0.74), "low_table": (0.95, 0.6, 0.42),
-    "chair": (0.46, 0.48, 0.92), "armchair": (0.85, 0.85, 0.8),
+    "bed": (1.45, 2.05, 0.95),
+    "sofa": (1.9, 0.9, 0.85),
+    "cabinet": (1.0, 0.55, 1.95),
+    "dresser": (1.0, 0.5, 0.85),
+    "bookshelf": (0.95, 0.34, 1.85),
+    "desk": (1.25, 0.62, 0.75),
+    "fridge": (0.68, 0.66, 1.75),
+    "counter": (1.5, 0.6, 0.9),
+    "nightstand": (0.46, 0.42, 0.5),
+    "tv_bench": (1.4, 0.42, 0.5),
+    "floor_lamp": (0.42, 0.42, 1.6),
+    "plant": (0.6, 0.6, 1.2),
+    "table": (1.4, 0.85, 0.74),
+    "low_table": (0.95, 0.6, 0.42),
+    "chair": (0.46, 0.48, 0.92),
+    "armchair": (0.85, 0.85, 0.8),
 }
-WHITE, CREAM, DARK = (0.92, 0.91, 0.89), (0.87, 0.82, 0.72), (0.13, 0.13, 0.15)
 SOFA_COLOURS = [(0.2, 0.42, 0.5), (0.62, 0.2, 0.18), (0.5, 0.48, 0.45), (0.75, 0.55, 0.2), (0.3, 0.36, 0.25)]
 BED_COLOURS = [(0.35, 0.48, 0.72), (0.82, 0.8, 0.86), (0.7, 0.42, 0.52), (0.55, 0.68, 0.75)]
 CHAIR_COLOURS = [(0.72, 0.5, 0.28), (0.82, 0.3, 0.14), (0.24, 0.22, 0.22), (0.9, 0.72, 0.25)]
-LEAF_GREENS = [(0.2, 0.45, 0.16), (0.3, 0.52, 0.2), (0.16, 0.38, 0.22)]
 
 
 def _legs(thing, width, depth, height, thick, material, inset=0.04) -> None:
@@ -39,14 +50,6 @@ def bed(stage: Stage, pose: Pose, size, paint: Paint) -> None:
     thing.box((0, 0.36, 0.3), (width + 0.04, 0.32, depth - 0.62), cover)
     for x in (-0.24 * width, 0.24 * width):
         pillow(stage, pose.at(x, 0.55, -depth / 2 + 0.32), 0.2 * width, paint, flat=True)
-
-
-def pillow(stage: Stage, pose: Pose, half_width: float, paint: Paint, flat: bool = False) -> None:
-    """One cushion, lying or leaning back."""
-    material = paint.fabric([(0.93, 0.92, 0.9), (0.85, 0.45, 0.35), (0.9, 0.8, 0.5), (0.4, 0.55, 0.65)], cell=0.09)
-    lean = np.array([[1, 0, 0], [0, 1, 0.35], [0, -0.35, 1]])
-    radii = (half_width, 0.08, 0.19) if flat else (half_width, 0.19, 0.08)
-    stage.thing("pillow", pose).ball((0, 0, 0), radii, material, np.eye(3) if flat else lean)
 
 
 def sofa(stage: Stage, pose: Pose, size, paint: Paint) -> None:
@@ -116,9 +119,17 @@ def bookshelf(stage: Stage, pose: Pose, size, paint: Paint) -> None:
         fill = paint.rng.uniform(0.35, 1.0) * (width - 0.1)
         tall = paint.rng.uniform(0.6, 0.85) * (gap - 0.03)
         side = paint.rng.choice([-1, 1]) * (width - 0.1 - fill) / 2
-        spines = paint.make("books", CREAM, CREAM, (paint.rng.uniform(0.035, 0.06), tall), 0.05,
-                            shift=(paint.rng.uniform(0, 40), 0.0))
-        stage.thing("books", pose).box((side, 0.065 + i * gap + tall / 2, -0.03), (fill, tall, depth - 0.1), spines)
+        spines = paint.make(
+            "books",
+            CREAM,
+            CREAM,
+            (paint.rng.uniform(0.035, 0.06), tall),
+            0.05,
+            shift=(paint.rng.uniform(0, 40), 0.0),
+        )
+        stage.thing("books", pose).box(
+            (side, 0.065 + i * gap + tall / 2, -0.03), (fill, tall, depth - 0.1), spines
+        )
 
 
 def desk(stage: Stage, pose: Pose, size, paint: Paint) -> None:
@@ -136,19 +147,6 @@ def desk(stage: Stage, pose: Pose, size, paint: Paint) -> None:
         sheet.box((0, 0, 0), (0.21, 0.008, 0.3), paint.make("plain", (0.96, 0.96, 0.94), vary=0.01))
     if paint.rng.random() < 0.7:
         on_top(stage, pose.at(-width / 2 + 0.2, height, -0.08), paint)
-
-
-def television(stage: Stage, pose: Pose, size, paint: Paint) -> None:
-    """A flat screen on a foot; size = (width, height)."""
-    width, height = size
-    thing, frame = stage.thing("tv", pose), paint.make("plain", DARK, vary=0.03, gloss=0.3)
-    thing.box((0, 0.01, 0), (0.4 * width, 0.02, 0.2), frame)
-    thing.box((0, 0.06, 0), (0.06, 0.12, 0.04), frame)
-    thing.box((0, 0.08 + height / 2, 0), (width, height, 0.05), frame)
-    shows = [((0.95, 0.6, 0.35), (0.3, 0.3, 0.65)), ((0.75, 0.9, 0.95), (0.2, 0.5, 0.85)), (DARK, (0.1, 0.11, 0.14))]
-    first, second = shows[paint.rng.integers(3)]
-    screen = paint.make("screen", first, np.asarray(second), (width, height), 0.04, shift=(0.0, 0.0), glow=0.5, gloss=0.2)
-    thing.box((0, 0.08 + height / 2, 0.005), (width - 0.05, height - 0.05, 0.05), screen)
 
 
 def tv_bench(stage: Stage, pose: Pose, size, paint: Paint) -> None:
@@ -202,7 +200,10 @@ def table(stage: Stage, pose: Pose, size, paint: Paint) -> None:
 def chair(stage: Stage, pose: Pose, size, paint: Paint, colours=None) -> None:
     """Four legs, a seat, two uprights with a back."""
     width, depth, height = size
-    thing, seat = stage.thing("chair", pose), paint.make("plain", paint.pick(colours or CHAIR_COLOURS), gloss=0.1)
+    thing, seat = (
+        stage.thing("chair", pose),
+        paint.make("plain", paint.pick(colours or CHAIR_COLOURS), gloss=0.1),
+    )
     wood = paint.wood((0.5, 0.34, 0.22))
     _legs(thing, width, depth, 0.43, 0.04, wood, inset=0.01)
     thing.box((0, 0.45, 0), (width, 0.05, depth), seat)
@@ -221,79 +222,21 @@ def floor_lamp(stage: Stage, pose: Pose, size, paint: Paint) -> None:
     thing.post((0, height, 0), 0.21, 0.3, shade, taper=0.65)
 
 
-def table_lamp(stage: Stage, pose: Pose, paint: Paint) -> None:
-    """A round foot and a glowing shade."""
-    thing = stage.thing("lamp", pose)
-    foot = paint.make("plain", paint.pick([(0.75, 0.35, 0.25), (0.3, 0.5, 0.55), (0.85, 0.8, 0.7)]), gloss=0.4)
-    thing.ball((0, 0.09, 0), (0.075, 0.09, 0.075), foot)
-    thing.post((0, 0.2, 0), 0.012, 0.1, foot)
-    thing.post((0, 0.31, 0), 0.13, 0.18, paint.make("plain", (0.97, 0.88, 0.64), vary=0.03, glow=0.55), taper=0.6)
-
-
-def plant(stage: Stage, pose: Pose, size, paint: Paint) -> None:
-    """A pot, a stem and a crown of leaves."""
-    rng, height = paint.rng, size[2]
-    thing, green = stage.thing("plant", pose), paint.pick(LEAF_GREENS)
-    pot = paint.make("plain", paint.pick([(0.72, 0.38, 0.24), (0.88, 0.86, 0.82)]), gloss=0.15)
-    pot_height, radius = 0.28 * height, 0.15 * height
-    thing.post((0, pot_height / 2, 0), 0.7 * radius, pot_height, pot, taper=1.4)
-    thing.post((0, 0.5 * height, 0), 0.02, 0.5 * height, paint.wood((0.4, 0.3, 0.2)))
-    for i in range(9):
-        angle, rise = 2.4 * i + rng.uniform(-0.3, 0.3), (0.45 + 0.055 * i) * height
-        reach = (0.34 - 0.025 * i) * 0.75 * height * rng.uniform(0.7, 1.0)
-        leaf = paint.make("leaves", green, 0.5 * green, (0.16, 0.16), 0.05)
-        lift = np.array([[np.cos(angle), 0, np.sin(angle)], [0.5, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
-        thing.ball((reach * np.cos(angle) * 0.8, rise, -reach * np.sin(angle) * 0.8),
-                   (0.2 * height, 0.05 * height, 0.09 * height), leaf, lift)
-
-
-def bottle(stage: Stage, pose: Pose, paint: Paint) -> None:
-    """Body, shoulder, neck, cap and a label band."""
-    thing = stage.thing("bottle", pose)
-    tone = paint.pick([(0.1, 0.42, 0.2), (0.45, 0.2, 0.08), (0.15, 0.4, 0.62)])
-    glass, band = paint.make("plain", tone, gloss=0.8), paint.make("plain", WHITE)
-    scale = paint.rng.uniform(1.0, 1.35)
-    for y, radius, tall, taper, material in (
-        (0.095, 0.042, 0.19, 1.0, glass), (0.1, 0.0425, 0.08, 1.0, band), (0.215, 0.042, 0.05, 0.36, glass),
-        (0.27, 0.015, 0.06, 1.0, glass), (0.305, 0.018, 0.02, 1.0, band),
-    ):
-        thing.post((0, scale * y, 0), scale * radius, scale * tall, material, taper)
-
-
-def on_top(stage: Stage, pose: Pose, paint: Paint) -> None:
-    """A small thing for a table top: bottle, plant, lamp, vase, books or a box."""
-    kind = paint.rng.choice(["bottle", "bottle", "bottle", "plant", "lamp", "vase", "books", "box"])
-    if kind == "bottle":
-        bottle(stage, pose, paint)
-        if paint.rng.random() < 0.4:
-            bottle(stage, pose.at(0.12, 0, 0.05), paint)
-    elif kind == "plant":
-        plant(stage, pose, (0.2, 0.2, paint.rng.uniform(0.32, 0.45)), paint)
-    elif kind == "lamp":
-        table_lamp(stage, pose, paint)
-    elif kind == "vase":
-        clay = paint.make("stripes", (0.8, 0.75, 0.65), np.array([0.3, 0.45, 0.6]), (9.0, 0.1), gloss=0.4)
-        thing = stage.thing("vase", pose)
-        thing.ball((0, 0.11, 0), (0.08, 0.11, 0.08), clay)
-        thing.post((0, 0.22, 0), 0.035, 0.08, clay, taper=1.5)
-    elif kind == "books":
-        thing = stage.thing("books", pose)
-        for i in range(3):
-            cover = paint.make("plain", paint.pick([(0.6, 0.2, 0.2), (0.2, 0.3, 0.5), (0.75, 0.65, 0.3)]))
-            thing.box((0.01 * i, 0.018 + 0.036 * i, 0), (0.24 - 0.02 * i, 0.034, 0.17), cover)
-    else:
-        carton(stage, pose, 0.2, paint)
-
-
-def carton(stage: Stage, pose: Pose, edge: float, paint: Paint) -> None:
-    """A cardboard box with tape."""
-    thing = stage.thing("box", pose)
-    thing.box((0, 0.4 * edge, 0), (edge, 0.8 * edge, 0.8 * edge), paint.make("plain", (0.74, 0.58, 0.38), vary=0.04))
-    thing.box((0, 0.4 * edge, 0), (0.16 * edge, 0.8 * edge + 0.006, 0.8 * edge + 0.006), paint.make("plain", CREAM))
-
-
 BUILDERS = {
-    "bed": bed, "sofa": sofa, "armchair": sofa, "cabinet": cabinet, "dresser": dresser, "bookshelf": bookshelf,
-    "desk": desk, "fridge": fridge, "counter": counter, "nightstand": nightstand, "tv_bench": tv_bench,
-    "floor_lamp": floor_lamp, "plant": plant, "table": table, "low_table": table, "chair": chair,
+    "bed": bed,
+    "sofa": sofa,
+    "armchair": sofa,
+    "cabinet": cabinet,
+    "dresser": dresser,
+    "bookshelf": bookshelf,
+    "desk": desk,
+    "fridge": fridge,
+    "counter": counter,
+    "nightstand": nightstand,
+    "tv_bench": tv_bench,
+    "floor_lamp": floor_lamp,
+    "plant": plant,
+    "table": table,
+    "low_table": table,
+    "chair": chair,
 }

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Label:
-    """nyud: 1..40; pascal: 0..20; context: id in the style of the 459 PASCAL-Context classes; salience: 0..1."""
+    """nyud: 1..40; pascal: 0..20; context: id in the style of the 459 PASCAL-Context classes; salience:
+    0..1."""
 
     nyud: int
     pascal: int
@@ -13,8 +14,8 @@ class Label:
     salience: float
 
 
-# "glass" is what is seen through a window (sky): like "plant" its context id is outside the list of ids whose normals
-# are valid, so that the mask of the PASCAL normals has something to remove.
+# "glass" is what is seen through a window (sky): like "plant" its context id is outside the list of ids whose
+# normals are valid, so that the mask of the PASCAL normals has something to remove.
 LABELS = {
     "wall": Label(1, 0, 440, 0.0),
     "floor": Label(2, 0, 158, 0.0),
@@ -54,10 +55,25 @@ LABELS = {
     "vase": Label(40, 0, 432, 0.3),
 }
 
-# Parts of a figure in the order in which they are stored; a part index on a solid is a position here plus one.
+# Parts of a figure in the order in which they are stored; a part index on a solid is a position here plus
+# one.
 PART_NAMES = (
-    "hair", "head", "neck", "torso", "luarm", "ruarm", "llarm", "rlarm", "lhand", "rhand",
-    "luleg", "ruleg", "llleg", "rlleg", "lfoot", "rfoot",
+    "hair",
+    "head",
+    "neck",
+    "torso",
+    "luarm",
+    "ruarm",
+    "llarm",
+    "rlarm",
+    "lhand",
+    "rhand",
+    "luleg",
+    "ruleg",
+    "llleg",
+    "rlleg",
+    "lfoot",
+    "rfoot",
 )
 
 # The six body parts of the human_parts task, one entry per PART_NAMES.

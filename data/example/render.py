@@ -1,8 +1,9 @@
 """One scene to an image and its label maps.
 
-Camera: pinhole, square pixels, principal point in the middle, focal length LENS * sqrt(height * width) pixels.
-Camera coordinates: x right, y up, z towards the camera, so that a visible surface's normal has a positive z on the
-optical axis, and a horizontal flip of the picture negates x. Depth is z-depth, the distance along the optical axis."""
+Camera: pinhole, square pixels, principal point in the middle, focal length LENS * sqrt(height * width)
+pixels. Camera coordinates: x right, y up, z towards the camera, so that a visible surface's normal has a
+positive z on the optical axis, and a horizontal flip of the picture negates x. Depth is z-depth, the distance
+along the optical axis."""
 
 from dataclasses import dataclass
 
@@ -24,10 +25,10 @@ class Rendered:
     """All maps of one scene, H x W.
 
     image: uint8 (H, W, 3) RGB. depth_m: float32 metres. normals: float32 (H, W, 3), unit, camera coordinates.
-    nyud_semseg: uint8 1..40. pascal_semseg: uint8 0..20. label_map: uint16, ids in the style of PASCAL-Context.
-    instances: int32 index into `names`. part_names: uint8, 0 or 1 + index in labels.PART_NAMES. part_map: uint8, the
-    six body parts, 0 elsewhere. saliency: uint8 0..255, soft. edge: bool, one pixel thin.
-    names: label name per instance (key of labels.LABELS).
+    nyud_semseg: uint8 1..40. pascal_semseg: uint8 0..20. label_map: uint16, ids in the style of
+    PASCAL-Context. instances: int32 index into `names`. part_names: uint8, 0 or 1 + index in
+    labels.PART_NAMES. part_map: uint8, the six body parts, 0 elsewhere. saliency: uint8 0..255, soft. edge:
+    bool, one pixel thin. names: label name per instance (key of labels.LABELS).
     """
 
     image: np.ndarray
@@ -50,7 +51,8 @@ def focal(size: tuple[int, int]) -> float:
 
 
 def view_rays(size: tuple[int, int], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Directions (3, N) float32 with z = -1 through the pixel positions rows, columns (N,); 0 = first centre."""
+    """Directions (3, N) float32 with z = -1 through the pixel positions rows, columns (N,); 0 = first
+    centre."""
     f = focal(size)
     u = (columns + 0.5 - size[1] / 2) / f
     v = (size[0] / 2 - 0.5 - rows) / f
@@ -84,8 +86,8 @@ def render_scene(seed: int | list[int], size: tuple[int, int], style: str = "nyu
 
 
 def _refine(scene: Scene, size: tuple[int, int], colour: np.ndarray) -> np.ndarray:
-    """Average four rays per pixel where colour (3, H, W) differs much from a neighbour's: outlines, shadows, fine
-    texture."""
+    """Average four rays per pixel where colour (3, H, W) differs much from a neighbour's: outlines, shadows,
+    fine texture."""
     shown = np.clip(colour, 0, 1) ** GAMMA
     rough = np.zeros(size, bool)
     for axis in (1, 2):
@@ -102,7 +104,9 @@ def _refine(scene: Scene, size: tuple[int, int], colour: np.ndarray) -> np.ndarr
     rays = view_rays(size, all_rows, all_columns)
     depth, index = first_hit(scene.solids, rays)
     fine, _ = shade(scene, rays * depth, index, share_lamps=True)
-    colour[:, rows, columns] = np.minimum(fine, 1).reshape(3, len(SUBSAMPLES), -1).mean(1)  # (3, 4, N) -> (3, N)
+    colour[:, rows, columns] = (
+        np.minimum(fine, 1).reshape(3, len(SUBSAMPLES), -1).mean(1)
+    )  # (3, 4, N) -> (3, N)
     return colour
 
 
@@ -133,14 +137,17 @@ def _label_maps(scene: Scene, index: np.ndarray) -> dict[str, np.ndarray]:
 def _saliency(names: list[str], instances: np.ndarray) -> np.ndarray:
     """Soft saliency (H, W) 0..255: people and animals first, else the things that are large and central.
 
-    A thing's score is its class's salience times how central and how large it is; scores are relative to the best
-    in the picture and everything far below that is background. Outlines are blurred by 1 % of the picture's size.
+    A thing's score is its class's salience times how central and how large it is; scores are relative to the
+    best in the picture and everything far below that is background. Outlines are blurred by 1 % of the
+    picture's size.
     """
     height, width = instances.shape
     v, u = np.indices(instances.shape)
     area = np.maximum(np.bincount(instances.ravel(), minlength=len(names)), 1)
     off = ((u + 0.5) / width - 0.5) ** 2 + ((v + 0.5) / height - 0.5) ** 2
-    off = np.bincount(instances.ravel(), off.ravel(), len(names)) / area  # mean squared distance from the middle
+    off = (
+        np.bincount(instances.ravel(), off.ravel(), len(names)) / area
+    )  # mean squared distance from the middle
     share = np.minimum(area / area.sum() / 0.02, 1)
     score = np.array([LABELS[name].salience for name in names]) * np.exp(-3 * off) * np.sqrt(share)
     score = score / max(score.max(), 1e-6)
@@ -157,9 +164,14 @@ def _boundaries(instances: np.ndarray, depth_m: np.ndarray, normals: np.ndarray)
     """
     size = instances.shape
     rows, columns = (grid.ravel() for grid in np.indices(size))
-    points = view_rays(size, rows, columns).reshape(3, *size).transpose(1, 2, 0) * depth_m[..., None]  # (H, W, 3)
+    points = (
+        view_rays(size, rows, columns).reshape(3, *size).transpose(1, 2, 0) * depth_m[..., None]
+    )  # (H, W, 3)
     edge = np.zeros(size, bool)
-    for a, b in (((slice(None), slice(None, -1)), (slice(None), slice(1, None))), (slice(None, -1), slice(1, None))):
+    for a, b in (
+        ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
+        (slice(None, -1), slice(1, None)),
+    ):
         apart = points[b] - points[a]
         off = np.minimum(np.abs((apart * normals[a]).sum(-1)), np.abs((apart * normals[b]).sum(-1)))
         step = (instances[a] != instances[b]) | (off > 0.04 + 0.01 * depth_m[a])

@@ -1,13 +1,14 @@
-"""A room from a seed: size, theme, furniture along the walls, a table set, people, small things, camera, light.
+"""A room from a seed: size, theme, furniture along the walls, a table set, people, small things, camera,
+light.
 
-World frame: floor at y = 0, room x in +-width/2 and z in -depth..0; the camera stands near z = 0 and looks towards -z.
-Nothing here knows the size of the picture, so one seed gives one scene at every size."""
+World frame: floor at y = 0, room x in +-width/2 and z in -depth..0; the camera stands near z = 0 and looks
+towards -z. Nothing here knows the size of the picture, so one seed gives one scene at every size."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.example import fittings, furniture, human
+from data.example import fittings, furniture, human, small
 from data.example.geometry import Solid, rotation_x, rotation_y, rotation_z
 from data.example.stage import Paint, Pose, Stage
 
@@ -30,14 +31,14 @@ class Style:
     most: int
 
 
-STYLES = {"nyud": Style(people=0.35, most=2), "pascal": Style(people=0.82, most=3)}
+STYLES = {"nyud": Style(people=0.35, most=2), "pascal": Style(people=0.76, most=3)}
 
 
 @dataclass(frozen=True)
 class Scene:
     """solids: in camera coordinates (x right, y up, z towards the camera). names: label name per instance.
-    up: (3,) the world's y axis. lamps: (S, 3) points of the ceiling lamp. daylight: (3,) direction to the brightest
-    window. tint: (3,) colour of the light. exposure: factor. size_m: room width, depth, height.
+    up: (3,) the world's y axis. lamps: (S, 3) points of the ceiling lamp. daylight: (3,) direction to the
+    brightest window. tint: (3,) colour of the light. exposure: factor. size_m: room width, depth, height.
     to_world: (3, 3) rotation and eye (3,): world point = to_world @ point + eye."""
 
     solids: list[Solid]
@@ -117,7 +118,7 @@ def build_scene(rng: np.random.Generator, style: str) -> Scene:
         Wall(np.array([room.width / 2, 0, -room.depth]), -np.pi / 2, room.depth),
     ]
     theme = THEMES[str(rng.choice(list(THEMES)))]
-    for wall, share in zip(walls, (1.0, 0.8, 0.8)):
+    for wall, share in zip(walls, (1.0, 0.8, 0.8), strict=True):
         _furnish(room, wall, theme, share)
     if rng.random() < 0.65:
         _table_set(room)
@@ -148,18 +149,19 @@ def _furnish(room: Layout, wall: Wall, theme: tuple[str, ...], share: float) -> 
             continue
         furniture.BUILDERS[name](room.stage, pose, (width, depth, height), room.paint)
         if height < LOW:
-            _hang(room, wall, along, along + width, on_floor=True)
+            _hang(room, wall, along, along + width, furnished=True)
         along += width + rng.choice([0.04, 0.1, rng.uniform(0.2, 1.0)])
 
 
-def _hang(room: Layout, wall: Wall, start: float, end: float, on_floor: bool = False) -> None:
-    """A door, window, picture or whiteboard on the stretch start..end (metres) of a wall."""
+def _hang(room: Layout, wall: Wall, start: float, end: float, furnished: bool = False) -> None:
+    """A door, window, picture or whiteboard on the stretch start..end (metres) of a wall; no door where
+    furnished."""
     rng, middle = room.rng, (start + end) / 2
     pose, span = wall.pose(middle), end - start
     if middle + 0.6 > wall.length or middle < 0.6 or span < 0.6:
         return
     kind = str(rng.choice(["window", "window", "picture", "picture", "whiteboard", "door", "none"]))
-    if kind == "door" and not on_floor and room.claim(pose.at(0, 0, 0.05), 1.0, 0.1):
+    if kind == "door" and not furnished and room.claim(pose.at(0, 0, 0.05), 1.0, 0.1):
         fittings.door(room.stage, pose, 2.02, room.paint)
     elif kind == "window" and span > 0.9:
         fittings.window(room.stage, pose, min(span - 0.3, 1.5), rng.uniform(0.95, 1.2), room.paint)
@@ -205,15 +207,28 @@ def _add_person(room: Layout) -> None:
         towards_camera = np.arctan2(room.eye[0] - point[0], room.eye[2] - point[2])
         pose = Pose.on_floor(point[0], point[2], towards_camera + rng.normal(0, 0.8))
         if room.claim(pose, 0.42, 0.42):
-            human.person(room.stage, pose, str(rng.choice(human.POSES, p=(0.3, 0.3, 0.15, 0.1, 0.15))), height, room.paint)
+            human.person(
+                room.stage,
+                pose,
+                str(rng.choice(human.POSES, p=(0.3, 0.3, 0.15, 0.1, 0.15))),
+                height,
+                room.paint,
+            )
             return
 
 
 def _small_things(room: Layout) -> None:
     """A pet, a ball, a bag, boxes, a plant on the free floor."""
     rng = room.rng
-    for name, chance, size in (("cat", 0.15, 0.5), ("dog", 0.15, 0.8), ("ball", 0.3, 0.35), ("bag", 0.25, 0.5),
-                               ("box", 0.3, 0.45), ("plant", 0.25, 0.5), ("chair", 0.3, 0.5)):
+    for name, chance, size in (
+        ("cat", 0.35, 0.4),
+        ("dog", 0.35, 0.6),
+        ("ball", 0.3, 0.35),
+        ("bag", 0.25, 0.5),
+        ("box", 0.3, 0.45),
+        ("plant", 0.25, 0.5),
+        ("chair", 0.3, 0.5),
+    ):
         if rng.random() > chance:
             continue
         point = room.spot(1.8, 4.0)
@@ -225,7 +240,7 @@ def _small_things(room: Layout) -> None:
         elif name in ("ball", "bag"):
             fittings.toy(room.stage, pose, name, room.paint)
         elif name == "box":
-            furniture.carton(room.stage, pose, size, room.paint)
+            small.carton(room.stage, pose, size, room.paint)
         else:
             furniture.BUILDERS[name](room.stage, pose, furniture.FOOTPRINT[name], room.paint)
 

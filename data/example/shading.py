@@ -1,4 +1,5 @@
-"""Light on surfaces: a ceiling lamp with soft shadows, daylight and ambient light without, corners a little darker.
+"""Light on surfaces: a ceiling lamp with soft shadows, daylight and ambient light without, corners a little
+darker.
 
 All vectors are in camera coordinates; colours are linear RGB, float32, (3, N)."""
 
@@ -11,13 +12,16 @@ from data.example.texture import colours
 LAMP, DAY, SKY = 1.5, 0.22, 0.42  # strengths of lamp, daylight and ambient light
 
 
-def surfaces(scene: Scene, points: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normals (3, N), base colours (3, N), gloss and glow (2, N) at points (3, N) on the solids `index` (N,)."""
+def surfaces(
+    scene: Scene, points: np.ndarray, index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Normals (3, N), base colours (3, N), gloss and glow (2, N) at points (3, N) on the solids `index`
+    (N,)."""
     normals, base = np.zeros_like(points), np.zeros_like(points)
     finish = np.zeros((2, points.shape[1]), np.float32)
     order = np.argsort(index, kind="stable")
     values, starts = np.unique(index[order], return_index=True)
-    for value, pixels in zip(values, np.split(order, starts[1:])):
+    for value, pixels in zip(values, np.split(order, starts[1:]), strict=True):
         solid = scene.solids[value]
         material = solid.material
         normals[:, pixels], position, inner = solid.surface(points[:, pixels])
@@ -27,11 +31,13 @@ def surfaces(scene: Scene, points: np.ndarray, index: np.ndarray) -> tuple[np.nd
     return normals, base, finish
 
 
-def shade(scene: Scene, points: np.ndarray, index: np.ndarray, share_lamps: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def shade(
+    scene: Scene, points: np.ndarray, index: np.ndarray, share_lamps: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Colour (3, N) and unit normal (3, N) of visible points (3, N) on the solids `index` (N,).
 
-    share_lamps: the points come in one run per point of the lamp, and each run is lit by its own point only; for
-    samples of one pixel that are averaged later.
+    share_lamps: the points come in one run per point of the lamp, and each run is lit by its own point only;
+    for samples of one pixel that are averaged later.
     """
     normals, base, (gloss, glow) = surfaces(scene, points, index)
     up = scene.up.astype(np.float32)[:, None]
@@ -55,7 +61,9 @@ def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lam
     return total * (LAMP if share_lamps else LAMP / len(scene.lamps))
 
 
-def _one_lamp(scene: Scene, lamp: np.ndarray, frame: np.ndarray, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
+def _one_lamp(
+    scene: Scene, lamp: np.ndarray, frame: np.ndarray, points: np.ndarray, normals: np.ndarray
+) -> np.ndarray:
     towards = lamp.astype(np.float32)[:, None] - points
     square = dot(towards, towards)
     towards = towards / np.sqrt(square)

@@ -12,7 +12,8 @@ UPRIGHT = np.eye(3)
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a thing stands: origin (3,) in metres, rotation (3, 3) from its own frame (front = +z, up = +y)."""
+    """Where a thing stands: origin (3,) in metres, rotation (3, 3) from its own frame (front = +z, up =
+    +y)."""
 
     origin: np.ndarray
     rotation: np.ndarray = field(default_factory=lambda: UPRIGHT)
@@ -29,8 +30,8 @@ class Pose:
 
 @dataclass
 class Stage:
-    """Everything in a scene: solids, the label name of every instance, free seats (origin on the seat, front = the
-    way a sitter looks)."""
+    """Everything in a scene: solids, the label name of every instance, free seats (origin on the seat, front
+    = the way a sitter looks)."""
 
     solids: list[Solid] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -58,11 +59,24 @@ class Thing:
         """An ellipsoid with radii (x, y, z), turned by `turn` (3, 3)."""
         self.solid("ellipsoid", centre, turn @ np.diag(radii), material, part=part)
 
-    def post(self, centre, radius: float, height: float, material: Material, taper: float = 1.0,
-             casts_shadow: bool = True) -> None:
+    def post(
+        self,
+        centre,
+        radius: float,
+        height: float,
+        material: Material,
+        taper: float = 1.0,
+        casts_shadow: bool = True,
+    ) -> None:
         """An upright cylinder; top radius = taper * radius."""
-        self.solid("cylinder", centre, np.diag([radius, height / 2, radius]), material, taper=taper,
-                   casts_shadow=casts_shadow)
+        self.solid(
+            "cylinder",
+            centre,
+            np.diag([radius, height / 2, radius]),
+            material,
+            taper=taper,
+            casts_shadow=casts_shadow,
+        )
 
     def solid(self, kind: str, centre, axes: np.ndarray, material: Material, **options) -> None:
         """Any solid; `axes` (3, 3) holds its half axes in columns."""
@@ -83,7 +97,9 @@ class Paint:
         first = np.clip(np.asarray(first) + rng.uniform(-vary, vary, 3), 0.02, 0.97)
         second = 0.75 * first if second is None else np.clip(second + rng.uniform(-vary, vary, 3), 0.02, 0.97)
         shift = options.pop("shift", tuple(rng.uniform(0, 40, 2)))
-        return Material(kind, (first**2.2).astype(np.float32), (second**2.2).astype(np.float32), cell, shift, **options)
+        return Material(
+            kind, (first**2.2).astype(np.float32), (second**2.2).astype(np.float32), cell, shift, **options
+        )
 
     def pick(self, colours) -> np.ndarray:
         """One of several sRGB colours."""

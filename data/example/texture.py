@@ -1,6 +1,7 @@
 """Procedural colours: wood, planks, checks, stripes, tiles, noise, books, leaves, sky, pictures, screens.
 
-A texture is a function of the position on a surface in metres, so it does not depend on the picture's size."""
+A texture is a function of the position on a surface in metres, so it does not depend on the picture's
+size."""
 
 from dataclasses import dataclass
 
@@ -85,10 +86,18 @@ def _leaves(u, v):
     return np.clip(1.6 * noise(2 * u + 3 * v, 2 * v - 3 * u) - 0.3, 0, 1)
 
 
-# Mixes of the two colours of a material; 0 gives the first, 1 the second, 1.3 is the second at 70 % brightness (seams).
+# Mixes of the two colours of a material; 0 gives the first, 1 the second, 1.3 is the second at 70 %
+# brightness (seams).
 MIXES = {
-    "plain": _plain, "wood": _wood, "planks": _planks, "checks": _checks, "stripes": _stripes, "tiles": _tiles,
-    "panels": _panels, "noise": _noise, "leaves": _leaves,
+    "plain": _plain,
+    "wood": _wood,
+    "planks": _planks,
+    "checks": _checks,
+    "stripes": _stripes,
+    "tiles": _tiles,
+    "panels": _panels,
+    "noise": _noise,
+    "leaves": _leaves,
 }
 
 
@@ -96,7 +105,9 @@ def _books(u, v, material):
     """Upright spines of many colours; dark above the top of each book."""
     pick = cells(u, np.zeros_like(u))
     hue = 6.2832 * (pick + 0.13 * cells(u, np.ones_like(u)))
-    colour = np.stack([0.28 + 0.24 * np.cos(hue), 0.24 + 0.18 * np.cos(hue - 2.1), 0.22 + 0.2 * np.cos(hue - 4.2)])
+    colour = np.stack(
+        [0.28 + 0.24 * np.cos(hue), 0.24 + 0.18 * np.cos(hue - 2.1), 0.22 + 0.2 * np.cos(hue - 4.2)]
+    )
     band = np.abs(v - 0.3) < 0.06
     colour = np.where(band, material.second[:, None], colour)
     return np.where(_seam(u, 0.07), 0.25 * colour, colour)
@@ -116,7 +127,9 @@ def _picture(u, v, material):
     """An abstract painting: three flat fields with soft outlines."""
     field = noise(2.3 * u, 2.3 * v)[None]
     third = np.float32([[0.85], [0.82], [0.72]])
-    colour = np.where(field < 0.4, material.first[:, None], np.where(field < 0.6, third, material.second[:, None]))
+    colour = np.where(
+        field < 0.4, material.first[:, None], np.where(field < 0.6, third, material.second[:, None])
+    )
     return colour * (0.85 + 0.3 * noise(9 * u, 9 * v))
 
 

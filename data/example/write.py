@@ -1,8 +1,9 @@
 """Both folder layouts of the example data set, rendered in parallel, all or nothing.
 
-A marker with the parameters stands in the folder: MARKER once everything is written, PARTIAL while a run is under way
-or after one that was interrupted. Only files named by a marker are ever removed, so a folder with real data in it is
-safe. Every image has its own random stream (seed, layout, number): the bytes do not depend on the number of workers."""
+A marker with the parameters stands in the folder: MARKER once everything is written, PARTIAL while a run is
+under way or after one that was interrupted. Only files named by a marker are ever removed, so a folder with
+real data in it is safe. Every image has its own random stream (seed, layout, number): the bytes do not depend
+on the number of workers."""
 
 import io
 import json
@@ -24,8 +25,17 @@ from data.example.render import Rendered, render_scene
 MARKER, PARTIAL = "example.json", "example.partial.json"
 RENDERER = 1  # raise it when the same parameters give other bytes
 NYUD, PASCAL = "NYUDv2", "PASCALContext"
-VOC_NAMES = {5: "bottle", 8: "cat", 9: "chair", 11: "diningtable", 12: "dog", 15: "person", 16: "pottedplant",
-             18: "sofa", 20: "tvmonitor"}
+VOC_NAMES = {
+    5: "bottle",
+    8: "cat",
+    9: "chair",
+    11: "diningtable",
+    12: "dog",
+    15: "person",
+    16: "pottedplant",
+    18: "sofa",
+    20: "tvmonitor",
+}
 PERSON = 15
 LISTS = ((NYUD, "gt_sets"), (PASCAL, "ImageSets/Context"))
 MAT_HEADER = b"MATLAB 5.0 MAT-file, example data set"  # scipy's own text holds the time of day
@@ -36,8 +46,14 @@ def image_files(layout: str, name: str) -> list[str]:
     if layout == NYUD:
         places = ("images/{}.png", "segmentation/{}.png", "depth/{}.npy", "normals/{}.png", "edge/{}.png")
     else:
-        places = ("JPEGImages/{}.jpg", "semseg/VOC12/{}.png", "human_parts/{}.mat",
-                  "pascal-context/trainval/{}.mat", "normals_distill/{}.png", "sal_distill/{}.png")
+        places = (
+            "JPEGImages/{}.jpg",
+            "semseg/VOC12/{}.png",
+            "human_parts/{}.mat",
+            "pascal-context/trainval/{}.mat",
+            "normals_distill/{}.png",
+            "sal_distill/{}.png",
+        )
     return [f"{layout}/{place.format(name)}" for place in places]
 
 
@@ -46,16 +62,31 @@ def image_name(layout: str, number: int) -> str:
     return f"{number:04d}" if layout == NYUD else f"2008_{number:06d}"
 
 
-def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, size: tuple[int, int] = (160, 224),
-                  seed: int = 0, workers: int = 2, overwrite: bool = False, progress: bool = True) -> bool:
-    """Render num_train + num_val images of size (H, W) for each layout into root/NYUDv2 and root/PASCALContext.
+def write_example(
+    root: str | Path,
+    num_train: int = 160,
+    num_val: int = 40,
+    size: tuple[int, int] = (160, 224),
+    seed: int = 0,
+    workers: int = 2,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> bool:
+    """Render num_train + num_val images of size (H, W) for each layout into root/NYUDv2 and
+    root/PASCALContext.
 
-    Returns True when it rendered, False when an equal data set was there already. Raises ValueError for parameters
-    out of range, FileExistsError for a folder that holds other parameters, an interrupted run (both are rendered
-    again with overwrite=True) or data that this function did not write (never touched).
+    Returns True when it rendered, False when an equal data set was there already. Raises ValueError for
+    parameters out of range, FileExistsError for a folder that holds other parameters, an interrupted run
+    (both are rendered again with overwrite=True) or data that this function did not write (never touched).
     """
     root = Path(root)
-    wanted = {"renderer": RENDERER, "num_train": num_train, "num_val": num_val, "size": list(size), "seed": seed}
+    wanted = {
+        "renderer": RENDERER,
+        "num_train": num_train,
+        "num_val": num_val,
+        "size": list(size),
+        "seed": seed,
+    }
     _check(wanted, workers)
     if _ready(root, wanted, overwrite):
         return False
@@ -66,10 +97,7 @@ def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, siz
     write_one = partial(_write_image, root, tuple(size), seed)
     for _ in tqdm(_spread(write_one, jobs, workers), total=len(jobs), unit="image", disable=not progress):
         pass
-    for layout, folder in LISTS:
-        names = [image_name(layout, number) for number in range(1, num_train + num_val + 1)]
-        for split, part in (("train", names[:num_train]), ("val", names[num_train:])):
-            (root / layout / folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
+    _write_lists(root, num_train, num_val)
     _write_json(root / MARKER, wanted)
     (root / PARTIAL).unlink()
     return True
@@ -81,7 +109,9 @@ def _check(wanted: dict, workers: int) -> None:
     values |= {f"size[{i}]": (length, 32, 4096) for i, length in enumerate(wanted["size"])}
     for key, (value, low, high) in values.items():
         if not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{key} is {value!r}; the example data set takes a whole number from {low} to {high}")
+            raise ValueError(
+                f"{key} is {value!r}; the example data set takes a whole number from {low} to {high}"
+            )
     if len(wanted["size"]) != 2:
         raise ValueError(f"size is {wanted['size']}; give two numbers, height and width")
 
@@ -92,8 +122,10 @@ def _ready(root: Path, wanted: dict, overwrite: bool) -> bool:
     if old is None:
         foreign = [str(root / layout) for layout, _ in LISTS if (root / layout).exists()]
         if foreign:
-            raise FileExistsError(f"{' and '.join(foreign)} was not written by this command and is left alone; "
-                                  "choose another folder for the example data set")
+            raise FileExistsError(
+                f"{' and '.join(foreign)} was not written by this command and is left alone; "
+                "choose another folder for the example data set"
+            )
         root.mkdir(parents=True, exist_ok=True)
         return False
     found = _read_json(old)
@@ -102,8 +134,10 @@ def _ready(root: Path, wanted: dict, overwrite: bool) -> bool:
     if not overwrite:
         state = "an unfinished run" if old.name == PARTIAL else "an example data set"
         shown = ", ".join(f"{key} {value}" for key, value in found.items())
-        raise FileExistsError(f"{root} holds {state} with other or incomplete contents ({shown}); "
-                              "render it again with --overwrite or choose another folder")
+        raise FileExistsError(
+            f"{root} holds {state} with other or incomplete contents ({shown}); "
+            "render it again with --overwrite or choose another folder"
+        )
     if old.name == MARKER:
         os.replace(old, root / PARTIAL)  # from here on an interruption is visible
     _remove(root, found)
@@ -111,7 +145,8 @@ def _ready(root: Path, wanted: dict, overwrite: bool) -> bool:
 
 
 def _remove(root: Path, found: dict) -> None:
-    """Delete the files that a data set with parameters `found` consists of, and the folders that become empty."""
+    """Delete the files that a data set with parameters `found` consists of, and the folders that become
+    empty."""
     (root / MARKER).unlink(missing_ok=True)
     folders = set()
     for path in _all_files(found):
@@ -135,13 +170,22 @@ def _read_json(path: Path) -> dict:
         found = json.loads(path.read_text())
         return {key: found[key] for key in ("renderer", "num_train", "num_val", "size", "seed")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a marker of the example data set; move it away or choose another folder") from error
+        raise ValueError(
+            f"{path} is not a marker of the example data set; move it away or choose another folder"
+        ) from error
 
 
 def _write_json(path: Path, content: dict) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(content) + "\n")
     os.replace(draft, path)
+
+
+def _write_lists(root: Path, num_train: int, num_val: int) -> None:
+    for layout, folder in LISTS:
+        names = [image_name(layout, number) for number in range(1, num_train + num_val + 1)]
+        for split, part in (("train", names[:num_train]), ("val", names[num_train:])):
+            (root / layout / folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
 
 
 def _spread(function, jobs: list, workers: int) -> Iterable[None]:
@@ -204,7 +248,8 @@ def pascal_objects(rendered: Rendered) -> list[dict]:
 def write_pascal_parts_mat(path: Path, name: str, objects: list[dict]) -> None:
     """A PASCAL-Part file: struct `anno` with imname and objects, each with class, class_ind, mask and parts.
 
-    objects: dicts with class_id (1..20), mask (H, W) bool, parts: dict part name -> mask (H, W) bool, may be empty.
+    objects: dicts with class_id (1..20), mask (H, W) bool, parts: dict part name -> mask (H, W) bool, may be
+    empty.
     """
     stored = np.empty((1, len(objects)), [(key, object) for key in ("class", "class_ind", "mask", "parts")])
     for i, item in enumerate(objects):
@@ -212,8 +257,12 @@ def write_pascal_parts_mat(path: Path, name: str, objects: list[dict]) -> None:
         for j, (part, mask) in enumerate(item["parts"].items()):
             parts[0, j] = (part, mask.astype(np.uint8))
         class_id = item["class_id"]
-        stored[0, i] = (VOC_NAMES[class_id], np.uint8(class_id), item["mask"].astype(np.uint8),
-                        parts if item["parts"] else np.zeros((0, 0)))
+        stored[0, i] = (
+            VOC_NAMES[class_id],
+            np.uint8(class_id),
+            item["mask"].astype(np.uint8),
+            parts if item["parts"] else np.zeros((0, 0)),
+        )
     anno = np.empty((1, 1), [("imname", object), ("objects", object)])
     anno[0, 0] = (name, stored)
     _write_mat(path, {"anno": anno})

@@ -8,11 +8,11 @@ Multi-Task Dense Prediction", ICCV 2025. No code of it was published; options ma
 readable part of the paper leaves open.
 
 Axes: B batch, T tasks (their order matters), H W grid of the stage, L = H * W, C stage width,
-D = expand * C, N state size, R = ceil(C / 16) rank of the step size. Maps are channels-last between the layers.
+D = expand * C, N state size, R = ceil(C / 16) rank of the step size. Maps between layers are channels-last.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,8 +91,8 @@ class MSScan(nn.Module):
 class BIScan(nn.Module):
     """Scans the tokens of all tasks task-first, then position-first: (B, T, D, H, W) -> (B, T, D, H, W).
 
-    One half of the channels runs forward, the other backward. The state is never reset at the border of a task
-    or of a row.
+    One half of the channels runs forward, the other backward. The state is never reset, neither at the border
+    of a task nor of a row.
     """
 
     def __init__(self, width: int, rank: int, state: int):
@@ -104,7 +104,7 @@ class BIScan(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         tasks, height = feat.shape[1], feat.shape[3]
         forward, backward = rearrange(feat, "b t d h w -> b d (t h w)").split(self.widths, dim=1)
-        halves = scan_together((self.fwd_tf, self.bwd_tf), (forward, backward.flip(-1)))  # (B, D / 2, T L) each
+        halves = scan_together((self.fwd_tf, self.bwd_tf), (forward, backward.flip(-1)))  # (B, D / 2, T L)
         # The reversed half is a (T, L) raster with both axes reversed, so one rearrangement serves both.
         halves = [rearrange(half, "b d (t q) -> b d (q t)", t=tasks) for half in halves]
         forward, backward = scan_together((self.fwd_pf, self.bwd_pf), halves)
@@ -134,7 +134,7 @@ class MSSTLayer(nn.Module):
 
 
 class BCFRBlock(nn.Module):
-    """Bidirectional cross-task feature refine: all tasks' maps through one BI-Scan, everything else per task."""
+    """Bidirectional cross-task feature refine: one BI-Scan for all tasks, everything else per task."""
 
     def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: BIMConfig):
         super().__init__()
@@ -150,19 +150,19 @@ class BCFRBlock(nn.Module):
     def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
         inner, gates = [], {}
         for task, feat in feats.items():
-            task_inner, gates[task] = self.in_proj[task](self.norm[task](feat)).chunk(2, dim=-1)  # (B, H, W, D)
-            task_inner = rearrange(task_inner, "b h w d -> b d h w")
-            inner.append(F.silu(self.conv[task](task_inner)))
+            projected = self.in_proj[task](self.norm[task](feat))  # (B, H, W, 2 D)
+            task_inner, gates[task] = projected.chunk(2, dim=-1)
+            inner.append(F.silu(self.conv[task](rearrange(task_inner, "b h w d -> b d h w"))))
         scanned = rearrange(self.scan(torch.stack(inner, dim=1)), "b t d h w -> t b h w d")
         out = {}
-        for (task, feat), task_scanned in zip(feats.items(), scanned):
+        for (task, feat), task_scanned in zip(feats.items(), scanned, strict=True):
             gated = self.out_norm[task](task_scanned) * F.silu(gates[task])
             out[task] = feat + self.drop_path(self.out_proj[task](gated))
         return out
 
 
 class MFRStage(nn.Module):
-    """Mamba feature refinement: up-sample, fuse the encoder's skip map, refine each task, let the tasks interact."""
+    """Mamba feature refinement: up-sample, fuse the encoder's map, refine each task, let tasks interact."""
 
     def __init__(self, tasks: Sequence[str], channels: int, rates: Iterable[float], config: BIMConfig):
         super().__init__()
@@ -171,7 +171,8 @@ class MFRStage(nn.Module):
         self.interact_first = config.order == "bcfr_first"
         self.expand = _per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
         self.fuse = _per_task(tasks, lambda: nn.Linear(2 * channels, channels))
-        self.msst = _per_task(tasks, lambda: nn.Sequential(*(MSSTLayer(channels, rate, config) for rate in rates)))
+        self.msst = _per_task(
+            tasks, lambda: nn.Sequential(*(MSSTLayer(channels, rate, config) for rate in rates)))
         self.bcfr = BCFRBlock(tasks, channels, bcfr_rate, config)
 
     def forward(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
@@ -180,8 +181,9 @@ class MFRStage(nn.Module):
         for task, feat in feats.items():
             fine = self.expand[task](feat)  # (B, H, W, C)
             if fine.shape[:3] != skip.shape[:3]:
-                raise ValueError(f"BIM: up-sampled map is {fine.shape[1]}x{fine.shape[2]}, encoder map of that stage is "
-                                 f"{skip.shape[1]}x{skip.shape[2]}; the input's sides must be multiples of 32")
+                raise ValueError(
+                    f"BIM: up-sampled map is {fine.shape[1]}x{fine.shape[2]}, encoder map of that stage is "
+                    f"{skip.shape[1]}x{skip.shape[2]}; the input's sides must be multiples of 32")
             fused[task] = self.fuse[task](torch.cat((fine, skip), dim=-1))
         if self.interact_first:
             return self._refine(self.bcfr(fused))
@@ -201,7 +203,8 @@ class BIMDecoder(nn.Module):
     requires = "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e"
     stride = STRIDES[0]
 
-    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int], config: BIMConfig):
+    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int],
+                 config: BIMConfig):
         super().__init__()
         widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(in_channels))
         if tuple(strides) != STRIDES or len(in_channels) != len(STRIDES) or not widths_fit:
@@ -219,7 +222,7 @@ class BIMDecoder(nn.Module):
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
         refined = dict.fromkeys(self.tasks, coarsest)  # every task starts from the same map
-        for stage, skip in zip(self.stages, reversed(skips)):
+        for stage, skip in zip(self.stages, reversed(skips), strict=True):
             refined = stage(refined, skip)
         return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
 
@@ -228,5 +231,5 @@ class BIMDecoder(nn.Module):
         return PatchExpandHead(self.channels, num_outputs)
 
 
-def _per_task(tasks: Sequence[str], build) -> nn.ModuleDict:
+def _per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
     return nn.ModuleDict({task: build() for task in tasks})

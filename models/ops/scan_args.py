@@ -32,7 +32,8 @@ class ScanArgs:
     @property
     def scan_dtype(self) -> torch.dtype:
         """float32, or float64 when any input is float64: the recurrence never runs in half precision."""
-        return torch.float64 if any(t.dtype == torch.float64 for t in self.tensors.values()) else torch.float32
+        double = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
+        return torch.float64 if double else torch.float32
 
     @property
     def groups(self) -> int:
@@ -54,14 +55,14 @@ def _check(args: ScanArgs) -> None:
     if groups < 1 or channels % groups:
         raise ValueError(f"selective_scan: {groups} groups of B, C do not divide {channels} channels")
     varying, constant = (batch, groups, state, length), (channels, state)
-    allowed = {"delta": [(batch, channels, length)], "z": [(batch, channels, length)], "A": [constant],
-               "B": [varying, constant], "C": [varying, constant], "D": [(channels,)], "delta_bias": [(channels,)]}
+    sequence, per_channel = (batch, channels, length), (channels,)
+    allowed = {"u": [sequence], "delta": [sequence], "z": [sequence], "A": [constant], "D": [per_channel],
+               "B": [varying, constant], "C": [varying, constant], "delta_bias": [per_channel]}
     for name, tensor in args.tensors.items():
-        shapes = allowed.get(name, [(batch, channels, length)])
-        if tuple(tensor.shape) not in shapes:
+        if tuple(tensor.shape) not in allowed[name]:
             raise ValueError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, "
-                             f"expected {' or '.join(map(str, shapes))} for u {tuple(args.u.shape)}")
+                             f"expected {' or '.join(map(str, allowed[name]))} for u {tuple(args.u.shape)}")
         if tensor.device != args.u.device:
             raise ValueError(f"selective_scan: {name} is on {tensor.device}, u on {args.u.device}")
         if not tensor.is_floating_point():
-            raise ValueError(f"selective_scan: {name} has dtype {tensor.dtype}, expected a real floating-point type")
+            raise ValueError(f"selective_scan: {name} has dtype {tensor.dtype}, expected floating point")

@@ -16,8 +16,8 @@ from models.ops.scan_args import ScanArgs
 def find_mamba_kernel(device: str = "cuda") -> tuple[Callable | None, str]:
     """(kernel, reason); the kernel is None where it cannot run. Tried once per process and device type.
 
-    Three things go wrong in practice: the package is absent, its library was built for another PyTorch or CUDA,
-    or it was built for another GPU generation and only fails when called.
+    Three things go wrong in practice: the package is absent, its library was built for another PyTorch or
+    CUDA, or it was built for another GPU generation and only fails when called.
     """
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -53,8 +53,9 @@ def mamba_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     """Returns y (B, D, L) in u's dtype and the last state (B, D, N) in float32, without gradient."""
     kernel, _ = find_mamba_kernel()
     out_dtype, args = args.u.dtype, args.to_scan_dtype()
-    y, last_state = kernel(args.u, args.delta, args.A, args.B, args.C, D=args.D, z=args.z, delta_bias=args.delta_bias,
-                           delta_softplus=args.delta_softplus, return_last_state=True)
+    y, last_state = kernel(args.u, args.delta, args.A, args.B, args.C, D=args.D, z=args.z,
+                           delta_bias=args.delta_bias, delta_softplus=args.delta_softplus,
+                           return_last_state=True)
     return y.to(out_dtype), last_state
 
 

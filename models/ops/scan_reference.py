@@ -24,7 +24,7 @@ def reference_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     outputs = []
     for t, (step_t, u_t) in enumerate(zip(step.unbind(-1), args.u.unbind(-1), strict=True)):  # (B, D) each
         b_t, c_t = _per_channel(in_maps[t], channels), _per_channel(out_maps[t], channels)
-        decay = torch.exp(step_t[..., None] * args.A)  # (B, D, N): A is discretised exactly, B by Euler's rule
+        decay = torch.exp(step_t[..., None] * args.A)  # (B, D, N): A is discretised exactly, B by Euler
         state = decay * state + (step_t * u_t)[..., None] * b_t
         outputs.append((c_t * state).sum(-1))
     y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(args.u)  # (B, D, L)
@@ -37,7 +37,7 @@ def reference_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
 
 
 def _per_step(maps: Tensor, length: int) -> tuple[Tensor, ...]:
-    """Length entries: (B, G, N) of a map that varies in time, the same (D, N) at every step of a constant one."""
+    """One map per step: (B, G, N), or always the same (D, N) where the map is constant in time."""
     return maps.unbind(-1) if maps.dim() == 4 else (maps,) * length
 
 

@@ -1,9 +1,9 @@
 """Selective scan in plain PyTorch with the memory and the time that a training step can afford.
 
 The (L, D, N) states are never kept. Time is cut into short blocks whose states fit the processor's cache; the
-forward pass keeps only the state at the entry of each block, the hand-written backward pass replays one block at a
-time from there and runs the adjoint recurrence through it. Nothing is ever divided by a cumulative decay: those
-underflow (step * A reaches hundreds).
+forward pass keeps only the state at the entry of each block, the hand-written backward pass replays one block
+at a time from there and runs the adjoint recurrence through it. Nothing is ever divided by a
+product of decays: those underflow (step * A reaches hundreds).
 
 Axes: S steps of a block, B batch, G groups, N state, E = D / G channels of a group, kept last so that every
 elementwise operation runs along contiguous channels. Sequences are (S, B, G, 1, E), states (S, B, G, N, E),
@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from models.ops.scan_args import ScanArgs
 
-BLOCK_STEPS = {"cpu": 32, "cuda": 256}  # three blocks of states should fit a CPU's cache; a GPU wants few launches
+# Three blocks of states should fit a CPU's cache, a GPU wants few launches.
+BLOCK_STEPS = {"cpu": 32, "cuda": 256}
 SOFTPLUS_LINEAR = 20.0  # torch's softplus is the identity above this, with derivative exactly 1
 
 
@@ -65,7 +66,7 @@ class _Block(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Workspace for the states of one block. Its rows are cut once: making a view costs as much as using it."""
+    """Workspace for the states of one block; its rows are cut once, as a view costs as much as its use."""
 
     block: Tensor  # (S + 1, B, G, N, E): row 0 belongs to the entry of the block, row r to its r-th step
     rows: tuple[Tensor, ...]
@@ -102,7 +103,7 @@ class _Layout:
                       self.map(args.C, span), None if args.z is None else self.sequence(args.z, span))
 
     def replay(self, block: _Block, entry: Tensor, decay: _Rows, states: _Rows) -> tuple[Tensor, Tensor]:
-        """Decays and states of the block's steps, computed in the workspaces; row 0 of decay is never read."""
+        """Decays and states of the block's steps, in the workspaces; row 0 of decay is never read."""
         end = block.u.shape[0] + 1
         decays, inside = decay.block[1:end], states.block[1:end]
         torch.exp(torch.mul(block.step, self.A, out=decays), out=decays)
@@ -113,7 +114,7 @@ class _Layout:
 
     def sequence(self, x: Tensor, span: slice) -> Tensor:
         """(B, D, L) -> (S, B, G, 1, E)."""
-        x = x[..., span].permute(2, 0, 1).to(self.dtype).contiguous()  # (S, B, D): time first, channels contiguous
+        x = x[..., span].permute(2, 0, 1).to(self.dtype).contiguous()  # (S, B, D): channels run fastest
         return x.view(x.shape[0], self.batch, *self.A.shape[::2]).unsqueeze(-2)
 
     def map(self, x: Tensor, span: slice) -> Tensor:
@@ -159,8 +160,9 @@ def _output(layout: _Layout, block: _Block, states: Tensor) -> Tensor:
     return y if block.z is None else y * F.silu(block.z)
 
 
-def _backward(args: ScanArgs, entries: Tensor, grad_y: Tensor | None, grad_last: Tensor | None) -> dict[str, Tensor]:
-    """Gradients of the present tensor arguments by name; A, B, C, D and delta_bias are summed in the scan's dtype."""
+def _backward(args: ScanArgs, entries: Tensor, grad_y: Tensor | None,
+              grad_last: Tensor | None) -> dict[str, Tensor]:
+    """Gradients of the tensor arguments by name; those without a time axis are summed in the scan's dtype."""
     layout = _Layout(args)
     grads = {name: torch.empty_like(tensor) for name, tensor in args.tensors.items()}
     sums = {name: torch.zeros_like(layout.per_state(tensor)) if tensor.dim() == 2
@@ -180,8 +182,9 @@ def _backward(args: ScanArgs, entries: Tensor, grad_y: Tensor | None, grad_last:
 
 
 def _backward_block(layout: _Layout, block: _Block, entry: Tensor, carry: Tensor, grad_out: Tensor,
-                    work: tuple[_Rows, _Rows, _Rows], grads: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
-    """Writes one block's share into grads and sums; returns the adjoint of its entry state, from that of its exit."""
+                    work: tuple[_Rows, _Rows, _Rows], grads: dict[str, Tensor],
+                    sums: dict[str, Tensor]) -> Tensor:
+    """Adds one block's share to grads and sums; from the adjoint of its exit state to that of its entry."""
     decay, states, adjoint = work
     decays, inside = layout.replay(block, entry, decay, states)
     end = len(inside) + 1
@@ -199,7 +202,8 @@ def _backward_block(layout: _Layout, block: _Block, entry: Tensor, carry: Tensor
 
     exponent, scratch = adjoints.mul_(decays).mul_(states.block[: end - 1]), decays  # gradient of step * A
     sums["A"] += torch.mul(exponent, block.step, out=scratch).sum((0, 1))
-    grad_step = torch.mul(exponent, layout.A, out=scratch).sum(-2, keepdim=True).addcmul_(grad_scaled_u, block.u)
+    grad_step = torch.mul(exponent, layout.A, out=scratch).sum(-2, keepdim=True)
+    grad_step.addcmul_(grad_scaled_u, block.u)
     grad_u = grad_scaled_u * block.step
     if layout.D is not None:
         grad_u.addcmul_(layout.D, grad_out)
@@ -226,8 +230,9 @@ def _sum_states(maps: Tensor, states: Tensor) -> Tensor:
     return (maps * states).sum(-2, keepdim=True)
 
 
-def _store_map_grad(grad: Tensor, total: Tensor | None, span: slice, states: Tensor, sequence: Tensor) -> None:
-    """Sum over a group's channels of states * sequence into grad (B, G, N, L); a constant map adds to its total."""
+def _store_map_grad(grad: Tensor, total: Tensor | None, span: slice, states: Tensor,
+                    sequence: Tensor) -> None:
+    """Sum over a group's channels of states * sequence, into grad (B, G, N, L) or a constant map's total."""
     if total is not None:
         total += (states * sequence).sum((0, 1))
         return
@@ -252,7 +257,7 @@ def _recur_back(decay: _Rows, adjoint: _Rows, end: int) -> None:
 
 
 def _recur_by_doubling(decay: Tensor, states: Tensor) -> None:
-    """The same in log2(S) launches: after the round with stride s, row r holds the last 2 s terms of its sum."""
+    """The same in log2(S) launches: after the round of stride s a row holds the last 2 s terms of its sum."""
     window, stride = decay.clone(), 1  # window[r]: product of the last `stride` decays up to row r
     while stride < len(states):
         states[stride:] = torch.addcmul(states[stride:], window[stride:], states[:-stride])

@@ -1,6 +1,6 @@
 """Selective scans with input-dependent parameters (S6), along sequences and along the four routes over a map.
 
-The functions hold no parameters, so every block of the Mamba family can use them under its own parameter names.
+The functions hold no parameters, so every block of the Mamba family can use them with its own names.
 References: Gu and Dao, "Mamba", 2023 (S6); Liu et al., "VMamba", 2024 (the four routes).
 
 Axes: B batch, K routes with weights of their own, D channels, N state, R step-size rank, H W grid, L = H * W.
@@ -35,16 +35,16 @@ def s6_scan(sequences: Tensor, weights: S6Weights, source: Tensor | None = None)
     step_features, in_maps, out_maps = features.split((rank, state, state), dim=2)
     delta = weights.dt_proj_weight @ step_features  # (B, K, D, L); the bias is added inside the scan
     y = selective_scan(
-        sequences.flatten(1, 2), delta.flatten(1, 2), -torch.exp(weights.A_log).flatten(0, 1), in_maps, out_maps,
-        D=weights.D.flatten(), delta_bias=weights.dt_proj_bias.flatten(), delta_softplus=True)
+        sequences.flatten(1, 2), delta.flatten(1, 2), -torch.exp(weights.A_log).flatten(0, 1), in_maps,
+        out_maps, D=weights.D.flatten(), delta_bias=weights.dt_proj_bias.flatten(), delta_softplus=True)
     return y.unflatten(1, (sequences.shape[1], -1))  # (B, K D, L) -> (B, K, D, L)
 
 
 def ss2d_core(x: Tensor, weights: S6Weights, source: Tensor | None = None, window: int = 0) -> Tensor:
-    """Four-route scan of a map (B, D, H, W) with weights of K = 4 routes; returns the sum of the routes, not normed.
+    """Four-route scan of a map (B, D, H, W) with weights of K = 4 routes; returns the sum of the routes.
 
-    Routes: row by row, column by column, and the reverse of each. `source` is the map that step sizes, B and C are
-    computed from (default x). `window` > 0 visits the map window by window of that side; 0 is the whole map.
+    Routes: row by row, column by column, and the reverse of each. Step sizes, B and C are computed from
+    the map `source` (default x). `window` > 0 visits the map in windows of that side; 0 is the whole map.
     """
     height, width = x.shape[-2:]
     sequences = map_to_routes(x, window)
@@ -76,7 +76,7 @@ def routes_to_map(y: Tensor, height: int, width: int, window: int = 0) -> Tensor
 
 
 def window_positions(height: int, width: int, window: int, device: torch.device | None = None) -> Tensor:
-    """Position of each pixel, in raster order (H * W,), when windows and the pixels inside them go row by row.
+    """Position of each pixel (H * W,), in raster order, when windows and the pixels inside go row by row.
 
     Windows at the right and lower borders are cut off there.
     """

@@ -4,7 +4,14 @@ A module offers `checks(folder)`, which recognises its files by their content an
 A new kind is a new module and a row.
 """
 
-from scripts.parity import loaders, losses, metrics, outputs, scan, transforms
+from scripts.parity import loaders, losses, metrics, outputs, scan, ss2d, transforms
 
-FAMILIES = {"selective_scan": scan.checks, "metrics": metrics.checks, "losses": losses.checks,
-            "outputs": outputs.checks, "transforms": transforms.checks, "loaders": loaders.checks}
+FAMILIES = {
+    "selective_scan": scan.checks,
+    "ss2d": ss2d.checks,
+    "metrics": metrics.checks,
+    "losses": losses.checks,
+    "outputs": outputs.checks,
+    "transforms": transforms.checks,
+    "loaders": loaders.checks,
+}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.tasks import TASKS, TaskContext
 from losses import (
     BalancedBCELoss,
     BalancedCrossEntropyLoss,
@@ -91,7 +92,6 @@ def _single(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
 
 
 def _task_loss(task: str, logits: Tensor) -> nn.Module:
-    from data.tasks import TASKS, TaskContext
     return TASKS[task].loss(TaskContext(num_channels=logits.shape[1]))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from safetensors.torch import load_file
 
+from models.ops import selective_scan
 from scripts.parity.base import Check, Folder, Measure, Options, scaled_error
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -22,7 +23,6 @@ def checks(folder: Folder) -> Iterator[Check]:
 
 
 def _run(path, entry: dict | None, options: Options) -> Iterator[Measure]:
-    from models.ops.selective_scan import selective_scan
     if entry is None:
         raise ValueError(f"no JSON file beside {path.name} says delta_softplus for a case of that name")
     data = {name: tensor.to(options.device) for name, tensor in load_file(path).items()}

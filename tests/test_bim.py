@@ -1,0 +1,561 @@
+"""BIM: what may depend on what, the orders of its scans, its size. Numbers in names count invariants.
+
+One file, to be read against the numbered list of the specification. Grids are not square and have sides that
+four does not divide, so that a swapped axis cannot hide.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from models.blocks.heads import PatchExpandHead
+from models.blocks.patch_expand import PatchExpand
+from models.blocks.s6 import S6
+from models.decoders.bim import BCFRBlock, BIMConfig, BIMDecoder, BIScan, MSScan
+from models.ops import count_scan_flops, s6_scan, ss2d_core, window_positions
+from models.ops.ss2d import map_to_routes, routes_to_map
+
+STRIDES = (4, 8, 16, 32)
+WIDTHS = (8, 16, 32, 64)
+ROUTES = ("fwd_tf", "fwd_pf", "bwd_tf", "bwd_pf")
+
+
+@pytest.fixture(autouse=True)
+def exact_arithmetic():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def randomise(module):
+    """No weight keeps a symmetric or neutral initial value."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def bi_scan(width=6, state=4):
+    return randomise(BIScan(width, rank=2, state=state))
+
+
+def small_decoder(tasks="abc", **options):
+    options = {"d_state": 4, "drop_path": 0.0} | options
+    return randomise(BIMDecoder(list(tasks), WIDTHS, STRIDES, BIMConfig(**options)))
+
+
+def encoder_maps(batch=1, height=64, width=96):
+    return [torch.randn(batch, c, height // s, width // s) for c, s in zip(WIDTHS, STRIDES, strict=True)]
+
+
+def dependence(function, feat, channels):
+    """(tokens out, tokens in) bool: has an output token (sum of `channels`) a gradient to an input token?
+
+    feat is (1, T, D, H, W); tokens are counted as t * L + y * W + x.
+    """
+    feat = feat.clone().requires_grad_()
+    out = function(feat)[:, :, channels].sum((0, 2)).flatten()  # (T H W,)
+    grads = [torch.autograd.grad(value, feat, retain_graph=True)[0] for value in out]
+    return torch.stack([grad.abs().sum((0, 2)).flatten() for grad in grads]) > 0
+
+
+# ---- BI-Scan ----
+
+def recorded_sequences(monkeypatch, scan, feat):
+    """What BI-Scan hands to its two rounds of scans when the scans change nothing."""
+    rounds = []
+
+    def identity(routes, sequences):
+        rounds.append([sequence.clone() for sequence in sequences])
+        return list(sequences)
+
+    monkeypatch.setattr("models.decoders.bim.scan_together", identity)
+    out = scan(feat)
+    return rounds, out
+
+
+@pytest.mark.parametrize("tasks, height, width", [(1, 3, 4), (2, 7, 9), (3, 3, 5), (5, 2, 3), (4, 1, 1)])
+def test_01_orders_of_the_four_passes(monkeypatch, tasks, height, width):
+    length = height * width
+    t, y, x = torch.meshgrid(*map(torch.arange, (tasks, height, width)), indexing="ij")
+    token = t * length + y * width + x  # the value encodes the token
+    feat = token[None, :, None].expand(2, tasks, 5, height, width).double()
+    rounds, out = recorded_sequences(monkeypatch, bi_scan(5), feat)
+    (forward_tf, backward_tf), (forward_pf, backward_pf) = rounds
+    task_first = (t * length + y * width + x).flatten()
+    position_first = ((y * width + x) * tasks + t).flatten()
+    last = tasks * length - 1
+    for sequence, position in ((forward_tf, task_first), (forward_pf, position_first),
+                               (backward_tf, last - task_first), (backward_pf, last - position_first)):
+        assert torch.equal(sequence[1, 0][position], token.flatten().double())
+    assert (forward_tf.shape[1], backward_tf.shape[1]) == (3, 2)  # the forward half takes the odd channel
+    assert torch.equal(out, feat)  # scattered back to where each token came from
+
+
+def test_02_one_task_scans_the_raster_twice():
+    scan, feat = bi_scan(), torch.randn(2, 1, 6, 3, 5)
+    raster = rearrange(feat, "b 1 d h w -> b 1 d (h w)")
+    forward = s6_scan(s6_scan(raster[:, :, :3], scan.fwd_tf.weights), scan.fwd_pf.weights)
+    backward = s6_scan(s6_scan(raster[:, :, 3:].flip(-1), scan.bwd_tf.weights), scan.bwd_pf.weights).flip(-1)
+    expected = torch.cat((forward, backward), dim=2).unflatten(-1, (3, 5))
+    torch.testing.assert_close(scan(feat), expected, rtol=0, atol=1e-13)
+
+
+def test_03_one_pixel_makes_both_orders_the_task_order(monkeypatch):
+    feat = torch.randn(1, 5, 6, 1, 1)
+    (task_first, position_first), _ = recorded_sequences(monkeypatch, bi_scan(), feat)
+    for a, b in zip(task_first, position_first, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(task_first[0][0], feat[0, :, :3, 0, 0].T)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_04_mirror(tasks):
+    scan, mirrored = bi_scan(), bi_scan()
+    swap = {"fwd": "bwd", "bwd": "fwd"}
+    mirrored.load_state_dict({swap[name[:3]] + name[3:]: value for name, value in scan.state_dict().items()})
+
+    def mirror(feat):
+        return torch.cat((feat[:, :, 3:], feat[:, :, :3]), dim=2).flip(1, 3, 4)
+
+    feat = torch.randn(2, tasks, 6, 3, 5)
+    torch.testing.assert_close(mirrored(mirror(feat)), mirror(scan(feat)), rtol=0, atol=1e-13)
+
+
+def test_05_one_pass_is_lower_triangular_and_dense():
+    route = randomise(S6(4, rank=2, state=3))
+    sequence = torch.randn(1, 1, 4, 12, requires_grad=True)
+    out = s6_scan(sequence, route.weights).sum((0, 1, 2))
+    rows = [torch.autograd.grad(value, sequence, retain_graph=True)[0].abs().sum((0, 1, 2)) for value in out]
+    assert torch.equal(torch.stack(rows) > 0, torch.ones(12, 12).tril().bool())
+
+
+def forward_rule(tasks, length):
+    """The closed form of the forward half's dependence, as (T L, T L) bool."""
+    allowed = torch.zeros(tasks, length, tasks, length, dtype=torch.bool)
+    for t, q, s, p in product(range(tasks), range(length), range(tasks), range(length)):
+        if q == 0:
+            allowed[t, q, s, p] = s < t or (s == t and p == 0)
+        else:
+            allowed[t, q, s, p] = s < tasks - 1 or p <= q - 1 or (t == tasks - 1 and p <= q)
+    return allowed.flatten(2).flatten(0, 1)
+
+
+def test_06_07_dependence_of_both_halves():
+    tasks, height, width = 3, 3, 4
+    scan, feat = bi_scan(), torch.randn(1, tasks, 6, height, width)
+    forward, backward = slice(0, 3), slice(3, 6)
+    rule = forward_rule(tasks, height * width)
+    forward_found, backward_found = dependence(scan, feat, forward), dependence(scan, feat, backward)
+    assert torch.equal(forward_found, rule)
+    assert torch.equal(backward_found, rule.flip(0, 1))  # t -> T-1-t and q -> L-1-q on both sides
+    assert (forward_found | backward_found).all()  # global receptive field
+    leaf = feat.clone().requires_grad_()
+    out = scan(leaf)
+    for seen, other in ((forward, backward), (backward, forward)):
+        grad = torch.autograd.grad(out[:, :, seen].square().sum(), leaf, retain_graph=True)[0]
+        assert grad[:, :, seen].abs().min() > 0 and not grad[:, :, other].any()
+
+
+@pytest.mark.parametrize("tasks, height, width", [(1, 1, 1), (1, 2, 3), (2, 1, 2), (5, 2, 2)])
+def test_07_global_receptive_field_for_any_size(tasks, height, width):
+    scan, feat = bi_scan(), torch.randn(1, tasks, 6, height, width)
+    assert dependence(scan, feat, slice(None)).all()
+
+
+def make_identity(scan):
+    """Outputs read no state (rows of C are zero) and the skip gain is 1."""
+    with torch.no_grad():
+        for name in ROUTES:
+            route = getattr(scan, name)
+            route.x_proj[:, -route.A_log.shape[-1]:] = 0
+            route.D.fill_(1)
+
+
+def test_08_identity():
+    scan, feat = bi_scan(7), torch.randn(2, 3, 7, 3, 5)
+    assert (scan(feat) - feat).abs().max() > 0.1
+    make_identity(scan)
+    assert torch.equal(scan(feat), feat)
+
+
+def test_09_memoryless_limit():
+    scan, feat = bi_scan(), torch.randn(1, 2, 6, 3, 4)
+    with torch.no_grad():
+        for name in ROUTES:
+            getattr(scan, name).A_log.fill_(30)
+    assert torch.equal(dependence(scan, feat, slice(None)), torch.eye(24).bool())
+
+
+def test_10_causality_across_the_border_of_a_task():
+    tasks, height, width = 3, 3, 4
+    scan, feat = bi_scan(), torch.randn(1, tasks, 6, height, width)
+
+    def changed(task):
+        other = feat.clone()
+        other[0, task, :3, -1, -1] += 1
+        difference = (scan(other) - scan(feat))[0, :, :3].abs().sum(1)  # (T, H, W)
+        return difference > 0
+
+    assert changed(0)[1:].all()
+    last = changed(tasks - 1)
+    assert last.sum() == 1 and last[-1, -1, -1]
+
+
+def test_11_parameters_do_not_grow_with_tasks_and_work_is_linear():
+    def routes_parameters(tasks):
+        return sum(p.numel() for p in BCFRBlock(list(tasks), 8, 0.0, BIMConfig()).scan.parameters())
+
+    assert routes_parameters("ab") == routes_parameters("abcde")
+
+    def work(tasks, height, width, channels=6):
+        with count_scan_flops() as counter:
+            bi_scan(channels)(torch.randn(1, tasks, channels, height, width))
+        return counter
+
+    base = work(2, 3, 5)
+    assert (base.calls, base.elements) == (2, 4 * 2 * 15 * 3)
+    for doubled in (work(4, 3, 5), work(2, 6, 5), work(2, 3, 10)):
+        assert doubled.elements == 2 * base.elements
+    odd = work(2, 3, 5, 7)  # halves of unequal width
+    assert (odd.calls, odd.elements) == (4, 2 * 2 * 15 * 7)
+
+
+# ---- the decoder and its blocks ----
+
+def with_tasks_in_order(decoder, order):
+    """A decoder whose task weights are those of `decoder`, met in another order."""
+    other = small_decoder(order)
+    other.load_state_dict(decoder.state_dict())
+    return other
+
+
+def test_12_order_of_tasks():
+    decoder, feats = small_decoder("abc"), encoder_maps()
+    with torch.no_grad():
+        generic, permuted = decoder(feats).feats, with_tasks_in_order(decoder, "cab")(feats).feats
+        assert all((generic[task] - permuted[task]).abs().max() > 1e-6 for task in "abc")
+        for stage in decoder.stages:
+            make_identity(stage.bcfr.scan)
+        plain, permuted = decoder(feats).feats, with_tasks_in_order(decoder, "cab")(feats).feats
+    assert list(permuted) == list("cab")
+    for task in "abc":
+        torch.testing.assert_close(permuted[task], plain[task], rtol=0, atol=1e-13)
+
+
+def test_13_every_task_reaches_every_task_in_bcfr_and_none_in_msst():
+    stage = small_decoder("abc").stages[2]
+    feats = {task: torch.randn(1, 3, 5, 8, requires_grad=True) for task in "abc"}
+    for block, reaches in ((stage.bcfr, lambda s, t: True), (stage._refine, lambda s, t: s == t)):
+        out = block(feats)
+        for target, source in product("abc", "abc"):
+            grad, = torch.autograd.grad(out[target].square().sum(), feats[source], retain_graph=True,
+                                        allow_unused=True)
+            assert (grad is not None and bool(grad.any())) == reaches(target, source)
+
+
+def test_14_samples_are_independent():
+    decoder = small_decoder("ab").train()  # no layer of the decoder uses statistics of the batch
+    feats = encoder_maps(batch=3)
+    with torch.no_grad():
+        together = decoder(feats).feats
+        for i in range(3):
+            alone = decoder([feat[i:i + 1] for feat in feats]).feats
+            for task in "ab":
+                torch.testing.assert_close(alone[task], together[task][i:i + 1], rtol=0, atol=1e-12)
+
+
+# ---- MS-Scan ----
+
+def ms_scan(width=13, **options):
+    return randomise(MSScan(width, rank=2, config=BIMConfig(d_state=4, **options)))
+
+
+def plain_four_routes(feat, weights):
+    """The four-route scan from its table of positions, one route at a time."""
+    height, width = feat.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    rows, columns = (y * width + x).flatten(), (x * height + y).flatten()
+    last, total = height * width - 1, 0
+    for k, position in enumerate((rows, columns, last - rows, last - columns)):
+        route = type(weights)(*(value[k:k + 1] for value in weights))
+        sequence = torch.empty_like(feat.flatten(2))
+        sequence[..., position] = feat.flatten(2)
+        total = total + s6_scan(sequence[:, None], route)[:, 0][..., position]
+    return total.unflatten(-1, (height, width))
+
+
+def test_15_scale_one_is_the_four_route_scan():
+    feat = torch.randn(2, 13, 7, 9)
+    whole = ms_scan(scales=(1,))
+    expected = plain_four_routes(feat, whole.groups[0].weights)
+    torch.testing.assert_close(whole(feat), expected, rtol=0, atol=1e-12)
+    grouped = ms_scan()
+    first = plain_four_routes(feat[:, :5], grouped.groups[0].weights)
+    torch.testing.assert_close(grouped(feat)[:, :5], first, rtol=0, atol=1e-12)
+
+
+def test_pooling_and_upsampling_of_a_coarse_group():
+    feat, scan = torch.randn(1, 13, 7, 9), ms_scan()
+    part = feat[:, 9:]  # third group, scale 4
+    cells = torch.stack([torch.stack([part[..., i:i + 4, j:j + 4].mean((2, 3)) for j in (0, 4, 8)], -1)
+                         for i in (0, 4)], -2)  # (1, 4, 2, 3)
+    coarse = plain_four_routes(cells, scan.groups[2].weights)
+    expected = F.interpolate(coarse, size=(7, 9), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(scan(feat)[:, 9:], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["scale", "window"])
+def test_16_groups_are_isolated(variant):
+    scan = ms_scan(ms_scan=variant, windows=(0, 3, 2))
+    assert scan.widths == [5, 4, 4]
+    feat = torch.randn(1, 13, 7, 9, requires_grad=True)
+    for i, out in enumerate(scan(feat).split(scan.widths, dim=1)):
+        grad, = torch.autograd.grad(out.square().sum(), feat, retain_graph=True)
+        for j, part in enumerate(grad.split(scan.widths, dim=1)):
+            assert bool(part.any()) == (i == j)
+
+
+@pytest.mark.parametrize("group, scale", [(1, 2), (2, 4)])
+def test_17_patterns_without_mean_are_invisible_to_a_coarse_group(group, scale):
+    scan, feat = ms_scan(12), torch.randn(1, 12, 8, 12)
+    pattern = torch.randn(1, 4, 8, 12)
+    cells = F.avg_pool2d(pattern, scale)
+    pattern = pattern - F.interpolate(cells, scale_factor=scale, mode="nearest")
+    moved = feat.clone()
+    moved[:, 4 * group:4 * group + 4] += pattern
+    torch.testing.assert_close(scan(moved), scan(feat), rtol=0, atol=1e-12)
+    moved[:, :4] += pattern  # the fine group sees it
+    assert (scan(moved) - scan(feat))[:, :4].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("swap, transform", [
+    pytest.param((1, 0, 3, 2), lambda x: x.mT, id="transpose"),
+    pytest.param((2, 3, 0, 1), lambda x: x.flip(2, 3), id="rotate_180")])
+def test_18_symmetries_of_the_routes(swap, transform):
+    scan, swapped = ms_scan(12), ms_scan(12)
+    swapped.load_state_dict({name: value[list(swap)] for name, value in scan.state_dict().items()})
+    feat = torch.randn(2, 12, 8, 12)
+    torch.testing.assert_close(swapped(transform(feat)), transform(scan(feat)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width, height, breadth", [(12, 8, 12), (13, 7, 9)])
+def test_19_size_and_work_of_ms_scan(width, height, breadth):
+    scan, ancestor = ms_scan(width), ms_scan(width, scales=(1,))
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    assert count(scan) == count(ancestor) == 4 * width * (2 * 2 + 3 * 4 + 2)  # d (2 R + 3 N + 2) per route
+    with count_scan_flops() as counter:
+        scan(torch.randn(1, width, height, breadth))
+    groups = zip(scan.widths, (1, 2, 4), strict=True)
+    assert counter.elements == sum(4 * -(-height // r) * -(-breadth // r) * d for d, r in groups)
+    assert counter.calls == 3
+    if width % 3 == 0:
+        assert counter.elements == 0.4375 * 4 * height * breadth * width
+
+
+@pytest.mark.parametrize("height, width, window", [
+    (7, 9, 2), (7, 9, 4), (3, 5, 8), (1, 6, 2), (8, 8, 8), (5, 2, 3)])
+def test_20_window_orders(height, width, window):
+    position = window_positions(height, width, window)
+    assert torch.equal(position.sort().values, torch.arange(height * width))
+    if window >= max(height, width):
+        assert torch.equal(position, torch.arange(height * width))
+    order, expected = position.argsort(), []
+    for top, left in product(range(0, height, window), range(0, width, window)):
+        expected += [y * width + x for y in range(top, min(top + window, height))
+                     for x in range(left, min(left + window, width))]
+    assert order.tolist() == expected
+
+
+@pytest.mark.parametrize("window", [0, 2, 3, 99])
+def test_20_routes_return_to_their_pixels(window):
+    feat = torch.randn(2, 3, 7, 9)
+    routes = map_to_routes(feat, window)
+    torch.testing.assert_close(routes_to_map(routes, 7, 9, window), 4 * feat, rtol=0, atol=1e-14)
+    columns = map_to_routes(feat.mT, window)[:, 0]  # route 1 is route 0 with the axes swapped
+    assert torch.equal(routes[:, 1], columns)
+    assert torch.equal(routes[:, 2:], routes[:, :2].flip(-1))
+
+
+def test_20_window_variant_with_full_windows_is_the_plain_scan():
+    scan, feat = ms_scan(6, ms_scan="window", windows=(0, 99)), torch.randn(1, 6, 7, 9)
+    expected = [ss2d_core(part, group.weights)
+                for part, group in zip(feat.split(3, dim=1), scan.groups, strict=True)]
+    torch.testing.assert_close(scan(feat), torch.cat(expected, dim=1), rtol=0, atol=1e-13)
+
+
+# ---- size of the model ----
+
+NYUD = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
+PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
+
+
+def decoder_and_heads(embed, outputs, **options):
+    with torch.device("meta"):
+        widths = [embed * 2**i for i in range(4)]
+        decoder = BIMDecoder(list(outputs), widths, STRIDES, BIMConfig(**options))
+        return decoder, nn.ModuleDict({task: decoder.make_head(n) for task, n in outputs.items()})
+
+
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize("outputs, parts, total, shallow", [
+    (NYUD, (24783360, 6198528, 47932416, 19375104, 2360832, 8685), 100658925, 271893921),
+    (PASCAL, (30979200, 7748160, 59915520, 24054912, 2951040, 6562), 125655394, 290898838)],
+    ids=["nyud", "pascal"])
+def test_21_parameters_of_the_full_model(outputs, parts, total, shallow):
+    decoder, heads = decoder_and_heads(192, outputs)
+    of_stage = [count(*(getattr(stage, name) for stage in decoder.stages))
+                for name in ("expand", "fuse", "msst", "bcfr")]
+    of_head = [count(*(getattr(head, name) for head in heads.values())) for name in ("expand", "proj")]
+    assert (*of_stage, *of_head) == parts
+    assert count(decoder, heads) == total
+    encoder = 195201204  # Swin-L with its four output norms
+    assert encoder + count(*decoder_and_heads(192, outputs, msst_depth=1)) == shallow
+
+
+def test_21_parameters_by_stage_and_of_smaller_encoders():
+    decoder, _ = decoder_and_heads(192, NYUD)
+    assert [count(stage.msst["edge"][0]) for stage in decoder.stages] == [4455936, 1195776, 339840]
+    assert [count(stage.bcfr) for stage in decoder.stages] == [14684160, 3729408, 961536]
+    assert [count(stage.bcfr.scan) for stage in decoder.stages] == [448512, 150528, 56832]
+    assert count(*decoder_and_heads(96, NYUD)) == 26418573
+    assert count(*decoder_and_heads(128, NYUD)) == 45851821
+
+
+def test_21_names_of_the_parameters():
+    names = set(dict(small_decoder("ab").named_parameters()))
+    route_leaves = ("x_proj", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+    expected = {
+        "expand.a": ("proj.weight", "norm.weight", "norm.bias"),
+        "fuse.b": ("weight", "bias"),
+        "msst.a.1": ("norm.weight", "norm.bias", "in_proj.weight", "conv.weight", "conv.bias",
+                     "out_norm.weight", "out_norm.bias", "out_proj.weight"),
+        "msst.b.0.scan.groups.2": route_leaves,
+        "bcfr": ("norm.a.weight", "norm.a.bias", "in_proj.b.weight", "conv.a.weight", "conv.a.bias",
+                 "out_norm.b.weight", "out_norm.b.bias", "out_proj.a.weight"),
+        **{f"bcfr.scan.{route}": route_leaves for route in ROUTES}}
+    for stage, (module, leaves) in product(range(3), expected.items()):
+        assert names >= {f"stages.{stage}.{module}.{leaf}" for leaf in leaves}
+    assert set(dict(PatchExpandHead(8, 3).named_parameters())) == {
+        "expand.proj.weight", "expand.norm.weight", "expand.norm.bias", "proj.weight", "proj.bias"}
+
+
+def test_initial_values_of_the_scan():
+    route = S6(64, rank=4, state=16, routes=4)
+    assert torch.equal(route.A_log[2, 5], torch.arange(1, 17).log())
+    assert torch.equal(route.D, torch.ones(4, 64))
+    step = F.softplus(route.dt_proj_bias)
+    assert 0.001 <= step.min() < 0.003 and 0.03 < step.max() <= 0.1
+    assert 0.9 / 8 < route.x_proj.abs().max() <= 1 / 8 and 0.9 / 2 < route.dt_proj_weight.abs().max() <= 1 / 2
+
+
+# ---- precision, gradients, options, errors ----
+
+def test_22_float32_against_float64():
+    torch.manual_seed(3)
+    decoder = small_decoder("abc")
+    heads = {task: randomise(decoder.make_head(2)) for task in "abc"}
+    feats = encoder_maps()
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        with torch.no_grad():
+            out = decoder.to(dtype)([feat.to(dtype) for feat in feats]).feats
+            results.append({task: heads[task].to(dtype)(feat) for task, feat in out.items()})
+    for task in "abc":
+        exact, single = results[0][task], results[1][task]
+        assert exact.shape == (1, 2, 64, 96) and single.dtype == torch.float32
+        assert 0.1 < exact.std() < 10
+        assert (exact - single).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_23_fast_scan_equals_the_recurrence_in_bi_scan(tasks, monkeypatch):
+    """T * L = 45 * T is not a multiple of the block length."""
+    scan, feat, results = bi_scan(7), torch.randn(2, tasks, 7, 5, 9), {}
+    for backend in ("torch", "reference"):
+        monkeypatch.setenv("SCAN_BACKEND", backend)
+        leaf = feat.clone().requires_grad_()
+        out = scan(leaf)
+        results[backend] = [out, *torch.autograd.grad(out.square().sum(), [leaf, *scan.parameters()])]
+    for fast, plain in zip(*results.values(), strict=True):
+        assert (fast - plain).abs().max() <= 1e-11 * plain.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "bcfr_first"}, {"ms_scan": "window"}, {"msst_depth": 1},
+                                     {"scales": [1]}, {"expand": 1, "d_state": 3}, {"drop_path": 0.5}])
+@pytest.mark.parametrize("tasks", ["a", "abcde"])
+def test_every_option_runs_and_uses_every_parameter(tasks, options):
+    decoder = small_decoder(tasks, **options)
+    assert decoder.channels == 8 and decoder.stride == 4
+    out = decoder(encoder_maps(batch=2)).feats
+    assert {task: feat.shape for task, feat in out.items()} == {task: (2, 8, 16, 24) for task in tasks}
+    sum(feat.square().sum() for feat in out.values()).backward()
+    assert not [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_order_of_the_blocks_matters():
+    first, second = small_decoder("ab"), small_decoder("ab", order="bcfr_first")
+    second.load_state_dict(first.state_dict())
+    feats = encoder_maps(height=32, width=64)
+    with torch.no_grad():
+        assert (first(feats).feats["a"] - second(feats).feats["a"]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("order, rates", [
+    ("msst_first", [[0.2, 0.175, 0.15], [0.125, 0.1, 0.075], [0.05, 0.025, 0.0]]),
+    ("bcfr_first", [[0.175, 0.15, 0.2], [0.1, 0.075, 0.125], [0.025, 0.0, 0.05]])])
+def test_stochastic_depth_falls_to_zero(order, rates):
+    decoder = small_decoder("ab", drop_path=0.2, order=order)
+    for stage, expected in zip(decoder.stages, rates, strict=True):
+        for task in "ab":
+            branches = [*stage.msst[task], stage.bcfr]
+            assert [branch.drop_path.drop_prob for branch in branches] == pytest.approx(expected)
+
+
+def test_patch_expand_puts_channels_into_pixels():
+    expand = PatchExpand(3, 5, scale=2)
+    feat = torch.randn(1, 2, 3, 3)
+    out, raw = expand(feat), expand.proj(feat)
+    for y, x, p1, p2 in product(range(2), range(3), range(2), range(2)):
+        channels = raw[0, y, x, (2 * p1 + p2) * 5:(2 * p1 + p2 + 1) * 5]  # (p1, p2, c), c fastest
+        torch.testing.assert_close(out[0, 2 * y + p1, 2 * x + p2], expand.norm(channels))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"order": "both"}, "order = 'both'.*msst_first or bcfr_first"),
+    ({"ms_scan": "wavelet"}, "ms_scan = 'wavelet'.*scale or window"),
+    ({"scales": ()}, "scales"), ({"scales": (0, 2)}, "scales"), ({"windows": (-1,)}, "windows"),
+    ({"msst_depth": 0}, "msst_depth = 0"), ({"d_state": 0}, "d_state"), ({"expand": 0}, "expand"),
+    ({"drop_path": 1.0}, "drop_path")])
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        BIMConfig(**options)
+
+
+@pytest.mark.parametrize("tasks, widths, strides, message", [
+    ("ab", (64,), (16,), r"needs four maps.*got widths \(64,\) and strides \(16,\)"),
+    ("ab", (8, 8, 8, 8), STRIDES, r"got widths \(8, 8, 8, 8\)"),
+    ("ab", WIDTHS, (2, 4, 8, 16), r"strides \(2, 4, 8, 16\)"),
+    ("", WIDTHS, STRIDES, "one or more different tasks"),
+    ("aa", WIDTHS, STRIDES, "one or more different tasks")])
+def test_wrong_encoders_and_tasks_are_refused(tasks, widths, strides, message):
+    with pytest.raises(ValueError, match=message):
+        BIMDecoder(list(tasks), widths, strides, BIMConfig())
+
+
+def test_input_sides_must_be_multiples_of_32():
+    feats = encoder_maps()
+    feats[2] = feats[2][..., :-1]
+    with pytest.raises(ValueError, match="up-sampled map is 4x6, encoder map .* 4x5.*multiples of 32"):
+        small_decoder()(feats)

@@ -1,0 +1,233 @@
+"""The example data set on disk: both layouts complete and typed, re-runs safe, bytes reproducible."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import loadmat
+
+from data.datasets import DATASETS, build_dataset
+from data.example import write
+from data.example.labels import BODY_PARTS, LABELS, PART_NAMES
+from data.example.render import render_scene
+from data.example.write import PASCAL, image_files, image_name, write_example, write_pascal_parts_mat
+from data.tasks import TASKS
+from tests.shared import golden
+
+PARAMETERS = {"num_train": 2, "num_val": 1, "size": (40, 56), "seed": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return render_scene(4, (72, 96), "pascal")  # someone stands in the middle
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    root = tmp_path_factory.mktemp("example")
+    assert write_example(root, workers=1, **PARAMETERS)
+    return root
+
+
+@pytest.fixture
+def fresh(example, tmp_path):
+    return shutil.copytree(example, tmp_path / "copy")
+
+
+def contents(root):
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
+
+
+def test_both_layouts_are_complete_and_typed(example):
+    for layout, folder in write.LISTS:
+        names = [
+            (example / layout / folder / f"{split}.txt").read_text().split() for split in ("train", "val")
+        ]
+        assert names == [[image_name(layout, 1), image_name(layout, 2)], [image_name(layout, 3)]]
+        for name in sum(names, []):
+            assert all((example / path).is_file() for path in image_files(layout, name)), name
+    listed = {
+        path
+        for layout, _ in write.LISTS
+        for number in (1, 2, 3)
+        for path in image_files(layout, image_name(layout, number))
+    }
+    extra = {"example.json"} | {
+        f"{layout}/{folder}/{split}.txt" for layout, folder in write.LISTS for split in ("train", "val")
+    }
+    assert set(contents(example)) == listed | extra
+
+
+def test_nyud_files_follow_the_layout(example):
+    for number in (1, 2, 3):
+        files = [example / path for path in image_files("NYUDv2", image_name("NYUDv2", number))]
+        image, semseg, depth, normals, edge = [
+            np.load(f) if f.suffix == ".npy" else np.array(Image.open(f)) for f in files
+        ]
+        assert image.shape == normals.shape == (40, 56, 3) and semseg.shape == depth.shape == edge.shape == (
+            40,
+            56,
+        )
+        assert semseg.dtype == np.uint8 and semseg.min() >= 1 and semseg.max() <= 40
+        assert depth.dtype == np.float32 and depth.min() > 0.5 and depth.max() < 10
+        assert set(np.unique(edge)) == {0, 255}
+        length = np.linalg.norm(2.0 * normals / 255 - 1, axis=-1)
+        assert np.abs(length - 1).max() < 0.01
+
+
+def test_pascal_files_follow_the_layout(example):
+    for number in (1, 2, 3):
+        image, semseg, parts, context, normals, saliency = [
+            example / path for path in image_files(PASCAL, image_name(PASCAL, number))
+        ]
+        assert Image.open(image).format == "JPEG" and Image.open(semseg).mode == "P"
+        semseg = np.array(Image.open(semseg))
+        label_map = loadmat(context)["LabelMap"]
+        assert (
+            label_map.dtype == np.uint16
+            and label_map.shape == semseg.shape == (40, 56)
+            and semseg.max() <= 20
+        )
+        person = LABELS["person"].context
+        assert np.array_equal(label_map == person, semseg == 15)
+        assert np.array(Image.open(normals)).shape == (40, 56, 3)
+        assert np.array(Image.open(saliency)).dtype == np.uint8
+        assert str(loadmat(parts)["anno"][0, 0]["imname"][0]) == image_name(PASCAL, number)
+
+
+def test_normals_mask_has_something_to_remove_and_something_to_keep():
+    valid = set(
+        np.ravel(json.loads((golden("metrics") / "pascal_normals_valid_ids.json").read_text())).tolist()
+    )
+    outside = {name for name, label in LABELS.items() if label.context not in valid}
+    assert outside == {"glass", "plant"}
+
+
+def test_parts_file_paints_back_to_the_part_map(scene, tmp_path):
+    path = tmp_path / "parts.mat"
+    write_pascal_parts_mat(path, "2008_000001", write.pascal_objects(scene))
+    painted, classes = np.zeros((2, 72, 96), np.uint8)
+    for item in loadmat(path)["anno"][0, 0]["objects"][0]:
+        classes[item["mask"] > 0] = int(item["class_ind"][0, 0])
+        for part in item["parts"][0] if item["parts"].size else []:
+            painted[part["mask"] > 0] = BODY_PARTS[PART_NAMES.index(str(part["part_name"][0]))]
+    assert np.array_equal(painted, scene.part_map) and np.array_equal(classes, scene.pascal_semseg)
+
+
+def test_parts_file_has_the_structure_of_the_reference_file(scene, tmp_path):
+    path = tmp_path / "parts.mat"
+    write_pascal_parts_mat(path, "2008_000001", write.pascal_objects(scene))
+    reference = golden("metrics") / "fixture_PASCALContext" / "human_parts" / "2008_000001.mat"
+
+    def structure(file):
+        anno = loadmat(file)["anno"]
+        objects = anno[0, 0]["objects"]
+        person = next(item for item in objects[0] if str(item["class"][0]) == "person")
+        part = person["parts"][0, 0]
+        kinds = [person[key].dtype for key in ("class", "class_ind", "mask")] + [part["mask"].dtype]
+        fields = [anno.dtype.names, objects.dtype.names, person["parts"].dtype.names]
+        ranks = [anno.shape, objects.shape[0], person["class_ind"].tolist(), person["parts"].shape[0]]
+        return kinds, fields, ranks
+
+    assert structure(path) == structure(reference)
+    without = loadmat(reference.with_name("2009_000002.mat"))["anno"][0, 0]["objects"][0, 0]["parts"]
+    ours = [item["parts"] for item in loadmat(path)["anno"][0, 0]["objects"][0] if not item["parts"].size]
+    assert ours and all((item.shape, item.dtype) == (without.shape, without.dtype) for item in ours)
+
+
+def test_parts_file_without_objects_reads_as_an_empty_row(tmp_path):
+    write_pascal_parts_mat(tmp_path / "none.mat", "2008_000001", [])
+    objects = loadmat(tmp_path / "none.mat")["anno"][0, 0]["objects"]
+    assert objects.shape == (1, 0) and list(objects[0]) == []
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(example, tmp_path):
+    write_example(tmp_path / "two", workers=2, **PARAMETERS)
+    assert contents(tmp_path / "two") == contents(example)
+
+
+def test_second_run_with_equal_parameters_does_nothing(fresh):
+    stamps = {path: path.stat().st_mtime_ns for path in fresh.rglob("*")}
+    assert write_example(fresh, workers=1, **PARAMETERS) is False
+    assert stamps == {path: path.stat().st_mtime_ns for path in fresh.rglob("*")}
+
+
+def test_other_parameters_are_refused_and_replaced_on_request(fresh):
+    other = PARAMETERS | {"num_train": 1}
+    with pytest.raises(FileExistsError, match="num_train 2.*--overwrite"):
+        write_example(fresh, workers=1, **other)
+    note = fresh / "NYUDv2" / "images" / "note.txt"
+    note.write_text("not ours")
+    assert write_example(fresh, workers=1, overwrite=True, **other)
+    assert note.read_text() == "not ours"
+    assert not (fresh / "NYUDv2" / "images" / "0003.png").exists()
+    assert not (fresh / write.PARTIAL).exists()
+
+
+def test_interrupted_run_is_noticed_and_repaired(example, tmp_path, monkeypatch):
+    real = write._write_image
+
+    def breaks(root, size, seed, job):
+        if job == (PASCAL, 2):
+            raise KeyboardInterrupt
+        real(root, size, seed, job)
+
+    monkeypatch.setattr(write, "_write_image", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        write_example(tmp_path / "set", workers=1, **PARAMETERS)
+    monkeypatch.undo()
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        write_example(tmp_path / "set", workers=1, **PARAMETERS)
+    assert write_example(tmp_path / "set", workers=1, overwrite=True, **PARAMETERS)
+    assert contents(tmp_path / "set") == contents(example)
+
+
+def test_foreign_data_is_never_touched(tmp_path):
+    real = tmp_path / "NYUDv2" / "images" / "0001.png"
+    real.parent.mkdir(parents=True)
+    real.write_bytes(b"a real picture")
+    with pytest.raises(FileExistsError, match="NYUDv2.*left alone"):
+        write_example(tmp_path, workers=1, overwrite=True, **PARAMETERS)
+    assert contents(tmp_path) == {"NYUDv2/images/0001.png": b"a real picture"}
+    (tmp_path / write.MARKER).write_text("{}")
+    with pytest.raises(ValueError, match="not a marker"):
+        write_example(tmp_path, workers=1, overwrite=True, **PARAMETERS)
+    assert real.read_bytes() == b"a real picture"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_train": 0}, "num_train is 0"),
+        ({"size": (16, 64)}, r"size\[0\] is 16"),
+        ({"seed": -1}, "seed is -1"),
+        ({"size": (64,)}, "height and width"),
+        ({"workers": 0}, "workers is 0"),
+    ],
+)
+def test_parameters_out_of_range_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        write_example(tmp_path / "set", **({"workers": 1} | PARAMETERS | change))
+    assert not (tmp_path / "set").exists()
+
+
+def test_the_loaders_read_what_the_renderer_drew(example):
+    for layout, (name, style) in enumerate((("NYUD", "nyud"), ("PASCALContext", "pascal"))):
+        tasks = {task: TASKS[task] for task in DATASETS[name].spec.tasks}
+        sample = build_dataset(name, example, "val", tasks)[0]
+        drawn = render_scene([PARAMETERS["seed"], layout, 3], PARAMETERS["size"], style)
+        semseg = drawn.nyud_semseg - 1 if layout == 0 else drawn.pascal_semseg
+        assert np.array_equal(sample["semseg"][..., 0], semseg)
+        kept = np.linalg.norm(sample["normals"], axis=-1) > 0.5
+        assert kept.mean() > 0.5 and np.abs(sample["normals"] - drawn.normals)[kept].max() < 0.005
+        difference = np.abs(sample["image"].astype(float) - drawn.image).mean()
+        if layout == 0:
+            assert difference == 0 and np.array_equal(sample["depth"][..., 0], drawn.depth_m)
+            assert np.array_equal(sample["edge"][..., 0], drawn.edge)
+        else:
+            assert difference < 6 and np.array_equal(sample["human_parts"][..., 0], drawn.part_map)
+            assert np.array_equal(sample["sal"][..., 0] > 0.5, drawn.saliency >= 128)
