@@ -33,6 +33,7 @@ class DatasetSpec:
     class_names: Mapping[str, tuple[str, ...]]      # of the tasks that have classes
     boundary_max_dist: float | None                 # tolerance of the boundary score, share of the diagonal
     label_size: tuple[int, int] | None = None       # (H, W) of the labels; None: as the network's input
+    depth_range: tuple[float, float] | None = None  # depth is scored strictly between these; None: wherever not void
     splits: tuple[str, ...] = ("train", "val")
     split_file: str | None = None                   # list of ids, e.g. "gt_sets/{split}.txt"
 

@@ -51,6 +51,7 @@ class Cityscapes(MultiTaskDataset):
         label_size=(1024, 2048),
         class_names={"semseg": CLASS_NAMES},
         boundary_max_dist=None,
+        depth_range=(0.0, 80.0),
     )
     sources: ClassVar[Mapping[str, Source]] = {
         "image": Source(("leftImg8bit/{id}_leftImg8bit.png",), read_image),

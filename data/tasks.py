@@ -6,7 +6,7 @@ asks for a task by name. A new task is one more row (and, if its kind is new, on
 Label conventions (after the transforms): float32, C x H x W, void = 255 in every channel.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.palette import colour_classes, colour_depth, colour_normals, colour_probability
 from evaluation.depth import DepthMeter
 from evaluation.edge_loss import EdgeLossMeter
+from evaluation.edge_maps import save_edge_maps
 from evaluation.meter import Meter
 from evaluation.normals import NormalsMeter
 from evaluation.saliency import SaliencyMeter
@@ -36,6 +37,7 @@ class TaskContext:
     ignore_index: int = 255
     edge_w: float = 0.95
     class_names: tuple[str, ...] = ()
+    depth_range: tuple[float, float] | None = None
 
     @property
     def first_colour(self) -> int:
@@ -77,6 +79,8 @@ class Task:
     write_raw: Callable[[Path, np.ndarray], Path]
     raw_format: str                                     # what `write_raw` writes, with units
     legend: str = "none"                                # "classes" | "depth" | "normals" | "probability"
+    label_channels: int = 1
+    export: Callable[[Tensor, Sequence[Mapping], Path], object] | None = None   # (prediction, meta, folder): `infer`
     interp: str = "nearest"                             # how a label of another size is brought to the image's
     pad_value: float = VOID
     on_flip: Callable[[np.ndarray], np.ndarray] = lambda label: label
@@ -154,7 +158,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
     Task(
         "depth", 1,
         loss=lambda c: L1Loss(c.ignore_index),
-        meter=lambda c: DepthMeter(c.ignore_index),
+        meter=lambda c: DepthMeter(c.ignore_index, c.depth_range),
         score=Score("rmse", "RMSE", False, decimals=4, unit="m"),
         decode=lambda logits: logits.clamp_min(0), pad_value=0.0,
         on_scale=lambda label, factor: label / np.float32(factor), mark_void=_void_depth,
@@ -176,7 +180,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
         loss=lambda c: NormalsLoss(c.ignore_index),
         meter=lambda c: NormalsMeter(c.ignore_index),
         score=Score("mean", "mErr", False, unit="deg"),
-        decode=lambda logits: F.normalize(logits, dim=1, eps=1e-12), interp="cubic", pad_value=0.0,
+        decode=lambda logits: F.normalize(logits, dim=1, eps=1e-12), label_channels=3, interp="cubic", pad_value=0.0,
         on_flip=_flip_normals, mark_void=_void_normals,
         colourise=lambda x, c: colour_normals(x), legend="normals",
         write_raw=_write_vectors, raw_format="npy float32 (H, W, 3), unit vectors",
@@ -186,7 +190,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
         loss=lambda c: BalancedBCELoss(c.edge_w, c.ignore_index),
         meter=lambda c: EdgeLossMeter(c.edge_w, c.ignore_index),
         score=Score("loss", "edge loss", False, decimals=4),
-        decode=torch.sigmoid,
+        decode=torch.sigmoid, export=save_edge_maps,
         colourise=lambda x, c: colour_probability(x[..., 0]), legend="probability",
         write_raw=_write_probability, raw_format="16-bit PNG, probability * 65535",
     ),

@@ -190,11 +190,11 @@ class Normalise:
         return sample | {"image": (image / 255 - MEAN) / STD}
 
 
-class Pad:
-    """Centres all maps in a frame of `size` filled with 0 (image: mean colour) or the task's `pad_value`."""
+class RequireFit:
+    """Refuses an image that is larger than the frame, naming it."""
 
-    def __init__(self, tasks: Mapping[str, Task], size: tuple[int, int]):
-        self.tasks, self.size = tasks, tuple(size)
+    def __init__(self, size: tuple[int, int]):
+        self.size = tuple(size)
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         height, width = sample["image"].shape[:2]
@@ -203,13 +203,24 @@ class Pad:
             raise ValueError(f"image {name} is {height} x {width} (height x width) and does not fit into the "
                              f"frame of {self.size[0]} x {self.size[1]}; set image_size to at least "
                              f"[{height}, {width}]")
+        return sample
+
+
+class Pad:
+    """Centres all maps in a frame of at least `size` filled with 0 (image: mean colour) or the task's `pad_value`."""
+
+    def __init__(self, tasks: Mapping[str, Task], size: tuple[int, int]):
+        self.tasks, self.size = tasks, tuple(size)
+
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         padded = dict(sample, image=self._pad(sample["image"], 0.0))
         return padded | {key: self._pad(sample[key], task.pad_value) for key, task in self.tasks.items()}
 
     def _pad(self, array: np.ndarray, value: float) -> np.ndarray:
         height, width, channels = array.shape
-        top, left = (self.size[0] - height) // 2, (self.size[1] - width) // 2
-        memory = np.empty((channels, *self.size), np.float32)
+        frame = max(self.size[0], height), max(self.size[1], width)
+        top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
+        memory = np.empty((channels, *frame), np.float32)
         canvas = memory.transpose(1, 2, 0)                             # (C, H, W) memory seen as (H, W, C)
         canvas[:top] = canvas[top + height:] = value
         canvas[top:top + height, :left] = canvas[top:top + height, left + width:] = value
@@ -270,7 +281,7 @@ def train_transform(size: tuple[int, int], tasks: Mapping[str, Task],
 
 def eval_transform(size: tuple[int, int], tasks: Mapping[str, Task]) -> Compose:
     """Nothing is resized: normalise, pad to `size` (padding is void), mark void, to tensors."""
-    return Compose((Normalise(), Pad(tasks, size), MarkVoid(tasks), ToTensor()))
+    return Compose((RequireFit(size), Normalise(), Pad(tasks, size), MarkVoid(tasks), ToTensor()))
 
 
 def fixed_transform(size: tuple[int, int], tasks: Mapping[str, Task],

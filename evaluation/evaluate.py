@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.tasks import TASKS, TaskContext
-from evaluation.edge_maps import save_edge_maps
 from evaluation.results import Results
 from models.model import resize
 from utils.precision import autocast
@@ -16,12 +15,13 @@ from utils.precision import autocast
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable[Mapping], contexts: Mapping[str, TaskContext], device: torch.device, *,
-             precision: str = "fp32", edge_dir: Path | None = None, progress: bool = False,
+             precision: str = "fp32", export_dir: Path | None = None, progress: bool = False,
              on_batch: Callable[[Mapping, Mapping[str, Tensor]], None] | None = None) -> Results:
     """{task: {score: value}} over the images of all ranks' loaders; the same on every rank.
 
     Scores are computed on the padded frame, where padding is void, hence at original resolution. `precision` is
-    the config key. `edge_dir` receives the boundary maps as PNG; `on_batch(batch, predictions)` sees every batch.
+    the config key. `export_dir` receives the files of the tasks
+    that export any (boundary maps as PNG); `on_batch(batch, predictions)` sees every batch.
     A task without a single valid pixel scores NaN.
     """
     was_training = model.training
@@ -36,8 +36,8 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], contexts: Mapping[str,
             label = batch[task].to(device, non_blocking=True)
             predictions[task] = TASKS[task].decode(resize(logits[task].float(), label.shape[-2:]))
             meter.update(predictions[task], label)
-        if edge_dir is not None and "edge" in predictions:
-            save_edge_maps(predictions["edge"], batch["meta"], edge_dir)
+            if export_dir is not None and TASKS[task].export is not None:
+                TASKS[task].export(predictions[task], batch["meta"], export_dir)
         if on_batch is not None:
             on_batch(batch, predictions)
     for meter in meters.values():

@@ -11,8 +11,7 @@ class DecoderOutput(NamedTuple):
     """What every decoder returns. The dictionaries are never modified.
 
     feats: task -> (B, C, h, w), the input of that task's head. intermediate: task -> raw preliminary predictions
-    (B, n_t, h', w'), for intermediate supervision. extra: named 0-dim losses of the decoder itself; their weights
-    are in `loss_kwargs.loss_weights`.
+    (B, n_t, h', w'), for intermediate supervision. extra: named 0-dim losses of the decoder itself, already weighted.
     """
 
     feats: dict[str, Tensor]

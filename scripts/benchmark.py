@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.loader import build_train_loader
-from models.model import MultiTaskModel
+from data.tasks import TASKS
 from models.ops import count_scan_flops
 from utils.config import Config, load_config
 from utils.distributed import pick_device
@@ -99,8 +99,7 @@ def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tenso
     size = config.dataset.label_size or config.input_size
     batch = {"image": torch.randn(config.trBatch, 3, *config.input_size, device=device)}
     for task in config.tasks:
-        channels = config.dataset.tasks[task] if task == "normals" else 1
-        batch[task] = torch.randint(0, 2, (config.trBatch, channels, *size), device=device).float()
+        batch[task] = torch.randint(0, 2, (config.trBatch, TASKS[task].label_channels, *size), device=device).float()
     return batch
 
 

@@ -43,6 +43,7 @@ def launch(command: list[str], processes: int = 1, launcher: str = "torchrun") -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    many = [*starter, f"--nproc_per_node={processes}", f"--master_port={port}"] if processes > 1 or launcher != "torchrun" else []
+    alone = processes == 1 and launcher == "torchrun"
+    many = [] if alone else [*starter, f"--nproc_per_node={processes}", f"--master_port={port}"]
     return subprocess.run([sys.executable, *many, str(ROOT / "main.py"), *command], cwd=ROOT, capture_output=True,
                           text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})

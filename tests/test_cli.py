@@ -37,7 +37,8 @@ def refused(monkeypatch, *arguments: str) -> str:
 def trained(example_root, tmp_path_factory):
     """A tiny PASCAL run: its folder."""
     from tests.conftest import TINY
-    config = load_config(PASCAL, [*TINY, "max_iter=1", f"db_root={example_root}", f"out_dir={tmp_path_factory.mktemp('runs')}"])
+    runs = tmp_path_factory.mktemp("runs")
+    config = load_config(PASCAL, [*TINY, "max_iter=1", f"db_root={example_root}", f"out_dir={runs}"])
     train(config, resume=False)
     return config.run_dir
 
@@ -57,12 +58,14 @@ def test_predict_any_picture(monkeypatch, trained, tmp_path):
     rng = np.random.default_rng(0)
     source = tmp_path / "in"
     source.mkdir()
-    pictures = {"colour.jpg": (90, 120, 3), "grey.png": (200, 50), "alpha.png": (40, 300, 4), "deep.png": (64, 64), "wide.png": (33, 33, 3)}
+    pictures = {"colour.jpg": (90, 120, 3), "grey.png": (200, 50), "alpha.png": (40, 300, 4), "deep.png": (64, 64),
+                "small.png": (33, 33, 3)}
     for name, shape in pictures.items():
         kind = np.uint16 if name.startswith("deep") else np.uint8
         cv2.imwrite(str(source / name), rng.integers(0, np.iinfo(kind).max, shape).astype(kind))
     out = tmp_path / "out"
-    run(monkeypatch, "--run_mode", "predict", "--trained_model", trained / "best.pt", "--input", source, "--output", out)
+    run(monkeypatch, "--run_mode", "predict", "--trained_model", trained / "best.pt", "--input", source,
+        "--output", out)
     formats = json.loads((out / "formats.json").read_text())
     assert set(formats) == {"semseg", "human_parts", "sal", "normals", "edge"}
     for name, shape in pictures.items():

@@ -148,6 +148,18 @@ def test_gradient_through_last_state_alone():
     assert fast[2].abs().max() > 0
 
 
+def test_softplus_is_the_identity_above_20_in_both_directions():
+    """The sigmoid would be off by 1e-9 there, which a comparison with the largest gradient cannot see."""
+    inputs = random_inputs(batch=1, channels=1, length=5, state=1, groups=1)
+    inputs["delta"] = torch.tensor([[[19.9, 20.1, 20.5, 21.0, 25.0]]], dtype=torch.float64)
+    inputs["A"] = torch.full((1, 1), -0.01, dtype=torch.float64)
+    inputs["delta_bias"] = torch.zeros(1, dtype=torch.float64)
+    cotangent = torch.ones_like(inputs["u"])
+    plain, fast = (values_and_grads(inputs, b, cotangent, delta_softplus=True) for b in BACKENDS)
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("maps", ["constant_B", "constant_C", "one_group"])
 def test_other_shapes_of_B_and_C(maps):
     inputs = random_inputs(length=37, groups=1 if maps == "one_group" else 2)

@@ -18,6 +18,7 @@ from utils.finite import FiniteGuard
 from utils.train import build_criterion, train
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
+QUIET = ["model_kwargs.drop_path=0", "backbone_kwargs.drop_path_rate=0"]      # no randomness in the forward pass
 PASCAL = str(ROOT / "configs" / "bim_pascal.yml")
 
 
@@ -50,7 +51,7 @@ def test_a_run_leaves_everything_in_one_folder(tiny, config_file):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resume_equals_uninterrupted(tiny, tmp_path, workers):
     """Bit for bit, with stochastic depth, a moving average and augmentation on."""
-    extra = ["checkpoint_interval=4", "ema_decay=0.9", "model_kwargs.drop_path_rate=0.5", f"nworkers={workers}"]
+    extra = ["checkpoint_interval=4", "ema_decay=0.9", "model_kwargs.drop_path=0.5", f"nworkers={workers}"]
     whole = load_config(NYUD, [*tiny, *extra, "version_name=whole"])
     train(whole, resume=False)
     half = load_config(NYUD, [*tiny, *extra, "version_name=half"])
@@ -70,9 +71,8 @@ def test_resume_equals_uninterrupted(tiny, tmp_path, workers):
 
 def test_accumulation_equals_a_larger_batch(tiny):
     """With losses per image, two passes of 2 images are one of 4 (float32: 1e-5)."""
-    one = load_config(NYUD, [*tiny, "trBatch=4", "model_kwargs.drop_path_rate=0", "backbone_kwargs.drop_path_rate=0", "version_name=one"])
-    two = load_config(NYUD, [*tiny, "trBatch=2", "global_batch=4", "model_kwargs.drop_path_rate=0",
-                             "backbone_kwargs.drop_path_rate=0", "version_name=two"])
+    one = load_config(NYUD, [*tiny, *QUIET, "trBatch=4", "version_name=one"])
+    two = load_config(NYUD, [*tiny, *QUIET, "trBatch=2", "global_batch=4", "version_name=two"])
     train(one, resume=False)
     train(two, resume=False)
     for a, b in zip(rows(one.run_dir, "train"), rows(two.run_dir, "train"), strict=True):
@@ -81,8 +81,7 @@ def test_accumulation_equals_a_larger_batch(tiny):
 
 def test_two_processes_equal_one(tiny):
     """The same losses at the same global batch (1e-5 relative), and every launcher's command line works."""
-    quiet = ["model_kwargs.drop_path_rate=0", "backbone_kwargs.drop_path_rate=0"]
-    base = ["--run_mode", "train", "--config_exp", NYUD, *tiny, *quiet]
+    base = ["--run_mode", "train", "--config_exp", NYUD, *tiny, *QUIET]
     for processes, batch, launcher in ((1, 4, "torchrun"), (2, 2, "torchrun"), (2, 2, "launch")):
         done = launch([*base, f"trBatch={batch}", f"version_name={launcher}{processes}"], processes, launcher)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -38,6 +38,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others enter it."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of a tensor over all processes (the same on each)."""
     if dist.is_initialized():

@@ -41,7 +41,7 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
         loader = build_eval_loader(build_split(config, "val"), config.valBatch, config.nworkers, distributed.rank(),
                                    distributed.world_size())
         results = evaluate(model, loader, {t: config.task_context(t) for t in config.tasks}, device,
-                           precision=config.precision, edge_dir=output_dir / "edge",
+                           precision=config.precision, export_dir=output_dir,
                            progress=distributed.is_main() and config.progress)
         if distributed.is_main():
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name)

@@ -68,7 +68,8 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
     torch.manual_seed(config.seed)                        # the same weights on every rank
     model = model_from_config(config)
     if config.pretrained and checkpoint is None:
-        load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
+        with distributed.main_first():                     # one download, which the others then find
+            load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
     model.to(device)
     run = Run(config, device, model, _wrap(model, config, device), _average(model, config),
               build_optimizer(config, model), torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
@@ -110,7 +111,8 @@ def save(run: Run, *names: str) -> None:
 
 
 def _restore(run: Run, checkpoint: dict, path: Path) -> None:
-    load_model(run.model, checkpoint["model"], path)
+    load_model(run.model, checkpoint["model"], path, file_config=checkpoint.get("config"),
+               yaml_config=run.config.to_dict())
     if (run.ema is None) != (checkpoint["ema"] is None):
         raise ValueError(f"{path} was trained {'without' if checkpoint['ema'] is None else 'with'} a moving average; "
                          f"ema_decay is {run.config.ema_decay}")

@@ -29,7 +29,7 @@ def trained_model(config: Config, path: Path, device: torch.device) -> MultiTask
     state = checkpoint.get("ema") or checkpoint["model"]
     state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
     model = model_from_config(config)
-    load_model(model, state, path)
+    load_model(model, state, path, file_config=checkpoint.get("config"), yaml_config=config.to_dict())
     return model.to(device).eval()
 
 

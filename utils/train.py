@@ -48,7 +48,7 @@ def train(config: Config, resume: bool) -> dict:
 
 def _loop(run: Run) -> dict:
     config, device = run.config, run.device
-    criterion, supervise = build_criterion(config), config.intermediate_supervision
+    criterion = build_criterion(config)
     batches = iter(run.train_loader)
     restore_rng(run)                                        # after the loader, which draws from the generators
     if run.step == 0 and config.eval_at_start:
@@ -67,7 +67,7 @@ def _loop(run: Run) -> dict:
                 with _no_sync(run.wrapped, micro < run.accumulate - 1):
                     with autocast(device, config.precision):
                         out = run.wrapped(batch["image"])
-                    losses = criterion(out.final, batch, out.intermediate if supervise else None, out.extra)
+                    losses = criterion(out.final, batch, out.intermediate, out.extra)
                     run.scaler.scale(losses["total"] / run.accumulate).backward()
                 passes.append(losses)
             meter.add(passes)
@@ -105,7 +105,8 @@ def build_criterion(config: Config) -> MultiTaskLoss:
     k = config.loss_kwargs
     losses = {task: TASKS[task].loss(config.task_context(task)) for task in config.tasks}
     weights = {task: k.loss_weights.get(task, 1.0) for task in config.tasks}
-    return MultiTaskLoss(losses, weights, k.loss_scheme, k.intermediate_weight, k.loss_scope)
+    return MultiTaskLoss(losses, weights, k.loss_scheme, k.intermediate_weight, k.loss_scope,
+                         use_intermediate=config.intermediate_supervision)
 
 
 def run_evaluation(run: Run) -> None:

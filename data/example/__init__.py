@@ -12,7 +12,7 @@ stage      the vocabulary of the next four: things, poses, paints
 fittings   the room itself and what hangs on its walls
 furniture  what stands in it
 small      what stands on the furniture
-human      jointed figures made of ellipsoids
+human      jointed figures: people, cats, dogs
 scene      puts a room together from a seed
 shading    light on surfaces
 render     one scene to an image and its label maps

@@ -170,7 +170,7 @@ def _head(thing: Thing, hips, turn, s: float, skin, paint: Paint) -> None:
         thing.ball(middle + turn @ np.array([x, 0.018, 0.087]) * s, (0.012 * s,) * 3, eye, turn, head)
     colour = paint.make("noise", paint.pick(HAIRS), cell=(0.02, 0.05), vary=0.03)
     short = (0.04, -0.012), (0.092, 0.1, 0.098)  # middle (y, z) and radii; the hairline is above the eyes
-    long = (-0.02, -0.03), (0.094, 0.15, 0.09)
+    long = (0.0, -0.018), (0.094, 0.135, 0.098)
     (y, z), radii = short if paint.rng.random() < 0.6 else long
     thing.ball(
         middle + turn @ np.array([0, y, z]) * s,
