@@ -5,8 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-from utils.config import Config, config_from_dict, load_config
-from utils.logging import setup_logging
+# Before anything loads OpenMP: threads that wait for each other must sleep. By default they spin, and where they have
+# fewer cores than expected (data loader workers, other programs) every operation then costs a scheduler's time slice.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from utils.config import Config, config_from_dict, load_config  # noqa: E402
+from utils.logging import setup_logging  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:

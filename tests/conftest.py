@@ -25,9 +25,9 @@ TINY = [
 @pytest.fixture(scope="session")
 def example_root(tmp_path_factory) -> Path:
     """A data folder with 12 training and 5 test images of 64 x 96 pixels in both layouts."""
-    from data.example import write_example
+    from data.example.write import write_example
     root = tmp_path_factory.mktemp("example")
-    write_example(root, num_train=12, num_val=5, size=(64, 96), seed=0, workers=1)
+    write_example(root, num_train=12, num_val=5, size=(64, 96), seed=0, workers=1, progress=False)
     return root
 
 
@@ -46,4 +46,5 @@ def launch(command: list[str], processes: int = 1, launcher: str = "torchrun") -
     alone = processes == 1 and launcher == "torchrun"
     many = [] if alone else [*starter, f"--nproc_per_node={processes}", f"--master_port={port}"]
     return subprocess.run([sys.executable, *many, str(ROOT / "main.py"), *command], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+                          text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})

@@ -45,7 +45,7 @@ def bi_scan(width=6, state=4):
 
 
 def small_decoder(tasks="abc", **options):
-    options = {"d_state": 4, "drop_path": 0.0} | options
+    options = {"d_state": 4, "drop_path_rate": 0.0} | options
     return randomise(BIMDecoder(list(tasks), WIDTHS, STRIDES, BIMConfig(**options)))
 
 
@@ -493,7 +493,7 @@ def test_23_fast_scan_equals_the_recurrence_in_bi_scan(tasks, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "bcfr_first"}, {"ms_scan": "window"}, {"msst_depth": 1},
-                                     {"scales": [1]}, {"expand": 1, "d_state": 3}, {"drop_path": 0.5}])
+                                     {"scales": [1]}, {"expand": 1, "d_state": 3}, {"drop_path_rate": 0.5}])
 @pytest.mark.parametrize("tasks", ["a", "abcde"])
 def test_every_option_runs_and_uses_every_parameter(tasks, options):
     decoder = small_decoder(tasks, **options)
@@ -516,7 +516,7 @@ def test_order_of_the_blocks_matters():
     ("msst_first", [[0.2, 0.175, 0.15], [0.125, 0.1, 0.075], [0.05, 0.025, 0.0]]),
     ("bcfr_first", [[0.175, 0.15, 0.2], [0.1, 0.075, 0.125], [0.025, 0.0, 0.05]])])
 def test_stochastic_depth_falls_to_zero(order, rates):
-    decoder = small_decoder("ab", drop_path=0.2, order=order)
+    decoder = small_decoder("ab", drop_path_rate=0.2, order=order)
     for stage, expected in zip(decoder.stages, rates, strict=True):
         for task in "ab":
             branches = [*stage.msst[task], stage.bcfr]
@@ -537,7 +537,7 @@ def test_patch_expand_puts_channels_into_pixels():
     ({"ms_scan": "wavelet"}, "ms_scan = 'wavelet'.*scale or window"),
     ({"scales": ()}, "scales"), ({"scales": (0, 2)}, "scales"), ({"windows": (-1,)}, "windows"),
     ({"msst_depth": 0}, "msst_depth = 0"), ({"d_state": 0}, "d_state"), ({"expand": 0}, "expand"),
-    ({"drop_path": 1.0}, "drop_path")])
+    ({"drop_path_rate": 1.0}, "drop_path_rate")])
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BIMConfig(**options)

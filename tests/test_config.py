@@ -91,7 +91,7 @@ def test_resolved_configuration_reads_back(tmp_path):
     ({"tensorboard": 1}, r"'tensorboard' must be true or false, got 1"),
     ({"optimizer": "adamww"}, r"must be one of adam, adamw, sgd \(did you mean 'adamw'\?\), got 'adamww'"),
     ({"task_dictionary": {"include_detph": True}}, r"'task_dictionary\.include_detph'; did you mean 'include_depth'"),
-    ({"task_dictionary": {"include_sal": True}}, r"NYUD has no labels for sal; its tasks: semseg, depth, normals, edge"),
+    ({"task_dictionary": {"include_sal": True}}, r"NYUD has no labels for sal; its tasks: semseg, depth, normals"),
     ({"task_dictionary": {}}, r"no task is on"),
     ({"train_db_name": "NUYD"}, r"train_db_name 'NUYD' is not known; did you mean 'NYUD'\?"),
     ({"image_size": [448]}, r"'image_size' must be a list of 2 values, got \[448\]"),

@@ -18,7 +18,7 @@ from utils.finite import FiniteGuard
 from utils.train import build_criterion, train
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
-QUIET = ["model_kwargs.drop_path=0", "backbone_kwargs.drop_path_rate=0"]      # no randomness in the forward pass
+QUIET = ["model_kwargs.drop_path_rate=0", "backbone_kwargs.drop_path_rate=0"]      # no randomness in the forward pass
 PASCAL = str(ROOT / "configs" / "bim_pascal.yml")
 
 
@@ -51,7 +51,7 @@ def test_a_run_leaves_everything_in_one_folder(tiny, config_file):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resume_equals_uninterrupted(tiny, tmp_path, workers):
     """Bit for bit, with stochastic depth, a moving average and augmentation on."""
-    extra = ["checkpoint_interval=4", "ema_decay=0.9", "model_kwargs.drop_path=0.5", f"nworkers={workers}"]
+    extra = ["checkpoint_interval=4", "ema_decay=0.9", "model_kwargs.drop_path_rate=0.5", f"nworkers={workers}"]
     whole = load_config(NYUD, [*tiny, *extra, "version_name=whole"])
     train(whole, resume=False)
     half = load_config(NYUD, [*tiny, *extra, "version_name=half"])

@@ -21,29 +21,33 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class SimplePyramid(nn.Module):
-    """Neck: four stride-16 maps of `in_channels` -> strides 4, 8, 16, 32 with widths e, 2e, 4e, 8e.
+    """Neck: four stride-16 maps -> strides 4, 8, 16, 32 with widths e, 2e, 4e, 8e.
 
     Args:
-        in_channels: channels of every input map.
+        in_channels: channels of the four input maps.
         embed_dim: e, the width of the finest output map.
+
+    Raises ValueError unless there are four input maps.
     """
 
     strides = (4, 8, 16, 32)
 
-    def __init__(self, in_channels: int, embed_dim: int):
+    def __init__(self, in_channels: Sequence[int], embed_dim: int):
         super().__init__()
+        if len(in_channels) != 4:
+            raise ValueError(f"neck 'pyramid' needs four maps, the backbone gives {len(in_channels)}")
+        c1, c2, c3, c4 = in_channels
         self.channels = tuple(embed_dim * 2**level for level in range(4))
         e1, e2, e4, e8 = self.channels
         self.levels = nn.ModuleList([
             nn.Sequential(
-                nn.ConvTranspose2d(in_channels, e2, 2, stride=2), ChannelLayerNorm(e2), nn.GELU(),
+                nn.ConvTranspose2d(c1, e2, 2, stride=2), ChannelLayerNorm(e2), nn.GELU(),
                 nn.ConvTranspose2d(e2, e1, 2, stride=2), ChannelLayerNorm(e1)),
-            nn.Sequential(nn.ConvTranspose2d(in_channels, e2, 2, stride=2), ChannelLayerNorm(e2)),
-            nn.Sequential(nn.Conv2d(in_channels, e4, 1), ChannelLayerNorm(e4)),
-            nn.Sequential(nn.Conv2d(in_channels, e8, 3, stride=2, padding=1), ChannelLayerNorm(e8)),
+            nn.Sequential(nn.ConvTranspose2d(c2, e2, 2, stride=2), ChannelLayerNorm(e2)),
+            nn.Sequential(nn.Conv2d(c3, e4, 1), ChannelLayerNorm(e4)),
+            nn.Sequential(nn.Conv2d(c4, e8, 3, stride=2, padding=1), ChannelLayerNorm(e8)),
         ])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Four (B, C, H, W) -> (B, e, 4H, 4W), (B, 2e, 2H, 2W), (B, 4e, H, W), (B, 8e, H/2, W/2)."""
-        assert len(maps) == 4, f"SimplePyramid needs 4 maps, got {len(maps)}"
         return [level(feature) for level, feature in zip(self.levels, maps, strict=True)]

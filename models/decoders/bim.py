@@ -42,7 +42,7 @@ class BIMConfig:
     windows: tuple[int, ...] = (0, 8, 2)  # window side of each group, 0 = full map, for ms_scan = window
     d_state: int = 16  # N of the state-space model
     expand: int = 2  # D / C
-    drop_path: float = 0.2  # stochastic depth of the first residual branch, falling linearly to 0 at the last
+    drop_path_rate: float = 0.2  # stochastic depth of the first residual branch, falling linearly to 0 at the last
 
     def __post_init__(self):
         self.scales, self.windows = tuple(self.scales), tuple(self.windows)
@@ -52,7 +52,7 @@ class BIMConfig:
         _require(self.windows and min(self.windows) >= 0, "windows", self.windows, "window sides >= 0")
         for name in ("msst_depth", "d_state", "expand"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
-        _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "a rate in [0, 1)")
+        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
 
 
 def _require(condition: object, name: str, value: object, valid: str) -> None:
@@ -214,7 +214,7 @@ class BIMDecoder(nn.Module):
             raise ValueError(f"decoder 'bim' needs one or more different tasks, got {tuple(tasks)}")
         self.tasks, self.channels = tuple(tasks), in_channels[0]
         per_stage = config.msst_depth + 1
-        rates = torch.linspace(config.drop_path, 0, 3 * per_stage, device="cpu").tolist()
+        rates = torch.linspace(config.drop_path_rate, 0, 3 * per_stage, device="cpu").tolist()
         self.stages = nn.ModuleList(
             MFRStage(tasks, width, rates[s * per_stage:(s + 1) * per_stage], config)
             for s, width in enumerate(reversed(in_channels[:-1])))
