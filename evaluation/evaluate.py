@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.tasks import TASKS, TaskContext
-from evaluation.results import Results
+from evaluation.results import VALID_PIXELS, Results
 from models.model import resize
 from utils.precision import autocast
 
@@ -22,7 +22,7 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], contexts: Mapping[str,
     Scores are computed on the padded frame, where padding is void, hence at original resolution. `precision` is
     the config key. `export_dir` receives the files of the tasks
     that export any (boundary maps as PNG); `on_batch(batch, predictions)` sees every batch.
-    A task without a single valid pixel scores NaN.
+    `valid_pixels` is among the scores: a task without any is not scored.
     """
     was_training = model.training
     model.eval()
@@ -43,4 +43,4 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], contexts: Mapping[str,
     for meter in meters.values():
         meter.reduce()
     model.train(was_training)
-    return {task: meter.compute() for task, meter in meters.items()}
+    return {task: {**meter.compute(), VALID_PIXELS: meter.valid_pixels} for task, meter in meters.items()}

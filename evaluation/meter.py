@@ -34,6 +34,11 @@ class Meter:
     def compute(self) -> dict[str, float]:
         raise NotImplementedError
 
+    @property
+    def valid_pixels(self) -> int:
+        """Number of pixels behind the figures; without any they mean nothing, whatever their value."""
+        return int(self.state["num_valid"].item())
+
     def reset(self) -> None:
         self.state = self.initial_state()
         self._reduced = False

@@ -9,6 +9,7 @@ from data.tasks import TASKS
 from evaluation.delta_m import delta_m
 
 Results = dict[str, dict[str, float]]       # task -> score -> value
+VALID_PIXELS = "valid_pixels"               # the one entry that is a count
 
 
 def selection_score(results: Results) -> float:
@@ -17,11 +18,11 @@ def selection_score(results: Results) -> float:
     It is scale-free (a relative gain of 1 % counts the same in every task) and needs no reference scores. Tasks
     without a valid pixel are left out.
     """
-    logs = []
+    logs, empty = [], unscored(results)
     for task, scores in results.items():
         score = TASKS[task].score
         value = scores[score.key]
-        if math.isfinite(value):
+        if task not in empty:
             logs.append((1 if score.higher_is_better else -1) * math.log(max(value, 1e-6)))
     return sum(logs) / len(logs) if logs else float("-inf")
 
@@ -76,5 +77,5 @@ def load_results(path: Path) -> Results:
 
 
 def unscored(results: Results) -> Sequence[str]:
-    """Tasks whose primary score is undefined because no pixel was valid."""
-    return [task for task, scores in results.items() if math.isnan(scores[TASKS[task].score.key])]
+    """Tasks whose scores mean nothing because no pixel was valid."""
+    return [task for task, scores in results.items() if not scores[VALID_PIXELS]]

@@ -60,6 +60,11 @@ class SaliencyMeter(Meter):
                 "sum_precision": (tp.double() / predicted.clamp_min(1)).sum(0),
                 "sum_recall": (tp.double() / labelled.clamp_min(1)).sum(0)}
 
+    @property
+    def valid_pixels(self) -> int:
+        """The sigmoid of a probability is at least 0.5, so the first threshold accepts every valid pixel."""
+        return int(self.state["predicted"][0].item())
+
     def compute(self) -> dict[str, float]:
         num_images = self.state["num_images"].item()
         precision, recall = self.state["sum_precision"], self.state["sum_recall"]

@@ -38,6 +38,11 @@ class SegmentationMeter(Meter):
                              f"(0..{self.num_classes - 1}, {self.ignore_index} = void)")
         return counts
 
+    @property
+    def valid_pixels(self) -> int:
+        """Every valid pixel is a hit or a miss of its label's class."""
+        return int((self.state["tp"] + self.state["fn"]).sum().item())
+
     def compute(self) -> dict[str, float]:
         tp, fp, fn = (self.state[name].double() for name in ("tp", "fp", "fn"))
         union = tp + fp + fn

@@ -449,10 +449,11 @@ def test_checkpoint_of_another_model_says_what_it_holds():
     with pytest.raises(ValueError) as caught:
         load_model(model, state, "runs/a/best.pt",
                    file_config={"model": "bim", "backbone": "swin_large", "lr": 1},
-                   yaml_config={"model": "invpt", "backbone": "vit_large", "tasks": ["semseg"]})
+                   yaml_config={"model": "invpt", "backbone": "vit_large",
+                                "task_dictionary": {"include_semseg": True, "include_edge": False, "edge_w": 0.95}})
     assert str(caught.value) == (
         "runs/a/best.pt holds model bim, backbone swin_large but the configuration asks for model invpt, "
-        "backbone vit_large, tasks ['semseg']: 2 missing in the file (depth.weight, depth.bias); 1 unknown "
+        "backbone vit_large, tasks semseg: 2 missing in the file (depth.weight, depth.bias); 1 unknown "
         "to the model (normals.weight); 1 of another shape (heads.weight: file (2, 4), model (3, 4))")
 
 

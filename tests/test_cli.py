@@ -29,7 +29,7 @@ def refused(monkeypatch, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *arguments)
     message = str(stop.value.code)
-    assert message.startswith("error: ") and "\n" not in message and len(message) < 600, message
+    assert message.startswith("error: ") and "\n" not in message and len(message) < 800, message
     return message
 
 

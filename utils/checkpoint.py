@@ -241,7 +241,7 @@ def _is_named(key: str, names: Collection[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _differences(missing: list[str], unexpected: list[str], mismatched: list[str], shown: int = 3) -> str:
+def _differences(missing: list[str], unexpected: list[str], mismatched: list[str], shown: int = 2) -> str:
     parts = []
     for words, entries in (("missing in the file", missing), ("unknown to the model", unexpected),
                            ("of another shape", mismatched)):
@@ -258,7 +258,11 @@ def _grouped(keys: list[str]) -> str:
 
 
 def _describe(config: Mapping | None) -> str:
-    known = [f"{key} {config[key]}" for key in ("model", "backbone", "tasks") if key in (config or {})]
+    config = config or {}
+    known = [f"{key} {config[key]}" for key in ("model", "backbone") if key in config]
+    switches = config.get("task_dictionary", {})
+    tasks = [key.removeprefix("include_") for key, value in switches.items() if value is True]
+    known += [f"tasks {' '.join(tasks)}"] if tasks else []
     return ", ".join(known) or "another model"
 
 
