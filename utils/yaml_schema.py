@@ -127,7 +127,7 @@ def _convert(value: Any, hint: Any, key: str, where: Callable[[str], str]) -> An
 def _convert_union(value: Any, args: tuple, wrong: Callable, key: str, where: Callable) -> Any:
     if value is None and type(None) in args:
         return None
-    if isinstance(value, tuple(a for a in args if isinstance(a, type))):
+    if isinstance(value, tuple(a for a in args if typing.get_origin(a) is None)):
         return value
     for option in (a for a in args if typing.get_origin(a) is not None):
         return _convert(value, option, key, where)
