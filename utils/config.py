@@ -11,7 +11,7 @@ import difflib
 import os
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -30,17 +30,11 @@ LINEAGE_MODEL_KEYS = frozenset({
 })
 
 
-@dataclass(frozen=True)
-class TaskDictionary:
-    """Which tasks are on, and the weight of the edge class in the boundary loss."""
-
-    include_semseg: bool = False
-    include_depth: bool = False
-    include_human_parts: bool = False
-    include_sal: bool = False
-    include_normals: bool = False
-    include_edge: bool = False
-    edge_w: float = 0.95
+# Which tasks are on, `include_<task>` for every row of the table, and the weight of the edge class in its loss.
+TaskDictionary = make_dataclass(
+    "TaskDictionary",
+    [*((f"include_{name}", bool, field(default=False)) for name in TASKS), ("edge_w", float, field(default=0.95))],
+    frozen=True)
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,21 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
 
     `output_dir` receives panels/<name>.png, colour/<task>/<name>.png, raw/<task>/<name>.<png|npy> at the image's own
     size, and formats.json with the units of the raw files. An unreadable image is reported and skipped; at the end
-    it makes the call a ValueError that names every such image.
+    it makes the call a ValueError that names every such image. Under a launcher every rank takes its share.
     """
     paths = list_images(source)
     device = distributed.pick_device(config.device)
+    with distributed.process_group(device):
+        return _predict_all(config, checkpoint, paths, output_dir, device)
+
+
+def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir: Path,
+                 device: torch.device) -> list[Path]:
+    """This rank's share of the images."""
     model = trained_model(config, checkpoint, device)
     contexts = {task: config.task_context(task) for task in config.tasks}
     names = _unique_names(paths)
+    paths = paths[distributed.rank()::distributed.world_size()]
     panels, failed = [], []
     for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
         try:

@@ -1,0 +1,133 @@
+"""Thinning, and maximum matching of predicted with true boundary pixels; two backends with equal results.
+
+`compiled` is matching.cpp, built on first use. `scipy` needs no compiler: scikit-image's `thin` (Lam, Lee, Suen,
+PAMI 1992; Matlab's `bwmorph(., 'thin', Inf)`) and SciPy's `maximum_bipartite_matching` (Hopcroft and Karp). It is the
+fallback, and what the compiled one is tested against.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
+
+from utils.extension import load_extension
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "compiled", "scipy")
+COST_PER_PIXEL = 100                 # costs of the published matcher are whole hundredths of a pixel
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    module, reason = load_extension("boundary_matching", (Path(__file__).with_name("matching.cpp"),))
+    if module is None:
+        log.warning("boundary score: SciPy and scikit-image instead of compiled code, about ten times slower: %s", reason)
+    return module
+
+
+def pick_backend(wanted: str = "auto") -> str:
+    """"compiled" or "scipy". The compiled backend is built here if need be; asking for it in vain is a ValueError."""
+    if wanted not in BACKENDS:
+        raise ValueError(f"unknown backend {wanted!r}; known: {', '.join(BACKENDS)}")
+    if wanted == "scipy" or (wanted == "auto" and _compiled() is None):
+        return "scipy"
+    if _compiled() is None:
+        raise ValueError("backend 'compiled' was asked for, but it could not be built (see the warning above)")
+    return "compiled"
+
+
+def thin(mask: np.ndarray, backend: str = "auto") -> np.ndarray:
+    """Thins an H x W boolean mask to lines one pixel wide, to convergence; outside counts as False."""
+    if pick_backend(backend) == "compiled":
+        return _compiled().thin(np.ascontiguousarray(mask, bool))
+    from skimage.morphology import thin as skimage_thin
+    return skimage_thin(mask)
+
+
+def count_levels(levels: np.ndarray, truth: np.ndarray, num: int, distance: float,
+                 backend: str = "auto") -> np.ndarray:
+    """Matched pairs and pixels of the thinned prediction at `num` thresholds, (num, 2) int64.
+
+    levels (H, W): how many of the thresholds each pixel passes, counted from the lowest, so that the map at threshold
+    k is `levels > k`. truth (H, W) bool. A pixel of each may pair if they are at most `distance` pixels apart.
+    """
+    assert levels.shape == truth.shape, f"levels {levels.shape}, truth {truth.shape}"
+    if pick_backend(backend) == "compiled":
+        return _compiled().count_levels(np.ascontiguousarray(levels, np.int16), np.ascontiguousarray(truth, bool),
+                                        num, distance)
+    counts = np.zeros((num, 2), np.int64)
+    for k in range(num):
+        lines = thin(levels > k, "scipy")
+        counts[k] = (match(lines, truth, distance, "scipy") >= 0).sum(), lines.sum()
+    return counts
+
+
+def match(prediction: np.ndarray, truth: np.ndarray, distance: float, backend: str = "auto") -> np.ndarray:
+    """A maximum matching of two H x W masks: for each pixel of `prediction` its partner's flat index in `truth`.
+
+    -1 where there is none; int32 (H, W). Which of the maximum matchings it is depends on the backend.
+    """
+    if pick_backend(backend) == "compiled":
+        return _compiled().match(np.ascontiguousarray(prediction, bool), np.ascontiguousarray(truth, bool), distance)
+    _, _, graph = candidates(prediction, truth, distance)
+    chosen = maximum_bipartite_matching(graph, perm_type="column")     # (P,) column or -1
+    return _partners(prediction, truth, chosen)
+
+
+def cheapest_match(prediction: np.ndarray, truth: np.ndarray, distance: float) -> np.ndarray:
+    """Like `match`, and of all maximum matchings one with the least sum of distances.
+
+    The cost of leaving a pixel alone is a hundred times the largest distance. Each pixel gets a stand-in on the other
+    side, which it takes when it stays alone; stand-ins of a matched pair pair up. So a full assignment always exists.
+    """
+    pixels, truths, graph = candidates(prediction, truth, distance)
+    row, column = graph.nonzero()
+    live_row, row = np.unique(row, return_inverse=True)                # pixels without any candidate drop out
+    live_column, column = np.unique(column, return_inverse=True)
+    chosen = np.full(len(pixels), -1)
+    if len(row):
+        n, m = len(live_row), len(live_column)
+        offset = pixels[live_row][row] - truths[live_column][column]   # (edges, 2)
+        cost = np.rint(COST_PER_PIXEL * np.hypot(*offset.T))
+        alone = np.ceil(100 * COST_PER_PIXEL * distance)
+        i, j = np.arange(n), np.arange(m)
+        # rows: n pixels, m stand-ins of truths; columns: m truths, n stand-ins of pixels
+        rows = np.concatenate([row, i, n + j, n + column])
+        columns = np.concatenate([column, m + i, j, m + row])
+        costs = np.concatenate([cost, np.full(n + m + len(row), alone)]) + 1   # SciPy takes zeros for absent edges
+        found = min_weight_full_bipartite_matching(csr_array((costs, (rows, columns)), shape=(n + m, n + m)))[1][:n]
+        chosen[live_row] = np.where(found < m, live_column[np.minimum(found, m - 1)], -1)
+    return _partners(prediction, truth, chosen)
+
+
+def candidates(prediction: np.ndarray, truth: np.ndarray, distance: float) -> tuple[np.ndarray, np.ndarray, csr_array]:
+    """(P, 2) and (T, 2) coordinates of the set pixels, and the (P, T) matrix with 1 where a pair is close enough."""
+    pixels, truths = np.argwhere(prediction), np.argwhere(truth)
+    radius = int(min(distance, max(truth.shape)))
+    index = np.full(np.add(truth.shape, 2 * radius), -1, np.int32)     # number of each truth pixel, in a frame of -1
+    index[tuple(truths.T + radius)] = np.arange(len(truths))
+    dy, dx = np.mgrid[-radius:radius + 1, -radius:radius + 1]
+    inside = dy**2 + dx**2 <= distance**2
+    near = np.stack([dy[inside], dx[inside]], axis=1) + radius         # (offsets, 2)
+    if not len(pixels) or not len(truths):
+        return pixels, truths, csr_array((len(pixels), len(truths)), dtype=np.int8)
+    found = [index[tuple((pixels + offset).T)] for offset in near]     # offsets x (P,)
+    row, column = zip(*((np.flatnonzero(f >= 0), f[f >= 0]) for f in found), strict=True)
+    row, column = np.concatenate(row), np.concatenate(column)
+    graph = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(len(pixels), len(truths)))
+    return pixels, truths, graph.tocsr()
+
+
+def _partners(prediction: np.ndarray, truth: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Numbers of truth pixels (P,) -> map of their flat indices, (H, W) int32."""
+    partners = np.full(prediction.shape, -1, np.int32)
+    flat = np.append(np.flatnonzero(truth), -1).astype(np.int32)       # the last entry is "none"
+    partners[prediction] = flat[chosen]
+    return partners
