@@ -77,12 +77,12 @@ def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir
     panels, failed = [], []
     for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
         try:
-            rgb = read_rgb(path)
-            maps = predict_image(model, rgb, config, device)
+            rgb = _read(path)
         except (ValueError, OSError) as error:
             log.error("%s", error)
             failed.append(path.name)
             continue
+        maps = predict_image(model, rgb, config, device)
         panels.append(_write(output_dir, names[path], rgb, maps, contexts))
     if panels:
         formats = {task: TASKS[task].raw_format for task in config.tasks}
@@ -102,8 +102,6 @@ def predict_image(model: MultiTaskModel, rgb: np.ndarray, config: Config,
     colour, as images of the data set are; the logits are cut out, scaled back and decoded.
     """
     height, width = rgb.shape[:2]
-    if min(height, width) < MIN_SIDE:
-        raise ValueError(f"the image is {height} x {width} pixels; every side must have at least {MIN_SIDE}")
     image, (top, left, h, w) = _frame(rgb, config.input_size)
     with autocast(device, config.precision):
         logits = model(image.to(device)).final
@@ -113,6 +111,13 @@ def predict_image(model: MultiTaskModel, rgb: np.ndarray, config: Config,
         cut = full[..., top:top + h, left:left + w]
         maps[task] = to_array(TASKS[task].decode(resize(cut, (height, width)))[0])
     return maps
+
+
+def _read(path: Path) -> np.ndarray:
+    rgb = read_rgb(path)
+    if min(rgb.shape[:2]) < MIN_SIDE:
+        raise ValueError(f"{path} has {rgb.shape[0]} x {rgb.shape[1]} pixels; every side must have at least {MIN_SIDE}")
+    return rgb
 
 
 def list_images(source: Path) -> list[Path]:
