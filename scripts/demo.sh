@@ -10,7 +10,7 @@ data=datasets/example
 cpus="$(getconf _NPROCESSORS_ONLN)"
 
 echo "== rendering the example data set into $data"
-$python scripts/render_example.py --out "$data" --train 160 --val 40 --size 160 224 --seed 0 --workers "$cpus"
+$python scripts/render_example.py --out "$data" --train 160 --val 40 --size 128 160 --seed 0 --workers "$cpus"
 
 photos=datasets/photos
 if [[ ! -d "$photos" ]]; then

@@ -69,7 +69,7 @@ def _loop(run: Run) -> dict:
                         out = run.wrapped(batch["image"])
                     losses = criterion(out.final, batch, out.intermediate, out.extra)
                     run.scaler.scale(losses["total"] / run.accumulate).backward()
-                passes.append(losses)
+                passes.append({name: loss.detach() for name, loss in losses.items()})
             meter.add(passes)
             run.scaler.unscale_(run.optimizer)
             grad_norm = clip_grad_norm_(run.model.parameters(), config.grad_clip_param.max_norm,
@@ -153,7 +153,7 @@ class _Interval:
 
     def add(self, passes: list[dict[str, Tensor]]) -> None:
         """Adds the losses of one update's mini-batches."""
-        values = torch.stack([torch.stack([loss.detach().float() for loss in p.values()]) for p in passes]).sum(dim=0)
+        values = torch.stack([torch.stack([loss.float() for loss in p.values()]) for p in passes]).sum(dim=0)
         self.sums = values if self.sums is None else self.sums + values
         self.names = list(passes[0])
         self.passes += len(passes)
