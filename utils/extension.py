@@ -4,15 +4,23 @@ Nothing is compiled at install time and nothing has to be: every compiled routin
 runs where there is no compiler. The build lies in torch's extension cache, in a folder whose name holds a hash of
 the sources, the flags, the PyTorch version and the processor's features, because `-march=native` code of one
 machine may not run on another that shares the home directory.
+
+Torch's own loader marks a running build by a lock file that survives an interrupted process, and every later process
+waits for it forever. Here the processes of a machine queue up at a lock that the system releases when its holder
+dies; whoever holds it may remove torch's. A build counts only once its "complete" mark is written.
 """
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -21,48 +29,104 @@ import torch
 log = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17")
+LDFLAGS = ("-fopenmp",)  # without OpenMP at::parallel_for runs on one thread
+COMPLETE = "complete"
 
 
 @functools.cache
 def load_extension(name: str, sources: Sequence[Path]) -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason why there is none (one clause, for a log line).
 
-    `name` is the Python module's; `sources` a tuple of .cpp files, which register themselves with TORCH_LIBRARY or
-    PYBIND11_MODULE. NO_CPP=1 in the environment switches all compiled routines off.
+    `sources` is a tuple of .cpp files, which are compiled, and .h files, which belong to them. They define a Python
+    module with PYBIND11_MODULE(TORCH_EXTENSION_NAME, ..), or operators with TORCH_LIBRARY; then `torch.ops` is
+    returned. NO_CPP=1 in the environment switches all compiled routines off.
     """
     if os.environ.get("NO_CPP") == "1":
         return None, "NO_CPP=1 is set"
-    compiler = os.environ.get("CXX", "c++")
-    for tool in (compiler, "ninja"):
-        if shutil.which(tool) is None and not (tool == "ninja" and _bundled_ninja()):
-            return None, f"'{tool}' was not found"
-    from torch.utils import cpp_extension
     fingerprint = hashlib.sha256()
     for source in sources:
         fingerprint.update(source.read_bytes())
-    fingerprint.update("\n".join((*FLAGS, torch.__version__, platform.python_version(), _processor())).encode())
+    compiler = os.environ.get("CXX", "c++")
+    about = (*FLAGS, compiler, torch.__version__, platform.python_version(), _processor())
+    fingerprint.update("\n".join(about).encode())
     tagged = f"{name}_{fingerprint.hexdigest()[:12]}"
-    folder = Path(cpp_extension.get_default_build_root()) / tagged
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.glob("*.so")):
-        log.info("compiling %s with %s (once, about a minute)", ", ".join(s.name for s in sources), compiler)
+    folder = _cache_root() / tagged
+    is_module = any(b"PYBIND11_MODULE" in source.read_bytes() for source in sources)
     try:
-        module = cpp_extension.load(tagged, [str(s) for s in sources], build_directory=str(folder),
-                                    extra_cflags=list(FLAGS), extra_ldflags=["-fopenmp"])
-    except (RuntimeError, OSError, ImportError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return None, f"compiling failed ({lines[0] if lines else type(error).__name__}; log in {folder})"
-    return module, ""
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_process(folder):
+            if not (folder / COMPLETE).exists():
+                reason = _build(tagged, sources, folder, compiler)
+                if reason:
+                    return None, reason
+        return _load(tagged, folder / f"{tagged}.so", is_module), ""
+    except (OSError, ImportError) as error:
+        return None, f"the compiled library does not load: {_first_line(error)}; remove {folder}"
 
 
-def _bundled_ninja() -> bool:
-    """Puts the pip package's ninja on PATH; it lies beside the interpreter, which need not be on PATH."""
-    import sys
+def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) -> str:
+    """Compiles into `folder`; returns why it did not work, or nothing."""
+    if shutil.which(compiler) is None:
+        return f"the compiler '{compiler}' was not found"
+    if not _find_ninja():
+        return "'ninja' was not found"
+    noisy = logging.getLogger("torch.utils.cpp_extension")  # speaks of CUDA, which no source of ours needs
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    start = time.perf_counter()
+    files = [str(source) for source in sources if source.suffix == ".cpp"]
+    log.info("compiling %s (once on this machine)", ", ".join(Path(file).name for file in files))
+    try:
+        from torch.utils import cpp_extension
+        for leftover in (*folder.glob("*.so"), folder / "lock"):
+            leftover.unlink(missing_ok=True)
+        cpp_extension.load(tagged, files, build_directory=str(folder), extra_cflags=list(FLAGS),
+                           extra_ldflags=list(LDFLAGS), is_python_module=False, is_standalone=False)
+    except RuntimeError as error:
+        return f"compiling failed: {_compiler_error(error)}"
+    finally:
+        noisy.setLevel(level)
+    (folder / COMPLETE).touch()
+    log.info("compiled in %.0f s", time.perf_counter() - start)
+    return ""
+
+
+def _load(tagged: str, library: Path, is_module: bool) -> ModuleType:
+    if not is_module:
+        torch.ops.load_library(library)
+        return torch.ops
+    spec = importlib.util.spec_from_file_location(tagged, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is inside for the same folder."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system; two processes may then compile the same file twice
+        yield
+        return
+    with open(folder / "queue", "w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cache_root() -> Path:
+    """Where torch keeps extensions: TORCH_EXTENSIONS_DIR, or the user's cache folder."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(given or Path(cache) / "torch_extensions").expanduser()
+
+
+def _find_ninja() -> bool:
+    """Is ninja on PATH? The pip package's lies beside the interpreter, which need not be on PATH: it is put there."""
     beside = Path(sys.executable).parent
-    if (beside / "ninja").exists():
+    if shutil.which("ninja") is None and (beside / "ninja").exists():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
-        return True
-    return False
+    return shutil.which("ninja") is not None
 
 
 def _processor() -> str:
@@ -72,3 +136,12 @@ def _processor() -> str:
         flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))]
         return flags[0] if flags else platform.processor()
     return platform.processor()
+
+
+def _compiler_error(error: RuntimeError) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line and "Error building" not in line), _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

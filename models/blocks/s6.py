@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.ops import S6Weights, s6_scan
+from models.ops import Route, S6Weights, s6_scan
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes are log-uniform between the first two
 
@@ -42,10 +42,13 @@ class S6(nn.Module):
         return S6Weights(self.x_proj, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
 
 
-def scan_together(routes: Sequence[S6], sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Scans sequence i (B, D_i, L) with single route i; in one call where all widths agree."""
-    if len({sequence.shape[1] for sequence in sequences}) > 1:
-        return [s6_scan(sequence[:, None], route.weights).squeeze(1)
-                for route, sequence in zip(routes, sequences, strict=True)]
-    weights = S6Weights(*map(torch.cat, zip(*(route.weights for route in routes), strict=True)))
-    return list(s6_scan(torch.stack(list(sequences), dim=1), weights).unbind(1))  # K x (B, D, L)
+def scan_together(groups: Sequence[S6], x: Tensor, routes: Sequence[Route]) -> Tensor:
+    """Tokens (B, P, D), whose channels `groups` share in this order, each along its route; in one call where all groups
+    have the same width."""
+    widths = [group.D.shape[-1] for group in groups]
+    if len(set(widths)) > 1:
+        parts = zip(groups, x.split(widths, dim=-1), routes, strict=True)
+        return torch.cat([s6_scan(part.unsqueeze(2), group.weights, [route]).squeeze(2)
+                          for group, part, route in parts], dim=-1)
+    weights = S6Weights(*map(torch.cat, zip(*(group.weights for group in groups), strict=True)))
+    return s6_scan(x.unflatten(-1, (len(groups), -1)), weights, routes).flatten(2)

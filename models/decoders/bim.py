@@ -26,7 +26,7 @@ from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
 from models.model import DecoderOutput
-from models.ops import ss2d_core
+from models.ops import Route, ss2d_core
 
 STRIDES = (4, 8, 16, 32)
 
@@ -61,7 +61,7 @@ def _require(condition: object, name: str, value: object, valid: str) -> None:
 
 
 class MSScan(nn.Module):
-    """Four-route scans of channel groups, each at a granularity of its own: (B, D, H, W) -> (B, D, H, W)."""
+    """Four-route scans of channel groups, each at a granularity of its own: (B, H, W, D) -> (B, H, W, D)."""
 
     def __init__(self, width: int, rank: int, config: BIMConfig):
         super().__init__()
@@ -74,22 +74,21 @@ class MSScan(nn.Module):
         self.groups = nn.ModuleList(S6(group, rank, config.d_state, routes=4) for group in self.widths)
 
     def forward(self, feat: Tensor) -> Tensor:
-        parts = zip(feat.split(self.widths, dim=1), self.groups, self.sizes, strict=True)
-        return torch.cat([self._scan_group(*part) for part in parts], dim=1)
+        parts = zip(feat.split(self.widths, dim=-1), self.groups, self.sizes, strict=True)
+        return torch.cat([self._scan_group(*part) for part in parts], dim=-1)
 
     def _scan_group(self, feat: Tensor, group: S6, size: int) -> Tensor:
-        if not self.pooled:
-            return ss2d_core(feat, group.weights, window=size)
-        if size == 1:
-            return ss2d_core(feat, group.weights)
+        if not self.pooled or size == 1:
+            return ss2d_core(feat, group.weights, window=0 if self.pooled else size)
         # Border cells are means over the pixels that exist.
-        coarse = F.avg_pool2d(feat, size, ceil_mode=True, count_include_pad=False)
-        coarse = ss2d_core(coarse, group.weights)  # (B, D_g, ceil(H / size), ceil(W / size))
-        return F.interpolate(coarse, size=feat.shape[-2:], mode="bilinear", align_corners=False)
+        coarse = F.avg_pool2d(_channels_first(feat), size, ceil_mode=True, count_include_pad=False)
+        coarse = ss2d_core(_channels_last(coarse), group.weights)  # (B, ceil(H / size), ceil(W / size), D_g)
+        fine = F.interpolate(_channels_first(coarse), size=feat.shape[1:3], mode="bilinear", align_corners=False)
+        return _channels_last(fine)
 
 
 class BIScan(nn.Module):
-    """Scans the tokens of all tasks task-first, then position-first: (B, T, D, H, W) -> (B, T, D, H, W).
+    """Scans the tokens of all tasks task-first, then position-first: (B, T, H, W, D) -> (B, T, H, W, D).
 
     One half of the channels runs forward, the other backward. The state is never reset, neither at the border
     of a task nor of a row.
@@ -97,19 +96,18 @@ class BIScan(nn.Module):
 
     def __init__(self, width: int, rank: int, state: int):
         super().__init__()
-        self.widths = (width - width // 2, width // 2)  # forward, backward
-        self.fwd_tf, self.bwd_tf = (S6(half, rank, state) for half in self.widths)
-        self.fwd_pf, self.bwd_pf = (S6(half, rank, state) for half in self.widths)
+        forward, backward = width - width // 2, width // 2
+        self.fwd_tf, self.bwd_tf = S6(forward, rank, state), S6(backward, rank, state)
+        self.fwd_pf, self.bwd_pf = S6(forward, rank, state), S6(backward, rank, state)
 
     def forward(self, feat: Tensor) -> Tensor:
-        tasks, height = feat.shape[1], feat.shape[3]
-        forward, backward = rearrange(feat, "b t d h w -> b d (t h w)").split(self.widths, dim=1)
-        halves = scan_together((self.fwd_tf, self.bwd_tf), (forward, backward.flip(-1)))  # (B, D / 2, T L)
-        # The reversed half is a (T, L) raster with both axes reversed, so one rearrangement serves both.
-        halves = [rearrange(half, "b d (t q) -> b d (q t)", t=tasks) for half in halves]
-        forward, backward = scan_together((self.fwd_pf, self.bwd_pf), halves)
-        both = torch.cat((forward, backward.flip(-1)), dim=1)  # (B, D, L T)
-        return rearrange(both, "b d (h w t) -> b t d h w", h=height, t=tasks)
+        tasks, height, width = feat.shape[1:4]
+        tokens = feat.flatten(1, 3)  # (B, T L, D): a (T, L) grid of tokens
+        task_first = Route(tasks, height * width)
+        position_first = Route(tasks, height * width, by_column=True)
+        tokens = scan_together((self.fwd_tf, self.bwd_tf), tokens, (task_first, task_first.reversed()))
+        tokens = scan_together((self.fwd_pf, self.bwd_pf), tokens, (position_first, position_first.reversed()))
+        return tokens.view_as(feat)
 
 
 class MSSTLayer(nn.Module):
@@ -128,8 +126,7 @@ class MSSTLayer(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         inner, gate = self.in_proj(self.norm(feat)).chunk(2, dim=-1)  # (B, H, W, D) each
-        inner = F.silu(self.conv(rearrange(inner, "b h w d -> b d h w")))
-        scanned = rearrange(self.scan(inner), "b d h w -> b h w d")
+        scanned = self.scan(F.silu(_convolve(self.conv, inner)))
         return feat + self.drop_path(self.out_proj(self.out_norm(scanned) * F.silu(gate)))
 
 
@@ -152,10 +149,10 @@ class BCFRBlock(nn.Module):
         for task, feat in feats.items():
             projected = self.in_proj[task](self.norm[task](feat))  # (B, H, W, 2 D)
             task_inner, gates[task] = projected.chunk(2, dim=-1)
-            inner.append(F.silu(self.conv[task](rearrange(task_inner, "b h w d -> b d h w"))))
-        scanned = rearrange(self.scan(torch.stack(inner, dim=1)), "b t d h w -> t b h w d")
+            inner.append(F.silu(_convolve(self.conv[task], task_inner)))
+        scanned = self.scan(torch.stack(inner, dim=1))  # (B, T, H, W, D)
         out = {}
-        for (task, feat), task_scanned in zip(feats.items(), scanned, strict=True):
+        for (task, feat), task_scanned in zip(feats.items(), scanned.unbind(1), strict=True):
             gated = self.out_norm[task](task_scanned) * F.silu(gates[task])
             out[task] = feat + self.drop_path(self.out_proj[task](gated))
         return out
@@ -233,3 +230,17 @@ class BIMDecoder(nn.Module):
 
 def _per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
     return nn.ModuleDict({task: build() for task in tasks})
+
+
+def _convolve(conv: nn.Conv2d, feat: Tensor) -> Tensor:
+    """(B, H, W, D) -> (B, H, W, D)."""
+    return _channels_last(conv(_channels_first(feat)))
+
+
+def _channels_first(feat: Tensor) -> Tensor:
+    """(B, H, W, D) seen as (B, D, H, W), PyTorch's channels_last memory format; nothing moves."""
+    return feat.movedim(-1, 1)
+
+
+def _channels_last(feat: Tensor) -> Tensor:
+    return feat.movedim(1, -1)

@@ -1,33 +1,40 @@
-"""The arguments of one selective scan: checked once, in one canonical form that every backend reads."""
+"""The arguments of one scan call: checked once, in one canonical form that every backend reads.
 
-from dataclasses import dataclass, fields, replace
+Axes: B batch, P tokens, K routes, E channels of a route, N state.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.ops.routes import Route
 
-@dataclass(frozen=True)
-class ScanArgs:
-    """u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L) or constant (D, N); D, delta_bias (D,)."""
+CHUNK_TOKENS = {"cpu": 32, "cuda": 256}  # tokens between two kept states; the C++ kernels are built for 32
 
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
+
+class ScanArgs(NamedTuple):
+    """Tokens in spatial order, rows of channels; one group of parameters per route."""
+
+    u: Tensor  # (B, P, K, E), or (B, P, 1, E): all routes read the same tokens and their results are added up
+    delta: Tensor  # (B, P, K, E): step size before bias and softplus
+    A: Tensor  # (K, E, N)
+    B: Tensor  # (B, P, K, N)
+    C: Tensor  # (B, P, K, N)
+    D: Tensor | None  # (K, E)
+    delta_bias: Tensor | None  # (K, E)
+    routes: tuple[Route, ...]
     delta_softplus: bool
-
-    def __post_init__(self):
-        _check(self)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensor arguments that are present, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+
+    @property
+    def shared(self) -> bool:
+        """Do several routes read the same tokens?"""
+        return self.u.shape[2] == 1 and len(self.routes) > 1
 
     @property
     def scan_dtype(self) -> torch.dtype:
@@ -35,34 +42,38 @@ class ScanArgs:
         double = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         return torch.float64 if double else torch.float32
 
-    @property
-    def groups(self) -> int:
-        """Number of channel groups with B, C maps of their own (1 when both are constant)."""
-        return next((m.shape[1] for m in (self.B, self.C) if m.dim() == 4), 1)
-
     def to_scan_dtype(self) -> "ScanArgs":
-        dtype = self.scan_dtype
-        return replace(self, **{name: value.to(dtype) for name, value in self.tensors.items()})
+        return self._replace(**{name: value.to(self.scan_dtype) for name, value in self.tensors.items()})
 
 
-def _check(args: ScanArgs) -> None:
+def chunk_count(tokens: int, device: torch.device) -> int:
+    """Number of states kept along a route."""
+    return -(-tokens // CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]))
+
+
+def check_scan(args: ScanArgs) -> None:
     """Raises ValueError naming the argument, its shape and the shape it should have."""
-    if args.u.dim() != 3 or args.A.dim() != 2:
-        raise ValueError(f"selective_scan needs u (B, D, L) and A (D, N), got u {tuple(args.u.shape)} "
+    if args.delta.dim() != 4 or args.A.dim() != 3:
+        raise ValueError(f"scan needs delta (B, P, K, E) and A (K, E, N), got delta {tuple(args.delta.shape)} "
                          f"and A {tuple(args.A.shape)}")
-    batch, channels, length = args.u.shape
-    state, groups = args.A.shape[1], args.groups
-    if groups < 1 or channels % groups:
-        raise ValueError(f"selective_scan: {groups} groups of B, C do not divide {channels} channels")
-    varying, constant = (batch, groups, state, length), (channels, state)
-    sequence, per_channel = (batch, channels, length), (channels,)
-    allowed = {"u": [sequence], "delta": [sequence], "z": [sequence], "A": [constant], "D": [per_channel],
-               "B": [varying, constant], "C": [varying, constant], "delta_bias": [per_channel]}
+    batch, tokens, groups, channels = args.delta.shape
+    state = args.A.shape[2]
+    rows, maps, per_channel = (batch, tokens, groups, channels), (batch, tokens, groups, state), (groups, channels)
+    expected = {"u": [rows, (batch, tokens, 1, channels)], "delta": [rows], "A": [(groups, channels, state)],
+                "B": [maps], "C": [maps], "D": [per_channel], "delta_bias": [per_channel]}
     for name, tensor in args.tensors.items():
-        if tuple(tensor.shape) not in allowed[name]:
-            raise ValueError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, "
-                             f"expected {' or '.join(map(str, allowed[name]))} for u {tuple(args.u.shape)}")
-        if tensor.device != args.u.device:
-            raise ValueError(f"selective_scan: {name} is on {tensor.device}, u on {args.u.device}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"selective_scan: {name} has dtype {tensor.dtype}, expected floating point")
+        if tuple(tensor.shape) not in expected[name]:
+            raise ValueError(f"scan: {name} has shape {tuple(tensor.shape)}, expected "
+                             f"{' or '.join(map(str, expected[name]))} for delta {tuple(args.delta.shape)}")
+        check_tensor(name, tensor, args.delta)
+    if len(args.routes) != groups or any(route.length != tokens for route in args.routes):
+        raise ValueError(f"scan: {groups} groups of {tokens} tokens need as many routes of that length, got "
+                         f"{', '.join(f'{r.rows} x {r.columns}' for r in args.routes) or 'none'}")
+
+
+def check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raises ValueError where the tensor is on another device than `like` or not of a floating type."""
+    if tensor.device != like.device:
+        raise ValueError(f"scan: {name} is on {tensor.device}, other arguments on {like.device}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"scan: {name} has dtype {tensor.dtype}, expected floating point")

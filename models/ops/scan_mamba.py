@@ -1,5 +1,6 @@
 """The fused CUDA scan of the mamba-ssm package, used where it is installed, loads and really runs.
 
+The kernel knows sequences only, so routes become copies in scan order and back.
 Reference: package mamba-ssm (Gu and Dao, Apache-2.0), function `selective_scan_fn`.
 """
 
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.ops.routes import from_sequences, to_sequences
 from models.ops.scan_args import ScanArgs
 
 
@@ -37,26 +39,29 @@ def find_mamba_kernel(device: str = "cuda") -> tuple[Callable | None, str]:
     return selective_scan_fn, "mamba_ssm is installed and its probe call works"
 
 
-def mamba_refusal(args: ScanArgs, return_last_state: bool) -> str | None:
-    """Why this call cannot go to the kernel, or None."""
-    if not args.u.is_cuda:
-        return f"mamba_ssm needs CUDA tensors, got tensors on {args.u.device}"
-    if args.scan_dtype != torch.float32:
+def mamba_refusal(device: str, dtype: torch.dtype, state_gradient: bool) -> str | None:
+    """Why such a call cannot go to the kernel, or None; `state_gradient`: one through last_state is wanted."""
+    if device != "cuda":
+        return f"mamba_ssm needs CUDA tensors, got tensors on {device}"
+    if dtype != torch.float32:
         return "mamba_ssm computes in float32, got float64 input"
-    if return_last_state and torch.is_grad_enabled() and any(t.requires_grad for t in args.tensors.values()):
+    if state_gradient:
         return "mamba_ssm gives no gradient through last_state"
     kernel, reason = find_mamba_kernel()
     return None if kernel else reason
 
 
 def mamba_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
-    """Returns y (B, D, L) in u's dtype and the last state (B, D, N) in float32, without gradient."""
+    """Returns y, like u, and the last state (B, K, E, N) in float32, without gradient."""
     kernel, _ = find_mamba_kernel()
-    out_dtype, args = args.u.dtype, args.to_scan_dtype()
-    y, last_state = kernel(args.u, args.delta, args.A, args.B, args.C, D=args.D, z=args.z,
-                           delta_bias=args.delta_bias, delta_softplus=args.delta_softplus,
-                           return_last_state=True)
-    return y.to(out_dtype), last_state
+    args, out_dtype = args.to_scan_dtype(), args.u.dtype
+    u, delta, in_maps, out_maps = (to_sequences(x, args.routes) for x in (args.u, args.delta, args.B, args.C))
+    D, bias = (None if x is None else x.flatten() for x in (args.D, args.delta_bias))
+    y, last_state = kernel(u.flatten(1, 2), delta.flatten(1, 2), args.A.flatten(0, 1), in_maps, out_maps, D=D, z=None,
+                           delta_bias=bias, delta_softplus=args.delta_softplus, return_last_state=True)
+    groups = (len(args.routes), -1)
+    y = from_sequences(y.unflatten(1, groups), args.routes, args.shared)
+    return y.to(out_dtype), last_state.unflatten(1, groups)
 
 
 def _first_line(error: Exception) -> str:

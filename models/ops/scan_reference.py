@@ -1,6 +1,7 @@
 """The selective scan written exactly as it is defined: one Python step per position, gradients by autograd.
 
-This is the twin every fast backend is compared with, so it stays free of tricks.
+Routes are applied by explicit permutation, before and after. This is the twin every fast backend is compared with, so
+it stays free of tricks.
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, algorithm 2.
 """
 
@@ -8,39 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.ops.routes import from_sequences, to_sequences
 from models.ops.scan_args import ScanArgs
 
 
 def reference_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
-    """Returns y (B, D, L) in u's dtype and the last state (B, D, N) in the scan's dtype."""
+    """Returns y, like u and in its dtype, and the last state (B, K, E, N) in the scan's dtype."""
     args, out_dtype = args.to_scan_dtype(), args.u.dtype
-    batch, channels, length = args.u.shape
-    step = args.delta if args.delta_bias is None else args.delta + args.delta_bias[:, None]
+    u, delta, in_maps, out_maps = (to_sequences(x, args.routes) for x in (args.u, args.delta, args.B, args.C))
+    step = delta if args.delta_bias is None else delta + args.delta_bias[..., None]  # (B, K, E, P)
     if args.delta_softplus:
         step = F.softplus(step)
-    in_maps, out_maps = _per_step(args.B, length), _per_step(args.C, length)
 
-    state = args.u.new_zeros(batch, channels, args.A.shape[1])
+    state = step.new_zeros(*step.shape[:3], args.A.shape[-1])  # (B, K, E, N)
     outputs = []
-    for t, (step_t, u_t) in enumerate(zip(step.unbind(-1), args.u.unbind(-1), strict=True)):  # (B, D) each
-        b_t, c_t = _per_channel(in_maps[t], channels), _per_channel(out_maps[t], channels)
-        decay = torch.exp(step_t[..., None] * args.A)  # (B, D, N): A is discretised exactly, B by Euler
-        state = decay * state + (step_t * u_t)[..., None] * b_t
-        outputs.append((c_t * state).sum(-1))
-    y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(args.u)  # (B, D, L)
-
+    for step_t, u_t, b_t, c_t in zip(*(x.unbind(-1) for x in (step, u, in_maps, out_maps)), strict=True):
+        decay = torch.exp(step_t[..., None] * args.A)  # A is discretised exactly, B by Euler
+        state = decay * state + (step_t * u_t)[..., None] * b_t[:, :, None]
+        outputs.append((c_t[:, :, None] * state).sum(-1))
+    y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(u)  # (B, K, E, P)
     if args.D is not None:
-        y = y + args.D[:, None] * args.u
-    if args.z is not None:
-        y = y * F.silu(args.z)
-    return y.to(out_dtype), state
-
-
-def _per_step(maps: Tensor, length: int) -> tuple[Tensor, ...]:
-    """One map per step: (B, G, N), or always the same (D, N) where the map is constant in time."""
-    return maps.unbind(-1) if maps.dim() == 4 else (maps,) * length
-
-
-def _per_channel(map_t: Tensor, channels: int) -> Tensor:
-    """(B, G, N) -> (B, D, N), group g serving the g-th contiguous run of channels; (D, N) stays."""
-    return map_t.repeat_interleave(channels // map_t.shape[1], dim=1) if map_t.dim() == 3 else map_t
+        y = y + args.D[..., None] * u
+    return from_sequences(y, args.routes, args.shared).to(out_dtype), state

@@ -1,78 +1,79 @@
-"""Selective scans with input-dependent parameters (S6), along sequences and along the four routes over a map.
+"""Selective scans with input-dependent parameters (S6), along any routes and along the four routes over a map.
 
 The functions hold no parameters, so every block of the Mamba family can use them with its own names.
 References: Gu and Dao, "Mamba", 2023 (S6); Liu et al., "VMamba", 2024 (the four routes).
 
-Axes: B batch, K routes with weights of their own, D channels, N state, R step-size rank, H W grid, L = H * W.
+Axes: B batch, P tokens in spatial order, K routes with weights of their own, E channels of a route, N state, R rank of
+the step size, H W grid of a map, D its channels.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops.selective_scan import selective_scan
+from models.ops.routes import Route, four_routes
+from models.ops.selective_scan import scan_routes
 
 
 class S6Weights(NamedTuple):
     """Weights of K routes, stacked on the leading axis."""
 
-    x_proj: Tensor  # (K, R + 2 N, D): to step-size features, B, C, in this order
-    dt_proj_weight: Tensor  # (K, D, R)
-    dt_proj_bias: Tensor  # (K, D)
-    A_log: Tensor  # (K, D, N): A = -exp(A_log)
-    D: Tensor  # (K, D)
+    x_proj: Tensor  # (K, R + 2 N, E): to step-size features, B, C, in this order
+    dt_proj_weight: Tensor  # (K, E, R)
+    dt_proj_bias: Tensor  # (K, E)
+    A_log: Tensor  # (K, E, N): A = -exp(A_log)
+    D: Tensor  # (K, E)
 
 
-def s6_scan(sequences: Tensor, weights: S6Weights, source: Tensor | None = None) -> Tensor:
-    """Scans K sequences (B, K, D, L), each with its own weights, in one call; returns (B, K, D, L).
+def s6_scan(x: Tensor, weights: S6Weights, routes: Sequence[Route], source: Tensor | None = None) -> Tensor:
+    """Scans tokens (B, P, K, E), group k along route k, in one call; returns (B, P, K, E).
 
-    Step sizes, B and C are computed from `source`, of the same shape, where it is given (cross scan).
+    With x (B, P, 1, E) all routes scan the same tokens, and the result (B, P, 1, E) is the sum of the routes. Step
+    sizes, B and C are computed from `source`, of the same shape, where it is given (cross scan).
     """
     state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
-    features = weights.x_proj @ (sequences if source is None else source)  # (B, K, R + 2 N, L)
-    step_features, in_maps, out_maps = features.split((rank, state, state), dim=2)
-    delta = weights.dt_proj_weight @ step_features  # (B, K, D, L); the bias is added inside the scan
-    y = selective_scan(
-        sequences.flatten(1, 2), delta.flatten(1, 2), -torch.exp(weights.A_log).flatten(0, 1), in_maps,
-        out_maps, D=weights.D.flatten(), delta_bias=weights.dt_proj_bias.flatten(), delta_softplus=True)
-    return y.unflatten(1, (sequences.shape[1], -1))  # (B, K D, L) -> (B, K, D, L)
+    features = _project(x if source is None else source, weights.x_proj)  # (B, P, K, R + 2 N)
+    step_features, in_maps, out_maps = features.split((rank, state, state), dim=-1)
+    delta = _project(step_features, weights.dt_proj_weight)  # (B, P, K, E); the bias is added inside the scan
+    return scan_routes(x, delta, -torch.exp(weights.A_log), in_maps, out_maps, routes, D=weights.D,
+                       delta_bias=weights.dt_proj_bias, delta_softplus=True)
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, P, K or 1, E) with weights (K, F, E) to (B, P, K, F)."""
+    if x.shape[2] == 1:
+        return F.linear(x.squeeze(2), weight.flatten(0, 1)).unflatten(2, (weight.shape[0], -1))
+    return torch.einsum("bpke,kfe->bpkf", x, weight)
 
 
 def ss2d_core(x: Tensor, weights: S6Weights, source: Tensor | None = None, window: int = 0) -> Tensor:
-    """Four-route scan of a map (B, D, H, W) with weights of K = 4 routes; returns the sum of the routes.
+    """Four-route scan of a map (B, H, W, D) with weights of K = 4 routes; returns the sum of the routes.
 
     Routes: row by row, column by column, and the reverse of each. Step sizes, B and C are computed from
     the map `source` (default x). `window` > 0 visits the map in windows of that side; 0 is the whole map.
     """
-    height, width = x.shape[-2:]
-    sequences = map_to_routes(x, window)
-    y = s6_scan(sequences, weights, None if source is None else map_to_routes(source, window))
-    return routes_to_map(y, height, width, window)
-
-
-def map_to_routes(x: Tensor, window: int = 0) -> Tensor:
-    """(B, D, H, W) -> (B, 4, D, L)."""
-    height, width = x.shape[-2:]
-    rows = rearrange(x, "b d h w -> b d (h w)")
-    columns = rearrange(x, "b d h w -> b d (w h)")
+    height, width = x.shape[1:3]
+    maps = [None if m is None else m.flatten(1, 2).unsqueeze(2) for m in (x, source)]  # (B, H W, 1, D)
     if window:
-        rows = rows[..., window_positions(height, width, window, x.device).argsort()]
-        columns = columns[..., window_positions(width, height, window, x.device).argsort()]
-    forward = torch.stack((rows, columns), dim=1)  # (B, 2, D, L)
-    return torch.cat((forward, forward.flip(-1)), dim=1)
+        y = _window_scan(*maps, weights, height, width, window)
+    else:
+        y = s6_scan(maps[0], weights, four_routes(height, width), maps[1])
+    return y.squeeze(2).unflatten(1, (height, width))
 
 
-def routes_to_map(y: Tensor, height: int, width: int, window: int = 0) -> Tensor:
-    """(B, 4, D, L) -> (B, D, H, W): brings the four routes back to image order and adds them."""
-    rows, columns = (y[:, :2] + y[:, 2:].flip(-1)).unbind(1)  # (B, D, L) each
-    if window:
-        rows = rows[..., window_positions(height, width, window, y.device)]
-        columns = columns[..., window_positions(width, height, window, y.device)]
-    # The column sequence is a (W, H) raster: reading it as (H, W) would go unnoticed on square maps only.
-    return (rearrange(rows, "b d (h w) -> b d h w", h=height)
-            + rearrange(columns, "b d (w h) -> b d h w", h=height))
+def _window_scan(x: Tensor, source: Tensor | None, weights: S6Weights, height: int, width: int, window: int) -> Tensor:
+    """No strides describe cut windows: the tokens are copied into window order, once by row and once by column."""
+    rows = window_positions(height, width, window, x.device)
+    columns = window_positions(width, height, window, x.device).view(width, height).T.flatten()
+    total, line = 0, Route(1, height * width)
+    for k, position in enumerate((rows, columns)):  # position of each pixel in route k; k + 2 is its reverse
+        order, pair = position.argsort(), S6Weights(*(weight[k::2] for weight in weights))
+        ordered = s6_scan(x[:, order], pair, (line, line.reversed()), None if source is None else source[:, order])
+        total = total + ordered[:, position]
+    return total
 
 
 def window_positions(height: int, width: int, window: int, device: torch.device | None = None) -> Tensor:

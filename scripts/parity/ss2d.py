@@ -53,11 +53,9 @@ def _block(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     width = len(p["out_norm.weight"])
     projected = F.linear(p["x"], p["in_proj.weight"])                  # (B, H, W, D), with a gate 2 D
     x = projected[..., :width].permute(0, 3, 1, 2)                     # (B, D, H, W)
-    x = F.silu(F.conv2d(x, p["conv2d.weight"], p["conv2d.bias"], padding=1, groups=width))
-    source = None
-    if "x_cross" in p:
-        source = F.linear(p["x_cross"], p["in_proj_cross.weight"]).permute(0, 3, 1, 2)         # (B, D, H, W)
-    merged = ss2d_core(x, weights, source).permute(0, 2, 3, 1)         # (B, H, W, D)
+    x = F.silu(F.conv2d(x, p["conv2d.weight"], p["conv2d.bias"], padding=1, groups=width)).permute(0, 2, 3, 1)
+    source = F.linear(p["x_cross"], p["in_proj_cross.weight"]) if "x_cross" in p else None     # (B, H, W, D)
+    merged = ss2d_core(x, weights, source)
     y = F.layer_norm(merged, (width,), p["out_norm.weight"], p["out_norm.bias"])
     if "out_proj.weight" in p:
         y = F.linear(y * F.silu(projected[..., width:]), p["out_proj.weight"])

@@ -1,0 +1,159 @@
+// The selective scan along routes over a grid of tokens, forward and backward, on CPUs.
+//
+// Tokens lie as rows of channels in spatial order; a route only says which row comes next, so nothing is reordered in
+// memory. Work is done by chunks of kChunk tokens and blocks of a few vectors of channels. The forward pass keeps the
+// state at the entry of each chunk; the backward pass replays a chunk from there into a buffer that fits the
+// first-level cache and walks back through it.
+//
+// Tasks (batch, route, block) run in parallel. Where all routes share their input, one task runs its routes one after
+// the other, so that their results add up in place. The gradients of B and C sum over the blocks of a route: blocks
+// write partial sums for a window of tokens, which are then added in a fixed order. No result depends on the number of
+// threads.
+//
+// Axes: b batch, t token, k route, c channel, n state. A chain is one pair (b, k).
+
+#include "scan_lane.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+namespace scan {
+namespace {
+
+template <typename S>
+std::tuple<Tensor, Tensor, Tensor> forward(const Call<S>& call, const Tensor& u, bool keep_entries) {
+  const auto options = call.A.options();
+  // Half-precision results of several routes are added up in single precision.
+  const Tensor y = at::empty(u.sizes(), call.shared ? options : u.options());
+  const Tensor last = at::zeros({call.batch, call.groups, call.states, call.channels}, options);
+  const Tensor entries = keep_entries
+      ? at::empty({call.chunks, call.batch, call.groups, call.states, call.channels}, options)
+      : at::empty({0}, options);
+  const Rows y_rows(y);
+  call.for_each_task([&](int64_t b, int64_t begin, int64_t end, int64_t block) {
+    for (int64_t k = begin; k < end; ++k) {
+      Lane<S> lane(call, b, k, block);
+      const int64_t chain = b * call.groups + k;
+      for (int64_t chunk = 0; chunk < call.chunks; ++chunk) {
+        if (keep_entries) lane.write(lane.state, entries, chunk * call.batch * call.groups + chain, call.states);
+        lane.forward(chunk, y_rows);
+      }
+      lane.write(lane.state, last, chain, call.states);
+    }
+  });
+  return {y.to(u.scalar_type()), last.transpose(2, 3).contiguous(), entries};
+}
+
+// Adds the blocks' shares of one window, block after block, into the gradients of B and C.
+template <typename S>
+void reduce_maps(const Call<S>& call, int64_t first_chunk, int64_t num_chunks, const Tensor& shares, const Rows& grad_B,
+                 const Rows& grad_C) {
+  const int64_t size = kChunk * call.padded_states, block_size = num_chunks * 2 * size;
+  at::parallel_for(0, call.batch * call.groups * num_chunks, 4, [&](int64_t begin, int64_t end) {
+    std::vector<S> sums(2 * size);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t chain = item / num_chunks, chunk = item % num_chunks, b = chain / call.groups,
+                    k = chain % call.groups, start = (first_chunk + chunk) * kChunk;
+      std::fill(sums.begin(), sums.end(), S(0));
+      for (int64_t block = 0; block < call.blocks; ++block) {
+        const S* share = shares.const_data_ptr<S>() + (chain * call.blocks + block) * block_size + chunk * 2 * size;
+        for (int64_t i = 0; i < 2 * size; ++i) sums[i] += share[i];
+      }
+      for (int64_t t = 0; t < std::min(kChunk, call.tokens - start); ++t) {
+        const int64_t token = call.routes[k].token(start + t);
+        grad_B.store(b, token, k, 0, call.states, sums.data() + t * call.padded_states, false);
+        grad_C.store(b, token, k, 0, call.states, sums.data() + size + t * call.padded_states, false);
+      }
+    }
+  });
+}
+
+// Chunks between two reductions of the gradients of B and C: as many as hold a quarter of the memory of delta.
+template <typename S>
+int64_t reduction_window(const Call<S>& call) {
+  const int64_t shares_of_chunk = std::max<int64_t>(2 * kChunk * call.padded_states * call.blocks, 1);
+  return std::clamp<int64_t>(call.tokens * call.channels / 4 / shares_of_chunk, 4, std::max<int64_t>(call.chunks, 4));
+}
+
+Tensor sum_over_batch(const Tensor& values) {
+  Tensor total = at::zeros(values.sizes().slice(1), values.options());
+  for (int64_t b = 0; b < values.size(0); ++b) total.add_(values[b]);
+  return total;
+}
+
+template <typename S>
+std::vector<Tensor> backward(const Call<S>& call, const Tensor& entries, const Tensor& grad_y, const Tensor& grad_last) {
+  const auto options = call.A.options();
+  const auto dense_like = [](const Rows& rows) { return at::empty(rows.tensor.sizes(), rows.tensor.options()); };
+  const Tensor grad_u = call.shared ? at::zeros(call.u.tensor.sizes(), options) : dense_like(call.u);
+  const Tensor grad_delta = dense_like(call.delta), grad_B = dense_like(call.B), grad_C = dense_like(call.C);
+  Carried carried;
+  carried.adjoint = grad_last.to(call.A.scalar_type()).transpose(2, 3).clone(at::MemoryFormat::Contiguous);
+  carried.A = at::zeros_like(carried.adjoint);
+  carried.D = at::zeros({call.batch, call.groups, call.channels}, options);
+  carried.bias = at::zeros_like(carried.D);
+  const Rows y_rows(grad_y), u_rows(grad_u), delta_rows(grad_delta), B_rows(grad_B), C_rows(grad_C);
+
+  const int64_t size = 2 * kChunk * call.padded_states, chains = call.batch * call.groups;
+  const int64_t window = reduction_window(call);
+  const Tensor shares = at::empty({chains * call.blocks * window * size}, options);
+  for (int64_t end = call.chunks; end > 0; end -= window) {
+    const int64_t begin = std::max<int64_t>(end - window, 0), num_chunks = end - begin;
+    call.for_each_task([&](int64_t b, int64_t first_route, int64_t end_route, int64_t block) {
+      for (int64_t k = first_route; k < end_route; ++k) {
+        BackwardLane<S> lane(call, b, k, block, carried);
+        S* sums = shares.data_ptr<S>() + (lane.chain * call.blocks + block) * num_chunks * size;
+        for (int64_t chunk = end - 1; chunk >= begin; --chunk)
+          lane.backward(chunk, entries, y_rows, u_rows, delta_rows, sums + (chunk - begin) * size);
+        lane.save();
+      }
+    });
+    reduce_maps(call, begin, num_chunks, shares, B_rows, C_rows);
+  }
+  return {grad_u.to(call.u.type), grad_delta, sum_over_batch(carried.A).transpose(1, 2).contiguous(), grad_B,
+          grad_C, sum_over_batch(carried.D), sum_over_batch(carried.bias)};
+}
+
+template <typename F>
+auto with_state_type(const Tensor& A, const F& run) {
+  return A.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+// A decides the arithmetic: double for a double A, single otherwise. Shapes are checked by the caller.
+std::tuple<Tensor, Tensor, Tensor> scan_forward(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+    const OptionalTensor& delta_bias, at::IntArrayRef routes, bool delta_softplus, bool keep_entries) {
+  return with_state_type(A, [&](auto zero) {
+    const Call<decltype(zero)> call(u, delta, A, B, C, D, delta_bias, routes, delta_softplus);
+    return forward(call, u, keep_entries);
+  });
+}
+
+// Gradients of u, delta, A, B, C, D, delta_bias; the last three without time axis in the arithmetic's type.
+std::vector<Tensor> scan_backward(
+    const Tensor& grad_y, const Tensor& grad_last, const Tensor& entries, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& delta_bias,
+    at::IntArrayRef routes, bool delta_softplus) {
+  return with_state_type(A, [&](auto zero) {
+    const Call<decltype(zero)> call(u, delta, A, B, C, D, delta_bias, routes, delta_softplus);
+    return backward(call, entries, grad_y, grad_last);
+  });
+}
+
+}  // namespace
+}  // namespace scan
+
+TORCH_LIBRARY(mtdp_scan, library) {
+  library.def("forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
+              "int[] routes, bool delta_softplus, bool keep_entries) -> (Tensor, Tensor, Tensor)");
+  library.def("backward(Tensor grad_y, Tensor grad_last, Tensor entries, Tensor u, Tensor delta, Tensor A, Tensor B, "
+              "Tensor C, Tensor? D, Tensor? delta_bias, int[] routes, bool delta_softplus) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mtdp_scan, CPU, library) {
+  library.impl("forward", &scan::scan_forward);
+  library.impl("backward", &scan::scan_backward);
+}

@@ -1,0 +1,270 @@
+// One route over one block of channels: the walk through a chunk of tokens, forward, and back with gradients.
+//
+// Axes of buffers: t token of the chunk, v vector of channels of the block, n state, j state of a group of kStates.
+#pragma once
+
+#include "scan_call.h"
+
+#include <memory>
+#include <new>
+#include <utility>
+
+namespace scan {
+
+// Zeroed memory of vectors for one task, handed out piece by piece.
+template <typename S>
+class Workspace {
+ public:
+  explicit Workspace(int64_t vectors)
+      : data_(static_cast<Vec<S>*>(::operator new(vectors * sizeof(Vec<S>), std::align_val_t(64)))), next_(data_) {
+    std::memset(static_cast<void*>(data_), 0, vectors * sizeof(Vec<S>));
+  }
+  ~Workspace() { ::operator delete(data_, std::align_val_t(64)); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  Vec<S>* take(int64_t vectors) { return std::exchange(next_, next_ + vectors); }
+
+ private:
+  Vec<S>* data_;
+  Vec<S>* next_;
+};
+
+// One route and one block of channels: its parameters, its state, and the inputs of the current chunk.
+template <typename S>
+struct Lane {
+  const Call<S>& call;
+  const int64_t b, k, first, count, vecs;  // channels first .. first + count - 1
+  Workspace<S> memory;
+  Vec<S>*A, *state, *D, *bias;         // (n, v), (n, v), (v), (v); A times log2(e)
+  Vec<S>*u, *raw, *step, *push, *out;  // (t, v); raw: step before softplus, push: step * u
+  S *maps_B, *maps_C;                  // (t, n)
+  int64_t token[kChunk], length = 0;
+
+  Lane(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, int64_t extra_vectors = 0)
+      : call(call_), b(b_), k(k_), first(block * call_.vecs * kLanes<S>),
+        count(std::min(call_.channels - first, call_.vecs * kLanes<S>)), vecs(call_.vecs),
+        memory(vecs * (2 * call_.padded_states + 2 + 5 * kChunk) + 2 * map_vectors() + extra_vectors) {
+    for (Vec<S>** rows : {&A, &state}) *rows = memory.take(vecs * call.padded_states);
+    for (Vec<S>** row : {&D, &bias}) *row = memory.take(vecs);
+    for (Vec<S>** rows : {&u, &raw, &step, &push, &out}) *rows = memory.take(vecs * kChunk);
+    for (S** maps : {&maps_B, &maps_C}) *maps = reinterpret_cast<S*>(memory.take(map_vectors()));
+    read(call.A, k, call.states, A);
+    for (int64_t i = 0; i < vecs * call.states; ++i) A[i] *= kLog2E<S>;
+    read(call.D, k, 1, D);
+    read(call.bias, k, 1, bias);
+  }
+
+  int64_t map_vectors() const { return kChunk * call.padded_states / kLanes<S> + 1; }
+
+  // The i-th (rows, c) matrix of a tensor to and from this block's vectors (rows, v).
+  void read(const Tensor& tensor, int64_t i, int64_t rows, Vec<S>* target) const {
+    const S* source = tensor.const_data_ptr<S>() + i * rows * call.channels + first;
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(target + r * vecs, source + r * call.channels, count * sizeof(S));
+  }
+  void write(const Vec<S>* source, const Tensor& tensor, int64_t i, int64_t rows) const {
+    S* target = tensor.data_ptr<S>() + i * rows * call.channels + first;
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(target + r * call.channels, source + r * vecs, count * sizeof(S));
+  }
+
+  void load_rows(const Rows& rows, Vec<S>* target) const {
+    for (int64_t t = 0; t < length; ++t)
+      rows.load(b, token[t], k, first, count, vecs * kLanes<S>, reinterpret_cast<S*>(target + t * vecs));
+  }
+  void store_rows(const Vec<S>* source, const Rows& rows, bool add) const {
+    for (int64_t t = 0; t < length; ++t)
+      rows.store(b, token[t], k, first, count, reinterpret_cast<const S*>(source + t * vecs), add);
+  }
+
+  // Reads the chunk's inputs, and has those of the chunk `next`, if there is one, fetched meanwhile.
+  void load(int64_t chunk, int64_t next) {
+    length = std::min(kChunk, call.tokens - chunk * kChunk);
+    for (int64_t t = 0; t < length; ++t) {
+      token[t] = call.routes[k].token(chunk * kChunk + t);
+      call.B.load(b, token[t], k, 0, call.states, call.padded_states, maps_B + t * call.padded_states);
+      call.C.load(b, token[t], k, 0, call.states, call.padded_states, maps_C + t * call.padded_states);
+    }
+    load_rows(call.u, u);
+    load_rows(call.delta, raw);
+    if (next >= 0) prefetch(next);
+    for (int64_t t = 0; t < length; ++t) {
+      for (int64_t v = 0; v < vecs; ++v) {
+        const int64_t i = t * vecs + v;
+        raw[i] += bias[v];
+        step[i] = call.softplus ? softplus<S>(raw[i]) : raw[i];
+        push[i] = step[i] * u[i];
+      }
+    }
+  }
+
+  void prefetch(int64_t chunk) const {
+    const int64_t end = std::min(call.tokens, (chunk + 1) * kChunk);
+    for (int64_t position = chunk * kChunk; position < end; ++position) {
+      const int64_t t = call.routes[k].token(position);
+      for (const Rows* rows : {&call.u, &call.delta}) rows->prefetch(b, t, k, first, count);
+      for (const Rows* rows : {&call.B, &call.C}) rows->prefetch(b, t, k, 0, call.states);
+    }
+  }
+
+  void forward(int64_t chunk, const Rows& y) {
+    load(chunk, chunk + 1);
+    for (int64_t t = 0; t < length; ++t)
+      for (int64_t v = 0; v < vecs; ++v) out[t * vecs + v] = D[v] * u[t * vecs + v];
+    for (int64_t v = 0; v < vecs; ++v)
+      for (int64_t n = 0; n < call.padded_states; n += kStates) advance(v, n);
+    store_rows(out, y, call.shared && k > 0);
+  }
+
+  // Moves states n .. n + kStates - 1 of vector v through the chunk and adds their share to `out`.
+  void advance(int64_t v, int64_t n) {
+    Vec<S> rate[kStates], h[kStates];
+    for (int j = 0; j < kStates; ++j) rate[j] = A[(n + j) * vecs + v], h[j] = state[(n + j) * vecs + v];
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t i = t * vecs + v;
+      const S *map_B = maps_B + t * call.padded_states + n, *map_C = maps_C + t * call.padded_states + n;
+      const Vec<S> s = step[i], p = push[i];
+      Vec<S> sum = out[i];
+#pragma GCC unroll 4
+      for (int j = 0; j < kStates; ++j) {
+        h[j] = exp2<S>(s * rate[j]) * h[j] + p * map_B[j];
+        sum += h[j] * map_C[j];
+      }
+      out[i] = sum;
+    }
+    for (int j = 0; j < kStates; ++j) state[(n + j) * vecs + v] = h[j];
+  }
+};
+
+// What the backward pass carries from window to window, per batch item: (b, k, n, c) or (b, k, c).
+struct Carried {
+  Tensor adjoint, A, D, bias;
+};
+
+// A lane that replays a chunk and walks back through it.
+template <typename S>
+struct BackwardLane : Lane<S> {
+  using Base = Lane<S>;
+  using Base::A, Base::b, Base::call, Base::D, Base::k, Base::length, Base::maps_B, Base::maps_C, Base::memory,
+      Base::push, Base::raw, Base::state, Base::step, Base::u, Base::vecs;
+  Vec<S>*adjoint, *grad_A, *grad_D, *grad_bias;  // (n, v), (n, v), (v), (v)
+  Vec<S>*grad_y, *grad_push, *grad_step;         // (t, v)
+  Vec<S>*states, *decays, *terms_B, *terms_C;    // (t, j): of kStates states; terms are summed over vectors
+  const Carried& carried;
+  const int64_t chain;
+
+  BackwardLane(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, const Carried& carried_)
+      : Base(call_, b_, k_, block, extra_vectors(call_)), carried(carried_), chain(b_ * call_.groups + k_) {
+    for (Vec<S>** rows : {&adjoint, &grad_A}) *rows = memory.take(vecs * call.padded_states);
+    for (Vec<S>** row : {&grad_D, &grad_bias}) *row = memory.take(vecs);
+    for (Vec<S>** rows : {&grad_push, &grad_step}) *rows = memory.take(vecs * kChunk);
+    for (Vec<S>** rows : {&states, &decays, &terms_B, &terms_C}) *rows = memory.take(kStates * (kChunk + 1));
+    grad_y = this->out;
+    this->read(carried.adjoint, chain, call.states, adjoint);
+    this->read(carried.A, chain, call.states, grad_A);
+    this->read(carried.D, chain, 1, grad_D);
+    this->read(carried.bias, chain, 1, grad_bias);
+  }
+
+  static int64_t extra_vectors(const Call<S>& call) {
+    return call.vecs * (2 * call.padded_states + 2 + 2 * kChunk) + 4 * kStates * (kChunk + 1);
+  }
+
+  void save() const {
+    this->write(adjoint, carried.adjoint, chain, call.states);
+    this->write(grad_A, carried.A, chain, call.states);
+    this->write(grad_D, carried.D, chain, 1);
+    this->write(grad_bias, carried.bias, chain, 1);
+  }
+
+  // `sums` receives this block's share of the gradients of the maps: B in (t, n), then C in (t, n).
+  void backward(int64_t chunk, const Tensor& entries, const Rows& y, const Rows& u_rows, const Rows& delta_rows,
+                S* sums) {
+    this->load(chunk, chunk - 1);
+    this->load_rows(y, grad_y);
+    std::fill(grad_push, grad_push + vecs * length, Vec<S>{});
+    std::fill(grad_step, grad_step + vecs * length, Vec<S>{});
+    this->read(entries, chunk * call.batch * call.groups + chain, call.states, state);
+    for (int64_t n = 0; n < call.padded_states; n += kStates) {
+      std::fill(terms_B, terms_B + kStates * length, Vec<S>{});
+      std::fill(terms_C, terms_C + kStates * length, Vec<S>{});
+      for (int64_t v = 0; v < vecs; ++v) {
+        replay(v, n);
+        walk_back(v, n);
+      }
+      for (int64_t t = 0; t < length; ++t) {
+        for (int j = 0; j < kStates; ++j) {
+          sums[t * call.padded_states + n + j] = sum_lanes<S>(terms_B[t * kStates + j]);
+          sums[(kChunk + t) * call.padded_states + n + j] = sum_lanes<S>(terms_C[t * kStates + j]);
+        }
+      }
+    }
+    finish_rows();
+    this->store_rows(grad_push, u_rows, call.shared);
+    this->store_rows(grad_step, delta_rows, false);
+  }
+
+  // States before each step and after the last, and the decay of each step.
+  void replay(int64_t v, int64_t n) {
+    Vec<S> rate[kStates], h[kStates];
+    for (int j = 0; j < kStates; ++j) {
+      rate[j] = A[(n + j) * vecs + v];
+      states[j] = h[j] = state[(n + j) * vecs + v];
+    }
+    for (int64_t t = 0; t < length; ++t) {
+      const S* map_B = maps_B + t * call.padded_states + n;
+      const Vec<S> s = step[t * vecs + v], p = push[t * vecs + v];
+#pragma GCC unroll 4
+      for (int j = 0; j < kStates; ++j) {
+        const Vec<S> decay = exp2<S>(s * rate[j]);
+        h[j] = decay * h[j] + p * map_B[j];
+        decays[t * kStates + j] = decay;
+        states[(t + 1) * kStates + j] = h[j];
+      }
+    }
+  }
+
+  // g is the adjoint of the state: g_t = C_t dy_t + decay_{t+1} g_{t+1}.
+  void walk_back(int64_t v, int64_t n) {
+    Vec<S> rate[kStates], g[kStates], sum_A[kStates] = {};
+    for (int j = 0; j < kStates; ++j) rate[j] = A[(n + j) * vecs + v], g[j] = adjoint[(n + j) * vecs + v];
+    for (int64_t t = length - 1; t >= 0; --t) {
+      const int64_t i = t * vecs + v;
+      const S *map_B = maps_B + t * call.padded_states + n, *map_C = maps_C + t * call.padded_states + n;
+      const Vec<S> dy = grad_y[i], s = step[i], p = push[i];
+      Vec<S> sum_push = grad_push[i], sum_step = grad_step[i];
+#pragma GCC unroll 4
+      for (int j = 0; j < kStates; ++j) {
+        const int64_t at = t * kStates + j;
+        g[j] += dy * map_C[j];
+        terms_C[at] += dy * states[at + kStates];
+        terms_B[at] += g[j] * p;
+        sum_push += g[j] * map_B[j];
+        g[j] *= decays[at];
+        const Vec<S> exponent = g[j] * states[at];  // gradient of step * A
+        sum_A[j] += exponent * s;
+        sum_step += exponent * rate[j];
+      }
+      grad_push[i] = sum_push, grad_step[i] = sum_step;
+    }
+    for (int j = 0; j < kStates; ++j) adjoint[(n + j) * vecs + v] = g[j], grad_A[(n + j) * vecs + v] += sum_A[j];
+  }
+
+  // From the gradients of push = step * u and of step to those of u and delta, in place.
+  void finish_rows() {
+    for (int64_t v = 0; v < vecs; ++v) {
+      Vec<S> sum_D{}, sum_bias{};
+      for (int64_t t = 0; t < length; ++t) {
+        const int64_t i = t * vecs + v;
+        Vec<S> slope = grad_step[i] * kLn2<S> + grad_push[i] * u[i];  // rates were in units of log2(e)
+        if (call.softplus) slope *= softplus_slope<S>(raw[i]);
+        grad_step[i] = slope;
+        grad_push[i] = grad_push[i] * step[i] + D[v] * grad_y[i];
+        sum_D += grad_y[i] * u[i];
+        sum_bias += slope;
+      }
+      grad_D[v] += sum_D, grad_bias[v] += sum_bias;
+    }
+  }
+};
+
+}  // namespace scan
