@@ -1,0 +1,99 @@
+"""Released checkpoints of MTMamba and MTMamba++: their parameter names to ours.
+
+Both files hold one state dict whose backbone is OpenMMLab's Swin. Only names and shapes change; the rows of the
+Swin's patch merging are put in our order (see `models.backbones.swin`).
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from models.backbones.swin import to_timm_layout
+
+TASK, STAGE = r"(?P<task>[a-z_]+)", r"(?P<stage>\d)"
+
+# Pattern of a published prefix -> ours. F-CTM's `in_proj.<task>` is the gate, `op.<task>.in_proj` a projection.
+PREFIXES = {
+    rf"expand_layers\.{TASK}_{STAGE}\.expand\.": r"decoder.stm.\g<stage>.expand.\g<task>.proj.",
+    rf"expand_layers\.{TASK}_{STAGE}\.norm\.": r"decoder.stm.\g<stage>.expand.\g<task>.norm.",
+    rf"concat_layers\.{TASK}_{STAGE}\.": r"decoder.stm.\g<stage>.fuse.\g<task>.",
+    rf"block_1\.{TASK}_{STAGE}\.": r"decoder.stm.\g<stage>.stm.\g<task>.0.",
+    rf"block_2\.{TASK}_{STAGE}\.": r"decoder.stm.\g<stage>.stm.\g<task>.1.",
+    rf"block_stm\.{TASK}_{STAGE}\.(?P<block>\d+)\.": r"decoder.stm.\g<stage>.stm.\g<task>.\g<block>.",
+    # MTMamba's cross-task block
+    rf"block_3\.{STAGE}\.norm_share\.": r"decoder.ctm.\g<stage>.shared_norm.",
+    rf"block_3\.{STAGE}\.op_share\.": r"decoder.ctm.\g<stage>.shared.",
+    rf"block_3\.{STAGE}\.norm\.{TASK}\.": r"decoder.ctm.\g<stage>.norm.\g<task>.",
+    rf"block_3\.{STAGE}\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.own.\g<task>.",
+    rf"block_3\.{STAGE}\.in_proj\.{TASK}\.": r"decoder.ctm.\g<stage>.gate.\g<task>.",
+    rf"block_3\.{STAGE}\.out_proj\.{TASK}\.": r"decoder.ctm.\g<stage>.out_proj.\g<task>.",
+    # MTMamba++'s
+    rf"block_ctm\.{STAGE}\.0\.norm_share\.": r"decoder.ctm.\g<stage>.shared_norm.",
+    rf"block_ctm\.{STAGE}\.0\.conv_share\.0\.": r"decoder.ctm.\g<stage>.shared_fuse.",
+    rf"block_ctm\.{STAGE}\.0\.conv_share\.1\.": r"decoder.ctm.\g<stage>.shared_conv.",
+    rf"block_ctm\.{STAGE}\.0\.norm\.{TASK}\.": r"decoder.ctm.\g<stage>.norm.\g<task>.",
+    rf"block_ctm\.{STAGE}\.0\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.cross.\g<task>.",
+    # heads: MTMamba's, then MTMamba++'s
+    rf"final_expand\.{TASK}\.expand\.": r"heads.\g<task>.expand.proj.",
+    rf"final_expand\.{TASK}\.norm\.": r"heads.\g<task>.expand.norm.",
+    rf"final_expand\.{TASK}\.0\.": r"heads.\g<task>.conv.",
+    rf"final_expand\.{TASK}\.1\.": r"heads.\g<task>.norm.",
+    rf"final_project\.{TASK}\.": r"heads.\g<task>.proj.",
+}
+
+# Names inside a Mamba block -> ours, at the end of a key.
+SS2D = {
+    "conv2d.weight": "core.conv.weight",
+    "conv2d.bias": "core.conv.bias",
+    "x_proj_weight": "core.scan.x_proj",
+    "dt_projs_weight": "core.scan.dt_proj_weight",
+    "dt_projs_bias": "core.scan.dt_proj_bias",
+    "A_logs": "core.scan.A_log",
+    "Ds": "core.scan.D",
+    "out_norm.weight": "core.norm.weight",
+    "out_norm.bias": "core.norm.bias",
+    "in_proj_cross.weight": "source_proj.weight",
+}
+
+
+def recognises(keys: Collection[str]) -> bool:
+    """Whether these are the keys of a released MTMamba or MTMamba++ (without `module.`)."""
+    marks = ("block_3.0.op_share.x_proj_weight", "block_ctm.0.0.conv_share.0.weight")
+    return any(mark in keys for mark in marks)
+
+
+def convert(state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Released weights, or gradients under the same names, in our names and shapes. Any part of a file will do.
+
+    Raises ValueError for a key of no known form and for a task that is not among `tasks`.
+    """
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    converted = {f"encoder.{key}": value for key, value in to_timm_layout(backbone).items()}
+    for key, value in state.items():
+        if not key.startswith("backbone."):
+            converted[_renamed(key, tasks)] = _reshaped(key, value)
+    return converted
+
+
+def _renamed(key: str, tasks: Sequence[str]) -> str:
+    for pattern, prefix in PREFIXES.items():
+        if match := re.match(pattern, key):
+            break
+    else:
+        raise ValueError(f"'{key}' is not the name of a parameter of MTMamba or MTMamba++")
+    task = match.groupdict().get("task")
+    if task is not None and task not in tasks:
+        raise ValueError(f"the file holds task '{task}' but the model has {', '.join(tasks)}")
+    rest = key[match.end():]
+    if rest.startswith("op."):  # in a self-task block; in a cross-task block `op` is part of the prefix
+        rest, prefix = rest.removeprefix("op."), f"{prefix}ss2d."
+    return match.expand(prefix) + SS2D.get(rest, rest)
+
+
+def _reshaped(key: str, value: Tensor) -> Tensor:
+    if key.endswith(("A_logs", "Ds")):
+        return value.unflatten(0, (4, -1))  # (4 D, ..) -> (4, D, ..), one row of the first axis per route
+    if key.endswith("weight") and re.match(r"concat_layers|.*\.conv_share\.0\.", key) and value.ndim == 4:
+        return value[:, :, 0, 0]  # 1 x 1 convolution -> linear layer
+    return value
