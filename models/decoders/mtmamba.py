@@ -40,7 +40,7 @@ class CTMBlock(nn.Module):
         self.shared_norm = nn.LayerNorm(len(tasks) * channels)
         self.shared = PlainSS2D(len(tasks) * channels, channels, *sizes)
         self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
-        self.own = per_task(tasks, lambda: PlainSS2D(channels, channels, *sizes))
+        self.ss2d = per_task(tasks, lambda: PlainSS2D(channels, channels, *sizes))
         self.gate = per_task(tasks, lambda: nn.Linear(channels, width, bias=False))
         self.out_proj = per_task(tasks, lambda: nn.Linear(width, channels, bias=False))
         self.drop_path = DropPath(drop_path)
@@ -52,7 +52,7 @@ class CTMBlock(nn.Module):
         for task, feat in feats.items():
             normed = self.norm[task](feat)
             gate = torch.sigmoid(self.gate[task](normed))  # (B, H, W, D)
-            mixed = gate * shared + (1 - gate) * self.own[task](normed)
+            mixed = gate * shared + (1 - gate) * self.ss2d[task](normed)
             out[task] = feat + self.drop_path(self.out_proj[task](mixed))
         return out
 

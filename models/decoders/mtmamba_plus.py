@@ -37,28 +37,35 @@ class MTMambaPlusConfig(STMOptions):
             raise ValueError(f"head_channels must be a whole number of at least 1, got {self.head_channels}")
 
 
+class TaskFusion(nn.Module):
+    """All task maps (B, H, W, C) into one map (B, H, W, C), without any activation."""
+
+    def __init__(self, num_tasks: int, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(num_tasks * channels)
+        self.proj = nn.Linear(num_tasks * channels, channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, feats: dict[str, Tensor]) -> Tensor:
+        fused = self.proj(self.norm(torch.cat(list(feats.values()), dim=-1)))  # T C -> C channels
+        fused = self.conv(rearrange(fused, "b h w c -> b c h w"))
+        return rearrange(fused, "b c h w -> b h w c")
+
+
 class SCTMBlock(nn.Module):
     """Cross-task Mamba block at semantic level: task maps (B, H, W, C) to task maps (B, H, W, C)."""
 
     def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: MTMambaPlusConfig):
         super().__init__()
-        self.shared_norm = nn.LayerNorm(len(tasks) * channels)
-        self.shared_fuse = nn.Linear(len(tasks) * channels, channels)
-        self.shared_conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.shared = TaskFusion(len(tasks), channels)
         self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
-        self.cross = per_task(tasks, lambda: CrossSS2D(channels, config.expand, config.d_state))
+        self.ss2d = per_task(tasks, lambda: CrossSS2D(channels, config.expand, config.d_state))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
-        shared = self._fuse(feats)
-        return {task: feat + self.drop_path(self.cross[task](self.norm[task](feat), shared))
+        shared = self.shared(feats)
+        return {task: feat + self.drop_path(self.ss2d[task](self.norm[task](feat), shared))
                 for task, feat in feats.items()}
-
-    def _fuse(self, feats: dict[str, Tensor]) -> Tensor:
-        """One map (B, H, W, C) of all tasks, without any activation."""
-        fused = self.shared_fuse(self.shared_norm(torch.cat(list(feats.values()), dim=-1)))  # T x C -> C channels
-        fused = self.shared_conv(rearrange(fused, "b h w c -> b c h w"))
-        return rearrange(fused, "b c h w -> b h w c")
 
 
 class MTMambaPlusDecoder(nn.Module):

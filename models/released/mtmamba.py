@@ -5,7 +5,7 @@ Swin's patch merging are put in our order (see `models.backbones.swin`).
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -25,15 +25,15 @@ PREFIXES = {
     rf"block_3\.{STAGE}\.norm_share\.": r"decoder.ctm.\g<stage>.shared_norm.",
     rf"block_3\.{STAGE}\.op_share\.": r"decoder.ctm.\g<stage>.shared.",
     rf"block_3\.{STAGE}\.norm\.{TASK}\.": r"decoder.ctm.\g<stage>.norm.\g<task>.",
-    rf"block_3\.{STAGE}\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.own.\g<task>.",
+    rf"block_3\.{STAGE}\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.ss2d.\g<task>.",
     rf"block_3\.{STAGE}\.in_proj\.{TASK}\.": r"decoder.ctm.\g<stage>.gate.\g<task>.",
     rf"block_3\.{STAGE}\.out_proj\.{TASK}\.": r"decoder.ctm.\g<stage>.out_proj.\g<task>.",
     # MTMamba++'s
-    rf"block_ctm\.{STAGE}\.0\.norm_share\.": r"decoder.ctm.\g<stage>.shared_norm.",
-    rf"block_ctm\.{STAGE}\.0\.conv_share\.0\.": r"decoder.ctm.\g<stage>.shared_fuse.",
-    rf"block_ctm\.{STAGE}\.0\.conv_share\.1\.": r"decoder.ctm.\g<stage>.shared_conv.",
+    rf"block_ctm\.{STAGE}\.0\.norm_share\.": r"decoder.ctm.\g<stage>.shared.norm.",
+    rf"block_ctm\.{STAGE}\.0\.conv_share\.0\.": r"decoder.ctm.\g<stage>.shared.proj.",
+    rf"block_ctm\.{STAGE}\.0\.conv_share\.1\.": r"decoder.ctm.\g<stage>.shared.conv.",
     rf"block_ctm\.{STAGE}\.0\.norm\.{TASK}\.": r"decoder.ctm.\g<stage>.norm.\g<task>.",
-    rf"block_ctm\.{STAGE}\.0\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.cross.\g<task>.",
+    rf"block_ctm\.{STAGE}\.0\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.ss2d.\g<task>.",
     # heads: MTMamba's, then MTMamba++'s
     rf"final_expand\.{TASK}\.expand\.": r"heads.\g<task>.expand.proj.",
     rf"final_expand\.{TASK}\.norm\.": r"heads.\g<task>.expand.norm.",
@@ -57,43 +57,38 @@ SS2D = {
 }
 
 
-def recognises(keys: Collection[str]) -> bool:
+def recognises(keys: Iterable[str]) -> bool:
     """Whether these are the keys of a released MTMamba or MTMamba++ (without `module.`)."""
-    marks = ("block_3.0.op_share.x_proj_weight", "block_ctm.0.0.conv_share.0.weight")
-    return any(mark in keys for mark in marks)
+    return any(key.startswith(("block_3.0.op_share.", "block_ctm.0.0.conv_share.")) for key in keys)
 
 
 def convert(state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:
     """Released weights, or gradients under the same names, in our names and shapes. Any part of a file will do.
 
-    Raises ValueError for a key of no known form and for a task that is not among `tasks`.
+    `tasks` plays no part: the file's keys name the tasks. A key of no known form keeps its name.
     """
     backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     converted = {f"encoder.{key}": value for key, value in to_timm_layout(backbone).items()}
     for key, value in state.items():
         if not key.startswith("backbone."):
-            converted[_renamed(key, tasks)] = _reshaped(key, value)
+            converted[rename(key)] = _reshaped(key, value)
     return converted
 
 
-def _renamed(key: str, tasks: Sequence[str]) -> str:
+def rename(key: str) -> str:
+    """Our name of a decoder's or head's key."""
     for pattern, prefix in PREFIXES.items():
         if match := re.match(pattern, key):
-            break
-    else:
-        raise ValueError(f"'{key}' is not the name of a parameter of MTMamba or MTMamba++")
-    task = match.groupdict().get("task")
-    if task is not None and task not in tasks:
-        raise ValueError(f"the file holds task '{task}' but the model has {', '.join(tasks)}")
-    rest = key[match.end():]
-    if rest.startswith("op."):  # in a self-task block; in a cross-task block `op` is part of the prefix
-        rest, prefix = rest.removeprefix("op."), f"{prefix}ss2d."
-    return match.expand(prefix) + SS2D.get(rest, rest)
+            rest = key[match.end():]
+            if rest.startswith("op."):  # in a self-task block; in a cross-task block `op` is part of the prefix
+                rest, prefix = rest.removeprefix("op."), f"{prefix}ss2d."
+            return match.expand(prefix) + SS2D.get(rest, rest)
+    return key
 
 
 def _reshaped(key: str, value: Tensor) -> Tensor:
-    if key.endswith(("A_logs", "Ds")):
-        return value.unflatten(0, (4, -1))  # (4 D, ..) -> (4, D, ..), one row of the first axis per route
-    if key.endswith("weight") and re.match(r"concat_layers|.*\.conv_share\.0\.", key) and value.ndim == 4:
-        return value[:, :, 0, 0]  # 1 x 1 convolution -> linear layer
+    if key.endswith((".A_logs", ".Ds")):
+        return value.unflatten(0, (4, -1))  # (4 D, ..) -> (4, D, ..): one row of the first axis per route
+    if value.ndim == 4 and re.match(r"concat_layers\.|block_ctm\.\d\.0\.conv_share\.0\.", key):
+        return value[:, :, 0, 0]  # a 1 x 1 convolution is a linear layer
     return value
