@@ -26,8 +26,8 @@ class PatchExpandHead(nn.Module):
 class LiteHead(nn.Module):
     """Head of MTMamba++: 3 x 3 convolution, batch norm, ReLU, then a linear layer per pixel.
 
-    (B, C, H, W) -> (B, num_outputs, H, W), without activation; the model resizes. Under several CUDA processes
-    the batch statistics are synchronised.
+    (B, C, H, W) -> (B, num_outputs, H, W), without activation; the model resizes. Under several CUDA
+    processes the batch statistics are synchronised.
     """
 
     def __init__(self, in_channels: int, hidden_channels: int, num_outputs: int):

@@ -1,6 +1,7 @@
 """What MTMamba and MTMamba++ have in common: each task's own part of a decoder stage, options, checks.
 
-Reference: Lin et al., "MTMamba: Enhancing Multi-Task Dense Scene Understanding by Mamba-Based Decoders", ECCV 2024.
+Reference: Lin et al., "MTMamba: Enhancing Multi-Task Dense Scene Understanding by Mamba-Based Decoders",
+ECCV 2024.
 Axes: B batch, H W grid of the stage, C stage width. Maps are channels-last.
 """
 
@@ -26,7 +27,7 @@ class STMOptions:
     stm_depth: int = 2  # STM blocks per task and stage
     d_state: int = 16  # N of the state-space model
     expand: int = 2  # inner width of a Mamba block / its width (the papers' expansion factor)
-    drop_path_rate: float = 0.2  # stochastic depth of the first residual branch, falling linearly to 0 at the last
+    drop_path_rate: float = 0.2  # stochastic depth of the first residual branch, falling to 0 at the last
 
     def __post_init__(self):
         for name in ("stm_depth", "d_state", "expand"):
@@ -36,7 +37,7 @@ class STMOptions:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 
     def stage_rates(self) -> list[list[float]]:
-        """Stochastic depth of the residual branches, stage by stage: the STM blocks, then the cross-task block."""
+        """Stochastic depth of a stage's branches, stage by stage: STM blocks, then the cross-task block."""
         per_stage = self.stm_depth + 1
         rates = torch.linspace(self.drop_path_rate, 0, 3 * per_stage, device="cpu").tolist()
         return [rates[first:first + per_stage] for first in range(0, 3 * per_stage, per_stage)]
@@ -75,8 +76,8 @@ class STMStage(nn.Module):
         for task, feat in feats.items():
             fine = self.expand[task](feat)  # (B, H, W, C)
             if fine.shape[:3] != skip.shape[:3]:
-                raise ValueError(f"up-sampled map is {fine.shape[1]}x{fine.shape[2]}, encoder map of that stage "
-                                 f"{skip.shape[1]}x{skip.shape[2]}; the input's sides must be multiples of 32")
+                raise ValueError(f"up-sampled map is {fine.shape[1]}x{fine.shape[2]}, the encoder's "
+                                 f"{skip.shape[1]}x{skip.shape[2]}; image sides must be multiples of 32")
             refined[task] = self.stm[task](self.fuse[task](torch.cat((fine, skip), dim=-1)))
         return refined
 
@@ -86,7 +87,8 @@ def per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleD
     return nn.ModuleDict({task: build() for task in tasks})
 
 
-def check_inputs(decoder: str, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int]) -> None:
+def check_inputs(decoder: str, tasks: Sequence[str], in_channels: Sequence[int],
+                 strides: Sequence[int]) -> None:
     """Raises ValueError when the encoder's maps are not `REQUIRES`, or when there is no task or one twice."""
     widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(in_channels))
     if tuple(strides) != STRIDES or len(in_channels) != len(STRIDES) or not widths_fit:

@@ -3,10 +3,11 @@
 Three stages refine one feature map per task from coarse to fine. In each stage every task is refined alone by
 self-task Mamba blocks (STM); then a cross-task Mamba block (CTM) scans all tasks' channels together and lets
 every task choose, per pixel and channel, between that shared map and its own.
-Reference: Lin et al., "MTMamba: Enhancing Multi-Task Dense Scene Understanding by Mamba-Based Decoders", ECCV 2024.
+Reference: Lin et al., "MTMamba: Enhancing Multi-Task Dense Scene Understanding by Mamba-Based Decoders",
+ECCV 2024.
 
-Axes: B batch, T tasks (their order fixes the order of the shared channels), H W grid of the stage, C stage width,
-D = expand * C. Maps between layers are channels-last.
+Axes: B batch, T tasks (their order fixes the order of the shared channels), H W grid of the stage, C stage
+width, D = expand * C. Maps between layers are channels-last.
 """
 
 from collections.abc import Sequence
@@ -46,8 +47,8 @@ class CTMBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
-        # One norm over all tasks' channels: the per-task norms below do not enter the shared branch.
-        shared = self.shared(self.shared_norm(torch.cat(list(feats.values()), dim=-1)))  # T x C -> (B, H, W, D)
+        stacked = torch.cat(list(feats.values()), dim=-1)  # (B, H, W, T C), without the per-task norms
+        shared = self.shared(self.shared_norm(stacked))  # (B, H, W, D)
         out = {}
         for task, feat in feats.items():
             normed = self.norm[task](feat)

@@ -1,14 +1,14 @@
 """MTMamba++: MTMamba's decoder with a cross-task block in which the shared map steers each task's scan.
 
 Three stages refine one feature map per task from coarse to fine. In each stage every task is refined alone by
-self-task Mamba blocks (STM); then the semantic-level cross-task block (S-CTM) fuses all tasks into one map, and
-each task's scan takes its step sizes and its input and output maps from that one. The heads work at a quarter
-of the resolution.
+self-task Mamba blocks (STM); then the semantic-level cross-task block (S-CTM) fuses all tasks into one map,
+and each task's scan takes its step sizes and its input and output maps from that one. The heads work at a
+quarter of the resolution.
 Reference: Lin et al., "MTMamba++: Enhancing Multi-Task Dense Scene Understanding via Mamba-Based Decoders",
 TPAMI 2025. Its feature-level block is that of MTMamba and exists there only, as in the published code.
 
-Axes: B batch, T tasks (their order fixes the order of the fused channels), H W grid of the stage, C stage width.
-Maps between layers are channels-last.
+Axes: B batch, T tasks (their order fixes the order of the fused channels), H W grid of the stage, C stage
+width. Maps between layers are channels-last.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Released checkpoints of MTMamba and MTMamba++: their parameter names to ours.
 
-Both files hold one state dict whose backbone is OpenMMLab's Swin. Only names and shapes change; the rows of the
-Swin's patch merging are put in our order (see `models.backbones.swin`).
+Both files hold one state dict whose backbone is OpenMMLab's Swin. Only names and shapes change, and the order
+of channels in the Swin's patch merging (see `models.backbones.swin`).
 """
 
 import re
@@ -13,7 +13,7 @@ from models.backbones.swin import to_timm_layout
 
 TASK, STAGE = r"(?P<task>[a-z_]+)", r"(?P<stage>\d)"
 
-# Pattern of a published prefix -> ours. F-CTM's `in_proj.<task>` is the gate, `op.<task>.in_proj` a projection.
+# Pattern of a published prefix -> ours. In `block_3`, `in_proj.<task>` is the gate.
 PREFIXES = {
     rf"expand_layers\.{TASK}_{STAGE}\.expand\.": r"decoder.stm.\g<stage>.expand.\g<task>.proj.",
     rf"expand_layers\.{TASK}_{STAGE}\.norm\.": r"decoder.stm.\g<stage>.expand.\g<task>.norm.",
@@ -63,16 +63,17 @@ def recognises(keys: Iterable[str]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:
-    """Released weights, or gradients under the same names, in our names and shapes. Any part of a file will do.
+    """Released weights, or any part of them, in our names and shapes; gradients go the same way.
 
-    `tasks` plays no part: the file's keys name the tasks. A key of no known form keeps its name.
+    `tasks` plays no part, as the file's keys name the tasks. A key of no known form keeps its name.
     """
-    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    converted = {f"encoder.{key}": value for key, value in to_timm_layout(backbone).items()}
+    backbone, converted = {}, {}
     for key, value in state.items():
-        if not key.startswith("backbone."):
+        if key.startswith("backbone."):
+            backbone[key.removeprefix("backbone.")] = value
+        else:
             converted[rename(key)] = _reshaped(key, value)
-    return converted
+    return {f"encoder.{key}": value for key, value in to_timm_layout(backbone).items()} | converted
 
 
 def rename(key: str) -> str:
@@ -80,7 +81,7 @@ def rename(key: str) -> str:
     for pattern, prefix in PREFIXES.items():
         if match := re.match(pattern, key):
             rest = key[match.end():]
-            if rest.startswith("op."):  # in a self-task block; in a cross-task block `op` is part of the prefix
+            if rest.startswith("op."):  # of a self-task block: those of cross-task blocks are in the prefix
                 rest, prefix = rest.removeprefix("op."), f"{prefix}ss2d."
             return match.expand(prefix) + SS2D.get(rest, rest)
     return key

@@ -1,9 +1,9 @@
-"""MTMamba and MTMamba++ (Lin et al., ECCV 2024 and TPAMI 2025): whole models with the original's weights, their
-losses, and the sizes of the published configurations.
+"""MTMamba and MTMamba++ (Lin et al., ECCV 2024 and TPAMI 2025): whole models with the original's weights,
+their losses, and the sizes of the published configurations.
 
-A case is three files with the same name up to the first dot: a JSON file of sizes, the original's state dict, and
-recorded tensors. The keys of the recorded tensors are translated one by one to places of our model, so a tensor that
-nothing here corresponds to is listed as not covered.
+A case is three files with the same name up to the first dot: a JSON file of sizes, the original's state dict,
+and recorded tensors of a float32 and a float64 run. Where both runs recorded a quantity, the one in the
+arithmetic asked for is compared. A recorded point inside the model that ours does not have is "not covered".
 """
 
 from __future__ import annotations
@@ -32,26 +32,29 @@ from utils.setup import model_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"model", "tasks", "num_output", "image_size", "output_size", "backbone", "decoder"}
-WEIGHTS = {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edge": 50.0}      # of the one weighted recipe
-FEATURE, OUTPUT, GRADIENT = 5e-5, 5e-4, 5e-4       # float32; gradients relative to the largest entry
-EXACT = 1e-9                                       # float64
+WEIGHTS = {"semseg": 1.0, "depth": 1.0, "normals": 10.0, "edge": 50.0}  # of the one weighted recipe
+EXACT = 1e-9  # float64
+FEATURE, OUTPUT, GRADIENT = 5e-5, 5e-4, 5e-4  # float32; gradients relative to the largest entry
 
 
 def checks(folder: Folder) -> Iterator[Check]:
     for table, content in folder.tables.items():
         if not isinstance(content, dict):
             continue
-        if content.keys() >= SIZES:
-            if case := _case(folder, table, content):
-                for part, run in (("inside", _inside), ("outputs", _outputs), ("training", _training)):
-                    yield Check(f"{table.name.split('.')[0]}/{part}", case.files, partial(_on_model, case, run))
+        if content.keys() >= SIZES and (case := _case(folder, table, content)):
+            for name, part in PARTS.items():
+                yield Check(f"{_stem(table)}/{name}", case.files, partial(_on_model, case, part))
         for name, entry in content.items():
-            if isinstance(entry, dict) and {"config_file", "state_dict"} <= entry.keys() \
-                    and recognises(entry["state_dict"]):
+            is_manifest = isinstance(entry, dict) and {"config_file", "state_dict"} <= entry.keys()
+            if is_manifest and recognises(entry["state_dict"]):
                 yield Check(name, frozenset({table}), lambda options, entry=entry: _sizes(entry))
     for path, keys in folder.arrays.items():
         if "loss.total" in keys and any(key.startswith("grad_total.pred.") for key in keys):
             yield Check(path.stem, frozenset({path}), lambda options, path=path: _losses(path, options))
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]
 
 
 # ------------------------------------------------------------ models
@@ -65,21 +68,27 @@ class Case:
     files: frozenset[Path]
 
     def model(self, options: Options) -> nn.Module:
-        s, backbone, decoder = self.sizes, self.sizes["backbone"], self.sizes["decoder"]
-        names = ("embed_dim", "depths", "num_heads", "window_size", "drop_path_rate")
-        options_of_decoder = {"d_state": decoder["d_state"], "expand": decoder["ssm_ratio"],
-                              "drop_path_rate": decoder["drop_path"]}
+        sizes, decoder = self.sizes, self.sizes["decoder"]
+        model_kwargs = {"d_state": decoder["d_state"], "expand": decoder["ssm_ratio"],
+                        "drop_path_rate": decoder["drop_path"]}
         if "head_channels" in decoder:
-            options_of_decoder["head_channels"] = decoder["head_channels"]
-        model = build_model(s["model"], "swin", {task: s["num_output"][task] for task in s["tasks"]},
-                            tuple(s["image_size"]), output_size=tuple(s["output_size"]),
-                            backbone_kwargs={name: backbone[name] for name in names}, model_kwargs=options_of_decoder)
-        model.load_state_dict(convert(load_file(self.state), s["tasks"]))
+            model_kwargs["head_channels"] = decoder["head_channels"]
+        names = ("embed_dim", "depths", "num_heads", "window_size", "drop_path_rate")
+        model = build_model(
+            sizes["model"], "swin", {task: sizes["num_output"][task] for task in sizes["tasks"]},
+            tuple(sizes["image_size"]), output_size=tuple(sizes["output_size"]), model_kwargs=model_kwargs,
+            backbone_kwargs={name: sizes["backbone"][name] for name in names})
+        model.load_state_dict(self.ours(load_file(self.state)))
         return model.to(options.device, options.dtype)
+
+    def ours(self, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """The tensors with this prefix, under our names and in our layout."""
+        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        return convert(part, self.sizes["tasks"])
 
 
 def _case(folder: Folder, table: Path, sizes: dict) -> Case | None:
-    beside = {path: keys for path, keys in folder.arrays.items() if path.name.split(".")[0] == table.name.split(".")[0]}
+    beside = {path: keys for path, keys in folder.arrays.items() if _stem(path) == _stem(table)}
     state = next((path for path, keys in beside.items() if recognises(keys)), None)
     wanted = {"image", *(f"eval.out.{task}" for task in sizes["tasks"])}
     values = next((path for path, keys in beside.items() if keys >= wanted), None)
@@ -88,33 +97,41 @@ def _case(folder: Folder, table: Path, sizes: dict) -> Case | None:
     return Case(sizes, state, values, frozenset({table, state, values}))
 
 
-def _on_model(case: Case, run: Callable, options: Options) -> Iterator[Measure]:
+def _on_model(case: Case, part: Callable, options: Options) -> Iterator[Measure]:
     want = load_file(case.values, device=options.device)
     set_scan_backend(options.scan_backend)
     try:
-        yield from run(case, case.model(options), want, options)
+        yield from part(case, case.model(options), want, options)
     finally:
         set_scan_backend("auto")
 
 
-def _measure(name: str, got: Tensor, want: Tensor, float32: float, options: Options,
-             error: Callable = absolute_error) -> Measure:
-    """Of a key with "64" in its first part the reference is a float64 run, of any other a float32 run."""
-    exact = options.dtype == torch.float64 and "64" in name.split(".")[0]
-    return Measure(name, error(got, want), EXACT if exact else float32)
+def _run(kind: str, options: Options) -> str:
+    """The recorded run that was made in our arithmetic: eval or eval64, train or train64."""
+    return f"{kind}64" if options.dtype == torch.float64 else kind
 
 
 def _outputs(case: Case, model: nn.Module, want: dict, options: Options) -> Iterator[Measure]:
+    """Predictions in evaluation mode."""
     with torch.no_grad():
         final = model.eval()(want["image"].to(options.dtype)).final
-    for task, got in final.items():
-        yield _measure(f"eval.out.{task}", got, want[f"eval.out.{task}"], OUTPUT, options)
-        yield _measure(f"eval64.out.{task}", got[..., ::3, ::3], want[f"eval64.out.{task}"], OUTPUT, options)
+    every, run = options.pick(3, 1), _run("eval", options)
+    for task, out in final.items():
+        error = absolute_error(out[..., ::every, ::every], want[f"{run}.out.{task}"])
+        yield Measure(f"out.{task}", error, options.pick(EXACT, OUTPUT))
+
+
+def _features(case: Case, model: nn.Module, want: dict, options: Options) -> Iterator[Measure]:
+    """The backbone's maps."""
+    with torch.no_grad():
+        maps = model.eval().encoder(want["image"].to(options.dtype))
+    for index, got in enumerate(maps):
+        error = absolute_error(got, want[f"{_run('eval', options)}.feat.{index}"])
+        yield Measure(f"feat.{index}", error, options.pick(EXACT, FEATURE))
 
 
 # Recorded tensor -> module of ours whose output it is (a trailing < means its input).
 PLACES = tuple((re.compile(pattern), place) for pattern, place in (
-    (r"feat\.(\d)", r"encoder[\1]"),
     (r"bb\.patch_embed", "encoder.patch_embed"),
     (r"bb\.stages\.(\d)\.blocks\.(\d+)", r"encoder.layers.\1.blocks.\2"),
     (r"bb\.stages\.(\d)\.downsample", lambda match: f"encoder.layers.{int(match[1]) + 1}.downsample"),
@@ -131,23 +148,24 @@ PLACES = tuple((re.compile(pattern), place) for pattern, place in (
 
 
 def _inside(case: Case, model: nn.Module, want: dict, options: Options) -> Iterator[Measure]:
-    """Backbone features, every recorded point inside the model, and the recorded scan by itself."""
+    """Every recorded point inside the model, and the recorded scan by itself; all from a float32 run."""
     seen = _trace(model.eval(), want["image"].to(options.dtype))
     for key, value in want.items():
-        run, _, point = key.partition(".")
-        if run not in ("eval", "eval64") or point.startswith(("out.", "scan0.")):
+        point = key.removeprefix("eval.")
+        if not key.startswith("eval.") or point.startswith(("out.", "feat.", "scan0.")):
             continue
-        place = next((pattern.sub(target, point) for pattern, target in PLACES if pattern.fullmatch(point)), None)
+        matches = ((pattern.fullmatch(point), place) for pattern, place in PLACES)
+        place = next((match.re.sub(place, point) for match, place in matches if match), None)
         if place not in seen:
-            yield Measure(key, uncovered="no such point in this program's model")
+            yield Measure(point, uncovered="no such point in this program's model")
             continue
-        got = seen[place].flatten(1, 2) if value.ndim == 3 else seen[place]        # tokens (B, H W, C)
-        yield _measure(key, got, value, FEATURE if point.startswith("feat.") else OUTPUT, options)
+        got = seen[place].flatten(1, 2) if value.ndim == 3 else seen[place]  # tokens are (B, H W, C)
+        yield Measure(point, absolute_error(got, value), OUTPUT)
     scan = {key.removeprefix("eval.scan0."): value.to(options.dtype) for key, value in want.items()
             if key.startswith("eval.scan0.")}
     if scan:
         y = scan.pop("y")
-        yield _measure("eval.scan0.y", selective_scan(**scan, delta_softplus=True), y, FEATURE, options)
+        yield Measure("scan0.y", absolute_error(selective_scan(**scan, delta_softplus=True), y), FEATURE)
 
 
 def _trace(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -171,35 +189,37 @@ def _trace(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def _training(case: Case, model: nn.Module, want: dict, options: Options) -> Iterator[Measure]:
-    """One step in training mode: outputs, loss, gradients, statistics of the batch norms."""
-    model.train()
+    """Outputs in training mode and the batch norms' statistics after them, from a float32 run."""
+    with torch.no_grad():
+        final = model.train()(want["image"].to(options.dtype)).final
+    for task, out in final.items():  # a model without batch norm is recorded once
+        reference = want.get(f"train.out.{task}", want[f"eval.out.{task}"])
+        yield Measure(f"train.out.{task}", absolute_error(out, reference), OUTPUT)
+    buffers = dict(model.named_buffers())
+    for name, value in case.ours(want, "train.buffer.").items():
+        yield Measure(name, absolute_error(buffers[name], value), FEATURE)
+
+
+def _gradients(case: Case, model: nn.Module, want: dict, options: Options) -> Iterator[Measure]:
+    """Loss sum_t mean(out_t * cot_t) in training mode and its gradients."""
     image = want["image"].to(options.dtype).requires_grad_()
-    final = model(image).final
+    final = model.train()(image).final
     loss = sum((out * want[f"train.cot.{task}"].to(out.dtype)).mean() for task, out in final.items())
     loss.backward()
-    for task, out in final.items():
-        reference = f"train.out.{task}" if f"train.out.{task}" in want else f"eval.out.{task}"
-        yield _measure(f"train.out.{task}", out, want[reference], OUTPUT, options)
-    yield _measure("train.loss", loss, want["train.loss"][0], OUTPUT, options)
-    if "train.loss64" in want:
-        yield Measure("train.loss64", absolute_error(loss, want["train.loss64"][0]), options.pick(EXACT, OUTPUT))
-    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
-    yield Measure("train.grad_norm64", scaled_error(norm, want["train.grad_norm64"][0]), options.pick(EXACT, GRADIENT))
-    gradients = {"image": image.grad} | {name: p.grad for name, p in model.named_parameters()}
-    for run, every in (("train", 1), ("train64", 3)):
-        yield _measure(f"{run}.grad.image", image.grad[..., ::every, ::every], want[f"{run}.grad.image"], GRADIENT,
-                       options, scaled_error)
-        for name, value in _ours(want, f"{run}.grad.param.", case).items():
-            yield _measure(f"{run}.grad.{name}", gradients[name], value, GRADIENT, options, scaled_error)
-    buffers = dict(model.named_buffers())
-    for name, value in _ours(want, "train.buffer.", case).items():
-        yield _measure(f"train.buffer.{name}", buffers[name], value, FEATURE, options)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    run, every, limit = _run("train", options), options.pick(3, 1), options.pick(EXACT, GRADIENT)
+    recorded = want[run.replace("train", "train.loss")][0]
+    yield Measure("loss", absolute_error(loss, recorded), options.pick(EXACT, OUTPUT))
+    yield Measure("norm of all gradients", scaled_error(norm, want["train.grad_norm64"][0]), limit)
+    error = scaled_error(image.grad[..., ::every, ::every], want[f"{run}.grad.image"])
+    yield Measure("grad.image", error, limit)
+    for name, value in case.ours(want, f"{run}.grad.param.").items():
+        yield Measure(f"grad.{name}", scaled_error(gradients[name], value), limit)
 
 
-def _ours(want: dict, prefix: str, case: Case) -> dict[str, Tensor]:
-    """The recorded tensors with this prefix under our names and in our layout."""
-    return convert({key.removeprefix(prefix): value for key, value in want.items() if key.startswith(prefix)},
-                   case.sizes["tasks"])
+PARTS = {"features": _features, "inside": _inside, "outputs": _outputs, "training": _training,
+         "gradients": _gradients}
 
 
 # ------------------------------------------------------------ losses, sizes
@@ -210,7 +230,8 @@ def _losses(path: Path, options: Options) -> Iterator[Measure]:
     data = load_file(path)
     tasks = [task for task in TASKS if f"pred.{task}" in data]
     parts = {task: data[f"loss.{task}"][0] for task in tasks}
-    weights = {"log": dict.fromkeys(tasks, 1.0), "weighted_sum": {task: WEIGHTS.get(task, 1.0) for task in tasks}}
+    weights = {"log": dict.fromkeys(tasks, 1.0),
+               "weighted_sum": {task: WEIGHTS.get(task, 1.0) for task in tasks}}
     scheme = next((name for name, combine in SCHEMES.items()
                    if torch.isclose(combine(parts, weights[name]), data["loss.total"][0], rtol=1e-6)), None)
     if scheme is None:
@@ -225,7 +246,8 @@ def _losses(path: Path, options: Options) -> Iterator[Measure]:
     for name in (*tasks, "total"):
         yield Measure(f"loss.{name}", scaled_error(out[name], data[f"loss.{name}"][0]), value)
     for task in tasks:
-        yield Measure(f"grad.{task}", scaled_error(preds[task].grad, data[f"grad_total.pred.{task}"]), gradient)
+        error = scaled_error(preds[task].grad, data[f"grad_total.pred.{task}"])
+        yield Measure(f"grad.{task}", error, gradient)
 
 
 def _sizes(entry: dict) -> Iterator[Measure]:
