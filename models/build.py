@@ -10,12 +10,19 @@ from torch import nn
 from models.backbones import build_backbone
 from models.blocks.pyramid import SimplePyramid
 from models.decoders.bim import BIMDecoder
+from models.decoders.mtmamba import MTMambaDecoder
+from models.decoders.mtmamba_plus import MTMambaPlusDecoder
 from models.model import MultiTaskModel
 
-DECODERS: dict[str, type[nn.Module]] = {"bim": BIMDecoder}
+DECODERS: dict[str, type[nn.Module]] = {
+    "bim": BIMDecoder,
+    "mtmamba": MTMambaDecoder,
+    "mtmamba_plus": MTMambaPlusDecoder,
+    "mtmamba++": MTMambaPlusDecoder,  # the paper's spelling
+}
 
 # Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("TransformerNet", "MTMamba", "MTMamba_plus", "InvPT", "TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
+NOT_YET = ("TransformerNet", "InvPT", "TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
 
 
 def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], *,

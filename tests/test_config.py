@@ -133,6 +133,9 @@ def test_the_lineages_files_load(tmp_path, name):
     config = load_config(write(tmp_path / "exp.yml", {**LINEAGE_COMMON, **LINEAGE[name]}))
     assert config.tasks == ("semseg", "human_parts", "sal", "normals", "edge")
     assert config.optimizer_kwargs.lr in (2e-5, 6e-5)
+    if config.model == "MTMamba":
+        assert decoder_config(config.model, config.model_kwargs).stm_depth == 2
+        return
     with pytest.raises(ValueError, match="not yet available; available: bim"):
         decoder_config(config.model, config.model_kwargs)
 

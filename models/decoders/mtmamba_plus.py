@@ -1,0 +1,100 @@
+"""MTMamba++: MTMamba's decoder with a cross-task block in which the shared map steers each task's scan.
+
+Three stages refine one feature map per task from coarse to fine. In each stage every task is refined alone by
+self-task Mamba blocks (STM); then the semantic-level cross-task block (S-CTM) fuses all tasks into one map,
+and each task's scan takes its step sizes and its input and output maps from that one. The heads work at a
+quarter of the resolution.
+Reference: Lin et al., "MTMamba++: Enhancing Multi-Task Dense Scene Understanding via Mamba-Based Decoders",
+TPAMI 2025. Its feature-level block is that of MTMamba and exists there only, as in the published code.
+
+Axes: B batch, T tasks (their order fixes the order of the fused channels), H W grid of the stage, C stage
+width. Maps between layers are channels-last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from models.blocks.heads import LiteHead
+from models.blocks.ss2d import CrossSS2D
+from models.blocks.stm import REQUIRES, STRIDES, STMOptions, STMStage, check_inputs, per_task
+from models.model import DecoderOutput
+
+
+@dataclass
+class MTMambaPlusConfig(STMOptions):
+    """Options of the decoder: `STMOptions` and its heads'."""
+
+    head_channels: int = 96  # width of the heads' 3 x 3 convolution
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head_channels < 1:
+            raise ValueError(f"head_channels must be a whole number of at least 1, got {self.head_channels}")
+
+
+class TaskFusion(nn.Module):
+    """All task maps (B, H, W, C) into one map (B, H, W, C), without any activation."""
+
+    def __init__(self, num_tasks: int, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(num_tasks * channels)
+        self.proj = nn.Linear(num_tasks * channels, channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, feats: dict[str, Tensor]) -> Tensor:
+        fused = self.proj(self.norm(torch.cat(list(feats.values()), dim=-1)))  # T C -> C channels
+        fused = self.conv(rearrange(fused, "b h w c -> b c h w"))
+        return rearrange(fused, "b c h w -> b h w c")
+
+
+class SCTMBlock(nn.Module):
+    """Cross-task Mamba block at semantic level: task maps (B, H, W, C) to task maps (B, H, W, C)."""
+
+    def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: MTMambaPlusConfig):
+        super().__init__()
+        self.shared = TaskFusion(len(tasks), channels)
+        self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
+        self.ss2d = per_task(tasks, lambda: CrossSS2D(channels, config.expand, config.d_state))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
+        shared = self.shared(feats)
+        return {task: feat + self.drop_path(self.ss2d[task](self.norm[task](feat), shared))
+                for task, feat in feats.items()}
+
+
+class MTMambaPlusDecoder(nn.Module):
+    """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
+
+    `tasks` fixes the order of the fused channels. Raises ValueError when the encoder's maps do not fit.
+    """
+
+    Config = MTMambaPlusConfig
+    requires = REQUIRES
+    stride = STRIDES[0]
+
+    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int],
+                 config: MTMambaPlusConfig):
+        super().__init__()
+        check_inputs("mtmamba_plus", tasks, in_channels, strides)
+        self.tasks, self.channels, self.head_channels = tuple(tasks), in_channels[0], config.head_channels
+        self.stm, self.ctm = nn.ModuleList(), nn.ModuleList()  # one each per stage, coarse to fine
+        for channels, rates in zip(reversed(in_channels[:-1]), config.stage_rates(), strict=True):
+            self.stm.append(STMStage(tasks, channels, rates[:-1], config.expand, config.d_state))
+            self.ctm.append(SCTMBlock(tasks, channels, rates[-1], config))
+
+    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
+        *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
+        refined = dict.fromkeys(self.tasks, coarsest)  # every task starts from the same map
+        for stm, ctm, skip in zip(self.stm, self.ctm, reversed(skips), strict=True):
+            refined = ctm(stm(refined, skip))
+        return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
+
+    def make_head(self, num_outputs: int) -> LiteHead:
+        """The paper's head: one 3 x 3 convolution and a projection, at the decoder's resolution."""
+        return LiteHead(self.channels, self.head_channels, num_outputs)
