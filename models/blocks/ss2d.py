@@ -31,11 +31,9 @@ class SS2DCore(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, inner: Tensor, source: Tensor | None = None) -> Tensor:
-        inner = F.silu(self.conv(rearrange(inner, "b h w d -> b d h w")))
-        if source is not None:
-            source = rearrange(source, "b h w d -> b d h w")
-        scanned = ss2d_core(inner, self.scan.weights, source)
-        return self.norm(rearrange(scanned, "b d h w -> b h w d"))
+        inner = self.conv(rearrange(inner, "b h w d -> b d h w"))  # a view: PyTorch's channels_last format
+        inner = F.silu(rearrange(inner, "b d h w -> b h w d"))
+        return self.norm(ss2d_core(inner, self.scan.weights, source))
 
 
 class GatedSS2D(nn.Module):
