@@ -19,7 +19,7 @@ DECODERS: dict[str, type[nn.Module]] = {"bim": BIMDecoder, "invpt": InvPTDecoder
 # Names which experiment files of the lineage use; their decoders are not in this version.
 NOT_YET = ("MTMamba", "MTMamba_plus", "TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
 
-# The lineage's experiment files say `model: TransformerNet` for several decoders; these options tell them apart.
+# The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
 SHARED_NAME = "TransformerNet"
 TELLING_OPTIONS = {
     "InvPT": ("PRED_OUT_NUM_CONSTANT", "mtt_resolution_downsample_rate"),
@@ -60,25 +60,25 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
         raise ValueError(f"model '{name}' on backbone '{backbone}': {error}{hint}") from error
     multiple = getattr(decoder, "input_multiple", max(strides))
     if any(side % multiple for side in image_size):
-        raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{name}' on backbone "
-                         f"'{backbone}'")
+        raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{name}' "
+                         f"on backbone '{backbone}'")
     heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
     return MultiTaskModel(encoder, neck_module, decoder, heads, output_size)
 
 
 def resolve_name(name: str, backbone: str, options: Mapping[str, Any]) -> str:
-    """The decoder that an experiment file means: 'TransformerNet' stands for several, told apart by their options.
+    """The decoder that an experiment file means: 'TransformerNet' stands for several, told apart by options.
 
-    BridgeNet's files have InvPT's options. With an InternImage backbone they mean BridgeNet; with a ViT they are taken
-    as InvPT's, and BridgeNet must be asked for by name. Options of none or of several are a ValueError.
+    BridgeNet's files have InvPT's options. With an InternImage backbone they mean BridgeNet; with a ViT they are
+    taken as InvPT's, and BridgeNet must be asked for by name. Options of none or of several are a ValueError.
     """
     if name.lower() != SHARED_NAME.lower():
         return name
-    meant = [decoder for decoder, telling in TELLING_OPTIONS.items() if any(key in options for key in telling)]
+    meant = [decoder for decoder, own in TELLING_OPTIONS.items() if any(key in options for key in own)]
     if len(meant) != 1:
         found = f"those of {' and '.join(meant)} are there" if meant else "none of theirs is there"
-        raise ValueError(f"model '{name}' is {', '.join(TELLING_OPTIONS)} or BridgeNet, depending on its options, and "
-                         f"{found}; name the decoder itself, e.g. model: InvPT")
+        raise ValueError(f"model '{name}' is {', '.join(TELLING_OPTIONS)} or BridgeNet, depending on its "
+                         f"options, and {found}; name the decoder itself, e.g. model: InvPT")
     return "BridgeNet" if meant == ["InvPT"] and backbone.startswith("intern") else meant[0]
 
 

@@ -165,7 +165,7 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | P
     if released := recognise(state):
         held = f"the released {released} ({describe(state)})"
         state, dead = convert_released(state)
-        ignored = f" / ignored {len(dead)}, without effect in {held}: {_modules(dead)}"
+        ignored = f" / ignored {len(dead)} without effect in {held}: {', '.join(dead) or 'none'}"
     own = model.state_dict()
     missing, unexpected, mismatched = compare_states(own, state)
     if missing or unexpected or mismatched:
@@ -270,11 +270,6 @@ def _grouped(keys: list[str]) -> str:
     """`0`, or the count with the first components of the keys: `2 (head.*)`."""
     groups = dict.fromkeys(f"{key.split('.')[0]}.*" if "." in key else key for key in keys)
     return f"{len(keys)} ({', '.join(groups)})" if keys else "0"
-
-
-def _modules(keys: list[str]) -> str:
-    """The modules of these parameters: `a.weight`, `a.bias` -> `a`."""
-    return ", ".join(dict.fromkeys(key.rpartition(".")[0] for key in keys)) or "none"
 
 
 def _describe(config: Mapping | None) -> str:

@@ -15,8 +15,8 @@ from models.model import resize
 class MultiScaleSum(nn.Module):
     """Per stage {task: (B, C_s, h_s, w_s)} -> {task: (B, C_0, H, W)}; `widths` are the C_s, one per stage.
 
-    The norm of a stage runs over the channels of all tasks together: a task's result depends on which other tasks
-    there are, and on their order. Published weights need it.
+    The norm of a stage runs over the channels of all tasks together: a task's result depends on which other
+    tasks there are, and on their order. Published weights need it.
     """
 
     def __init__(self, tasks: Sequence[str], widths: Sequence[int]):
@@ -24,7 +24,7 @@ class MultiScaleSum(nn.Module):
         self.norms = nn.ModuleList(ChannelLayerNorm(len(tasks) * width) for width in widths)
         self.reduce = nn.ModuleList(
             nn.ModuleDict({task: nn.Conv2d(width, widths[0], kernel_size=1) for task in tasks})
-            for width in widths[1:])                                 # the first stage has the width of the sum
+            for width in widths[1:])                             # the first stage has the width of the sum
 
     def forward(self, stages: Sequence[dict[str, Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
         total = {task: resize(feat, size) for task, feat in self._normed(0, stages[0]).items()}

@@ -1,6 +1,6 @@
 """Checkpoints that authors released, recognised by their keys and renamed to ours.
 
-A new kind is a module with these functions and a row of RELEASED. State dicts have lost their `module.` prefix here.
+A new kind is a module with these functions and a row of RELEASED. State dicts come without `module.` prefix.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +14,8 @@ from models.released import invpt
 class Released(NamedTuple):
     """One kind. `convert(state, tasks)`: the weights under our keys, `tasks` in the order of the task table.
 
-    `is_dead(key)`: whether the layer never influenced an output of the original, so that `convert` leaves it out. A
-    key that is neither known nor dead keeps its name, and the strict load reports it.
+    `is_dead(key)`: whether the layer never influenced an output of the original, so that `convert` leaves it
+    out. A key that is neither known nor dead keeps its name, and the strict load reports it.
     """
 
     recognises: Callable[[Iterable[str]], bool]

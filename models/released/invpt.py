@@ -8,7 +8,7 @@ from torch import Tensor
 STAGE = r"multi_task_decoder\.invpt\.invpt_stages\.(?P<stage>\d)\."
 BLOCK = STAGE + r"blocks\.0\."
 
-# What a key begins with, and what that becomes. `{task}` is the name of the task with the number <index>, since the
+# What a key begins with, and what that becomes. `{task}` is the name of the task with the number <index>: the
 # original keeps some layers in lists.
 RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
     (r"backbone\.", "encoder."),
