@@ -2,8 +2,8 @@
 
 Preliminary decoders make one feature map and one rough prediction per task from the deepest map of a plain
 ViT. Three stages then refine the maps of all tasks jointly; the width halves and the grid doubles from stage
-to stage, and each stage hands its attention scores, before the softmax, to the next one. Their sum is the
-output.
+to stage, and each stage hands its attention scores, before the softmax, to the next one. The maps of all stages
+are summed.
 Reference: Ye and Xu, "Inverted Pyramid Multi-task Transformer for Dense Scene Understanding", ECCV 2022.
 Details follow the published models, not the text, wherever the two differ, so that released weights give the
 same numbers; the options of `InvPTConfig` say where that is surprising. Layers of the published models that
