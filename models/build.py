@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,19 +11,31 @@ from torch import nn
 from models.backbones import build_backbone
 from models.blocks.pyramid import SimplePyramid
 from models.decoders.bim import BIMDecoder
+from models.decoders.invpt import InvPTDecoder
 from models.decoders.mtmamba import MTMambaDecoder
 from models.decoders.mtmamba_plus import MTMambaPlusDecoder
 from models.model import MultiTaskModel
 
 DECODERS: dict[str, type[nn.Module]] = {
     "bim": BIMDecoder,
+    "invpt": InvPTDecoder,
     "mtmamba": MTMambaDecoder,
     "mtmamba_plus": MTMambaPlusDecoder,
     "mtmamba++": MTMambaPlusDecoder,  # the paper's spelling
 }
 
 # Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("TransformerNet", "InvPT", "TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
+NOT_YET = ("TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
+
+# The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
+SHARED_NAME = "TransformerNet"
+TELLING_OPTIONS = {
+    "InvPT": ("PRED_OUT_NUM_CONSTANT", "mtt_resolution_downsample_rate"),
+    "TaskPrompter": ("prompt_len", "chan_nheads", "use_ctr"),
+    "MLoRE": ("topk", "spe_rank", "pre_softmax"),
+}
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], *,
@@ -35,23 +48,46 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     the model). `image_size` is (height, width) of the input. Parts that do not fit raise a ValueError that says
     what the decoder needs and what the backbone gives.
     """
+    lineage_name, name = name, resolve_name(name, backbone, model_kwargs or {})
+    if name != lineage_name:
+        logger.info("model '%s' on backbone '%s' with these options is %s", lineage_name, backbone, name)
     decoder_class = _decoder_class(name)
-    if head != "default":
+    if head not in ("default", *getattr(decoder_class, "head_names", ())):
         raise ValueError(f"head '{head}' is not available for model '{name}'; leave `head` out for the decoder's own")
+    config = decoder_config(name, model_kwargs or {})
     encoder = build_backbone(backbone, image_size, **(backbone_kwargs or {}))
     neck_module, channels, strides = None, encoder.channels, encoder.strides
     if neck == "pyramid":
         neck_module = SimplePyramid(channels, **(neck_kwargs or {}))
         channels, strides = neck_module.channels, neck_module.strides
     try:
-        decoder = decoder_class(tuple(tasks), channels, strides, decoder_config(name, model_kwargs or {}))
+        decoder = decoder_class(dict(tasks), channels, strides, config)
     except ValueError as error:
-        hint = "; `neck: pyramid` makes the four maps" if neck == "none" and len(set(encoder.strides)) == 1 else ""
+        plain_vit = neck == "none" and encoder.strides == encoder.strides[:1] * 4
+        hint = "; `neck: pyramid` makes the four maps" if plain_vit else ""
         raise ValueError(f"model '{name}' on backbone '{backbone}': {error}{hint}") from error
-    if any(side % max(strides) for side in image_size):
-        raise ValueError(f"image_size {tuple(image_size)} must be multiples of {max(strides)}, the coarsest stride")
+    multiple = getattr(decoder, "input_multiple", max(strides))
+    if any(side % multiple for side in image_size):
+        raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{name}' "
+                         f"on backbone '{backbone}'")
     heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
     return MultiTaskModel(encoder, neck_module, decoder, heads, output_size)
+
+
+def resolve_name(name: str, backbone: str, options: Mapping[str, Any]) -> str:
+    """The decoder that an experiment file means: 'TransformerNet' stands for several, told apart by options.
+
+    BridgeNet's files have InvPT's options. With an InternImage backbone they mean BridgeNet; with a ViT they are
+    taken as InvPT's, and BridgeNet must be asked for by name. Options of none or of several are a ValueError.
+    """
+    if name.lower() != SHARED_NAME.lower():
+        return name
+    meant = [decoder for decoder, own in TELLING_OPTIONS.items() if any(key in options for key in own)]
+    if len(meant) != 1:
+        found = f"those of {' and '.join(meant)} are there" if meant else "none of theirs is there"
+        raise ValueError(f"model '{name}' is {', '.join(TELLING_OPTIONS)} or BridgeNet, depending on its "
+                         f"options, and {found}; name the decoder itself, e.g. model: InvPT")
+    return "BridgeNet" if meant == ["InvPT"] and backbone.startswith("intern") else meant[0]
 
 
 def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
@@ -75,6 +111,6 @@ def _decoder_class(name: str) -> type[nn.Module]:
         return DECODERS[name.lower()]
     if name.lower() in (n.lower() for n in NOT_YET):
         raise ValueError(f"model '{name}' is not yet available; available: {', '.join(DECODERS)}")
-    near = difflib.get_close_matches(name, [*DECODERS, *NOT_YET], n=1)
+    near = difflib.get_close_matches(name, [*DECODERS, *NOT_YET, SHARED_NAME], n=1)
     raise ValueError(f"unknown model '{name}'; " + (f"did you mean '{near[0]}'? " if near else "")
                      + f"available: {', '.join(DECODERS)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.build import build_model, decoder_config
+from models.build import NOT_YET, build_model, decoder_config, resolve_name
 from tests.shared import ROOT
 from utils.config import ConfigError, config_from_dict, load_config, save_config
 
@@ -133,11 +133,13 @@ def test_the_lineages_files_load(tmp_path, name):
     config = load_config(write(tmp_path / "exp.yml", {**LINEAGE_COMMON, **LINEAGE[name]}))
     assert config.tasks == ("semseg", "human_parts", "sal", "normals", "edge")
     assert config.optimizer_kwargs.lr in (2e-5, 6e-5)
-    if config.model == "MTMamba":
-        assert decoder_config(config.model, config.model_kwargs).stm_depth == 2
-        return
-    with pytest.raises(ValueError, match="not yet available; available: bim"):
-        decoder_config(config.model, config.model_kwargs)
+    decoder = resolve_name(config.model, config.backbone, config.model_kwargs)
+    assert decoder == name
+    if decoder in NOT_YET:
+        with pytest.raises(ValueError, match="not yet available; available: bim"):
+            decoder_config(decoder, config.model_kwargs)
+    else:
+        decoder_config(decoder, config.model_kwargs)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -148,7 +150,8 @@ def test_every_shipped_file_builds(path):
     tiny = {"swin": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4},
             "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2}}[kind]
     neck_kwargs = {"embed_dim": 8} if config.neck == "pyramid" else {}
+    narrow = {"bim": {"d_state": 2}, "InvPT": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8}}[config.model]
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
-    model = build_model(config.model, kind, outputs, (64, 96), neck=config.neck, backbone_kwargs=tiny,
-                        neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, "d_state": 2})
+    model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,
+                        backbone_kwargs=tiny, neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, **narrow})
     assert list(model.heads) == list(config.tasks)

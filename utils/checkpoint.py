@@ -23,6 +23,9 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
+from data.tasks import tasks_named
+from models.released import RELEASED, describe, recognise, tasks_in
+
 PRETRAINED_DIR = Path(__file__).resolve().parents[1] / "pretrained_ckpts"
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
 PLAIN_TYPES = (int, float, str, bool, type(None), torch.Size)
@@ -151,20 +154,32 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | P
                file_config: Mapping | None = None, yaml_config: Mapping | None = None) -> None:
     """Strict load that logs its counts; a state dict of another model is a ValueError that says which.
 
+    A checkpoint that the authors of a published system released is recognised and converted.
+
     Args:
         path: where the weights come from, for the message.
         file_config, yaml_config: configuration stored in the file and the one of this run, if known; the
             message compares their model, backbone and tasks.
     """
-    state = strip_wrappers(state_dict)
+    state, held, ignored = strip_wrappers(state_dict), _describe(file_config), ""
+    if released := recognise(state):
+        held = f"the released {released} ({describe(state)})"
+        state, dead = convert_released(state)
+        ignored = f" / ignored {len(dead)} without effect in {held}: {', '.join(dead) or 'none'}"
     own = model.state_dict()
     missing, unexpected, mismatched = compare_states(own, state)
     if missing or unexpected or mismatched:
-        held, asked = _describe(file_config), _describe(yaml_config)
+        asked = _describe(yaml_config)
         raise ValueError(f"{path} holds {held} but the configuration asks for {asked}: "
                          + _differences(missing, unexpected, mismatched))
     model.load_state_dict(state)
-    logger.info(f"{path}: loaded {len(own)} / missing 0 / unexpected 0")
+    logger.info(f"{path}: loaded {len(own)} / missing 0 / unexpected 0{ignored}")
+
+
+def convert_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A recognised state dict under our keys, and the keys it loses: layers that no output depends on."""
+    kind = RELEASED[recognise(state)]
+    return kind.convert(state, tuple(tasks_named(tasks_in(state)))), [key for key in state if kind.is_dead(key)]
 
 
 # ------------------------------------------------------------ file reading

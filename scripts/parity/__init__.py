@@ -4,7 +4,7 @@ A module offers `checks(folder)`, which recognises its files by their content an
 A new kind is a new module and a row.
 """
 
-from scripts.parity import loaders, losses, metrics, mtmamba, outputs, scan, ss2d, transforms
+from scripts.parity import invpt, invpt_scores, loaders, losses, metrics, mtmamba, outputs, scan, ss2d, transforms
 
 FAMILIES = {
     "selective_scan": scan.checks,
@@ -15,4 +15,6 @@ FAMILIES = {
     "transforms": transforms.checks,
     "loaders": loaders.checks,
     "mtmamba": mtmamba.checks,
+    "invpt": invpt.checks,
+    "invpt_scores": invpt_scores.checks,
 }

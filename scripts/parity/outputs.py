@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data.tasks import TASKS, TaskContext
 from evaluation import save_edge_maps
@@ -36,19 +37,23 @@ def checks(folder: Folder) -> Iterator[Check]:
 
 
 def _decoded(data: Npz, task: str, options: Options) -> Iterator[Measure]:
-    """The references hand their meters H x W (x C) maps of values in 0..255; class ids and depth unscaled."""
     if task not in TASKS:
         raise NotCovered("not a task of this program")
-    got = TASKS[task].decode(data.tensor(f"logits/{task}").to(options.dtype))
+    logits = data.tensor(f"logits/{task}").to(options.dtype)
+    yield compare_decoded("output", task, logits, data[f"output/{task}"])
+
+
+def compare_decoded(name: str, task: str, logits: Tensor, want: np.ndarray) -> Measure:
+    """The references hand their meters H x W (x C) maps of values in 0..255; class ids and depth unscaled."""
+    got = TASKS[task].decode(logits)
     if task == "normals":
         got = (got + 1) * 127.5
     elif task in ("sal", "edge"):
         got = got * 255
-    want = data[f"output/{task}"]
     got = got.permute(0, 2, 3, 1)                                      # (B, C, H, W) -> (B, H, W, C)
     got = got[..., 0] if got.ndim > want.ndim else got
     exact = want.dtype.kind == "i"
-    yield Measure("output", (absolute_error if exact else scaled_error)(got, want), 0.0 if exact else 1e-6)
+    return Measure(name, (absolute_error if exact else scaled_error)(got, want), 0.0 if exact else 1e-6)
 
 
 def _saved_edges(data: Npz) -> Iterator[Measure]:

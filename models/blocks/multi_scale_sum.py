@@ -1,0 +1,38 @@
+"""Sum of the task maps of several stages at one size, the exit of InvPT's decoder and of its successors.
+
+Reference: Ye and Xu, "Inverted Pyramid Multi-task Transformer", ECCV 2022, section 3.5.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks.pyramid import ChannelLayerNorm
+from models.model import resize
+
+
+class MultiScaleSum(nn.Module):
+    """Per stage {task: (B, C_s, h_s, w_s)} -> {task: (B, C_0, H, W)}; `widths` are the C_s, one per stage.
+
+    The norm of a stage runs over the channels of all tasks together: a task's result depends on which other
+    tasks there are, and on their order. Published weights need it.
+    """
+
+    def __init__(self, tasks: Sequence[str], widths: Sequence[int]):
+        super().__init__()
+        self.norms = nn.ModuleList(ChannelLayerNorm(len(tasks) * width) for width in widths)
+        self.reduce = nn.ModuleList(
+            nn.ModuleDict({task: nn.Conv2d(width, widths[0], kernel_size=1) for task in tasks})
+            for width in widths[1:])                             # the first stage has the width of the sum
+
+    def forward(self, stages: Sequence[dict[str, Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
+        total = {task: resize(feat, size) for task, feat in self._normed(0, stages[0]).items()}
+        for index, reduce in enumerate(self.reduce, start=1):
+            for task, feat in self._normed(index, stages[index]).items():
+                total[task] = total[task] + resize(reduce[task](feat), size)
+        return total
+
+    def _normed(self, index: int, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        joint = self.norms[index](torch.cat(tuple(maps.values()), dim=1))    # (B, T C_s, h_s, w_s)
+        return dict(zip(maps, joint.chunk(len(maps), dim=1), strict=True))

@@ -1,0 +1,54 @@
+"""Checkpoints that authors released, recognised by their keys and renamed to ours.
+
+A new kind is a module with these functions and a row of RELEASED. State dicts come without `module.` prefix.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from models.released import invpt, mtmamba
+
+
+_LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+))\.weight")
+
+
+class Released(NamedTuple):
+    """One kind. `convert(state, tasks)`: the weights under our keys, `tasks` in the order of the task table.
+
+    `is_dead(key)`: whether the layer never influenced an output of the original, so that `convert` leaves it
+    out. A key that is neither known nor dead keeps its name, and the strict load reports it.
+    """
+
+    recognises: Callable[[Iterable[str]], bool]
+    convert: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
+    is_dead: Callable[[str], bool] = lambda key: False
+
+
+RELEASED: dict[str, Released] = {
+    "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
+    "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
+}
+
+
+def recognise(state: Mapping[str, Tensor]) -> str | None:
+    """The row that a state dict belongs to, or None."""
+    return next((name for name, kind in RELEASED.items() if kind.recognises(state)), None)
+
+
+def tasks_in(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Task -> number of output channels, in the file's order, from the weights of the last layers."""
+    found = ((_LAST_LAYER.fullmatch(key), value) for key, value in state.items())
+    return {match["a"] or match["b"]: len(value) for match, value in found if match}
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What a released checkpoint holds, for messages: tasks with their channels, size of the ViT."""
+    words = ["tasks " + ", ".join(f"{task} {channels}" for task, channels in tasks_in(state).items())]
+    if "backbone.pos_embed" in state:
+        blocks = {key.split(".")[2] for key in state if key.startswith("backbone.blocks.")}
+        _, entries, width = state["backbone.pos_embed"].shape
+        words.append(f"ViT of {len(blocks)} blocks and {width} channels for {entries - 1} patches")
+    return "; ".join(words)

@@ -1,0 +1,53 @@
+"""Writes the weights of a checkpoint that the authors of a published system released as a plain file of ours.
+
+    python scripts/convert_checkpoint.py checkpoint.pth.tar invpt_nyud.safetensors
+
+Not needed for `--trained_model`, which takes the original as it is; the new file holds no Python objects and
+no optimiser state, and is read by every safetensors reader.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from models.released import RELEASED, describe, recognise  # noqa: E402
+from utils.checkpoint import atomic_path, convert_released, read_checkpoint  # noqa: E402
+
+
+def convert(source: Path, target: Path) -> str:
+    """Writes `target` and returns the sentence that says what it holds."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} must end in .safetensors, the format that is written")
+    original = read_checkpoint(source)["model"]
+    name = recognise(original)
+    if name is None:
+        raise ValueError(f"{source} is not a released checkpoint of a known kind ({', '.join(RELEASED)}); "
+                         f"its first keys: {', '.join(list(original)[:3])}")
+    state, dead = convert_released(original)
+    with atomic_path(target) as temporary:
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary)
+    return (f"{source} holds the released {name} ({describe(original)})\n{target}: {len(state)} tensors; "
+            f"left out {len(dead)} without effect: {', '.join(dead) or 'none'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 0 on success, 1 with one sentence on failure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, metavar="IN", help="released file, e.g. checkpoint.pth.tar")
+    parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
+    args = parser.parse_args(arguments)
+    try:
+        print(convert(args.source, args.target))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

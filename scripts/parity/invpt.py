@@ -1,0 +1,257 @@
+"""InvPT as published: outputs, preliminary predictions, features inside, loss and gradients of whole models.
+
+A case is a configuration with "model": "InvPT", and beside it, under the same name up to the first dot, the
+original state dict, arrays "eval.*" / "train.*", and a table of gradient norms. The reference ran in float64
+and was stored in float32: in float64 an error counts from half a unit of the stored value's last place on.
+A manifest lists the keys of the full-size models with their shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.build import build_model
+from models.model import MultiTaskModel, Predictions
+from models.released.invpt import is_dead, recognises, rename
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error
+from utils.checkpoint import load_model
+
+HALF_ULP = 2.0**-24                      # of float32, relative to the value
+SMALLEST = 2.0**-149                     # float32 above 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One published model of toy size."""
+
+    config: dict
+    state: Path
+    arrays: Path
+    gradients: dict
+    dtype: torch.dtype
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.config["tasks"])
+
+    def model(self) -> MultiTaskModel:
+        """With the reference's weights, loaded as a released checkpoint is. Nothing in it is random."""
+        c, vit = self.config, self.config["backbone"]
+        if vit["type"] != "vit" or len(set(c.get("decoder_num_heads", (2,)))) != 1:
+            raise NotCovered("only a ViT and one number of heads in all stages exist here")
+        sizes = {key: vit[key] for key in ("embed_dim", "depth", "num_heads", "patch_size")}
+        model = build_model(
+            c["model"], "vit", dict(zip(self.tasks, c["num_output"], strict=True)), tuple(c["image_size"]),
+            backbone_kwargs={**sizes, "taps": vit["tap_after_blocks"], "drop_path_rate": 0.0},
+            model_kwargs={"embed_dim": c["embed_dim"], "PRED_OUT_NUM_CONSTANT": c["pred_out_num_constant"],
+                          "mtt_resolution_downsample_rate": c["mtt_resolution_downsample_rate"],
+                          "num_heads": c.get("decoder_num_heads", (2,))[0]})
+        load_model(model, load_file(self.state), self.state)
+        return model.to(self.dtype)
+
+    def reference(self, prefix: str) -> dict[str, Tensor]:
+        """Arrays below a prefix, without it."""
+        return {key.removeprefix(prefix): value for key, value in load_file(self.arrays).items()
+                if key.startswith(prefix)}
+
+    def image(self) -> Tensor:
+        return load_file(self.arrays)["image"].to(self.dtype)
+
+
+def checks(folder: Folder) -> Iterator[Check]:
+    yield from _cases(folder)
+    yield from _manifests(folder)
+
+
+def _cases(folder: Folder) -> Iterator[Check]:
+    for path, config in folder.tables.items():
+        if not (isinstance(config, dict) and config.get("model") == "InvPT" and "backbone" in config):
+            continue
+        name = path.name.partition(".")[0]
+        arrays = {p: keys for p, keys in folder.arrays.items() if p.name.partition(".")[0] == name}
+        tables = {p: keys for p, keys in folder.tables.items() if p.name.partition(".")[0] == name}
+        state = next((p for p, keys in arrays.items() if recognises(keys)), None)
+        io = next((p for p, keys in arrays.items() if "image" in keys), None)
+        norms = next((p for p, keys in tables.items() if isinstance(keys, dict) and recognises(keys)), path)
+        if state is None or io is None:
+            continue
+        for group, run in GROUPS.items():
+            if run is not _gradient_norms or norms != path:
+                yield Check(f"{name}/{group}", frozenset({path, state, io, norms}),
+                            lambda options, c=(config, state, io, tables[norms]), run=run:
+                            run(Case(*c, options.dtype), options))
+
+
+def stored_error(got: Tensor, want: Tensor) -> float:
+    """Largest |got - want|; in float64 only what exceeds the rounding of `want` to the stored float32."""
+    error = absolute_error(got, want)
+    if got.dtype != torch.float64 or not error > 0:
+        return error
+    rounding = HALF_ULP * want.double().abs() + SMALLEST / 2
+    return ((got.detach() - want).abs() - rounding).clamp_min(0).max().item()
+
+
+def _value(name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
+    return Measure(name, stored_error(got, want), options.pick(1e-9, 5e-5))
+
+
+def _predictions(case: Case, out: Predictions, mode: str, options: Options) -> Iterator[Measure]:
+    for kind, maps in (("out", out.final), ("inter", out.intermediate)):
+        for task, want in case.reference(f"{mode}.{kind}.").items():
+            yield _value(f"{mode}.{kind}.{task}", maps[task], want, options)
+
+
+def _outputs(case: Case, options: Options) -> Iterator[Measure]:
+    with torch.no_grad():
+        out = case.model().eval()(case.image())
+    yield from (m for m in _predictions(case, out, "eval", options) if ".out." in m.name)
+
+
+def _intermediate(case: Case, options: Options) -> Iterator[Measure]:
+    with torch.no_grad():
+        out = case.model().eval()(case.image())
+    yield from (m for m in _predictions(case, out, "eval", options) if ".inter." in m.name)
+
+
+def _inside(case: Case, options: Options) -> Iterator[Measure]:
+    model = case.model().eval()
+    seen = record_inside(model)
+    with torch.no_grad():
+        model(case.image())
+    for name, want in case.reference("eval.mid.").items():
+        if name == "decoder.skip2":
+            yield Measure(name, uncovered="no output depends on it, and it is not computed here")
+        else:
+            yield _value(name, seen[name], want, options)
+
+
+def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
+    """Hooks an InvPT; after a forward pass the dict holds the features under the reference's names."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(module: torch.nn.Module, read: Callable[[tuple, object], dict[str, Tensor]]) -> None:
+        module.register_forward_hook(lambda _, inputs, output: seen.update(read(inputs, output)))
+
+    def tokens(feat: Tensor) -> Tensor:
+        return rearrange(feat, "b c h w -> b (h w) c")
+
+    def maps_of(name: str) -> Callable[[tuple, object], dict[str, Tensor]]:
+        return lambda _, maps: {f"{name}.{task}": feat for task, feat in maps.items()}
+
+    decoder = model.decoder
+    keep(model.encoder, lambda _, maps: {f"backbone.tap{i}": tokens(feat) for i, feat in enumerate(maps)})
+    keep(decoder.skip_fine, lambda _, feat: {"decoder.skip0": feat})
+    keep(decoder.skip_middle, lambda _, feat: {"decoder.skip1": feat})
+    per_task = {"prelim": decoder.preliminary, "mix": decoder.mix, "task_feature": decoder.project}
+    for name, modules in per_task.items():
+        for task, module in modules.items():
+            keep(module, lambda _, feat, key=f"{name}.{task}": {key: feat})
+    keep(decoder.preliminary[next(iter(model.heads))], lambda inputs, _: {"decoder.input": inputs[0]})
+    for index, stage in enumerate(decoder.stages):
+        keep(stage, lambda _, out, key=f"stage{index}": maps_of(key)(_, out[0]))
+        keep(stage.attention, lambda _, out, key=f"stage{index}.attn_message": {key: out[1]})
+        keep(decoder.aggregate.norms[index], lambda _, feat, key=f"stage{index}.norm": {key: tokens(feat)})
+    keep(decoder.aggregate, maps_of("aggregated"))
+    return seen
+
+
+def _backward(case: Case) -> tuple[MultiTaskModel, Tensor, Predictions, Tensor]:
+    """Model, image, predictions and loss after a backward pass with batch statistics.
+
+    The loss is the sum over all predictions of the mean of prediction * fixed array.
+    """
+    model, image = case.model().train(), case.image().requires_grad_()
+    out, fixed = model(image), case.reference("train.fixed.")
+    kinds = {"out": out.final, "inter": out.intermediate}
+    loss = torch.stack([(logits * fixed[f"{kind}.{task}"].to(case.dtype)).mean()
+                        for kind, maps in kinds.items() for task, logits in maps.items()]).sum()
+    loss.backward()
+    return model, image, out, loss
+
+
+# In float32 a ReLU whose input is nearly zero may switch: gradients move by up to 1e-3 of the largest entry.
+def _training(case: Case, options: Options) -> Iterator[Measure]:
+    model, image, out, loss = _backward(case)
+    yield from _predictions(case, out, "train", options)
+    want = case.reference("train.")["loss"]
+    yield Measure("train.loss", abs(loss.item() - want.item()) / abs(want.item()), options.pick(1e-12, 5e-5))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients["image"] = image.grad
+    for key, want in case.reference("train.grad.").items():
+        error = stored_error(gradients[rename(key, case.tasks)], want)
+        yield Measure(f"grad {key}", error / max(want.abs().max().item(), 1e-12), options.pick(1e-9, 1e-3))
+    buffers = dict(model.named_buffers())
+    for key, want in case.reference("train.after.").items():
+        yield _value(f"after {key}", buffers[rename(key, case.tasks)], want, options)
+
+
+def _gradient_norms(case: Case, options: Options) -> Iterator[Measure]:
+    """Relative, of every parameter; one that is zero but for rounding is compared with the norm of all."""
+    model = _backward(case)[0]
+    got = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    want = {rename(key, case.tasks): norm for key, norm in case.gradients.items() if norm is not None}
+    yield Measure("parameters only here or only there", len(got.keys() ^ want.keys()), 0.0)
+    unused = [key for key, norm in case.gradients.items() if norm is None]
+    yield Measure("unused there but not left out here", sum(not is_dead(key) for key in unused), 0.0)
+    floor = options.pick(1e-6, 1e-3) * float(np.linalg.norm(list(want.values())))
+    for name in got.keys() & want.keys():
+        error = abs(got[name] - want[name]) / max(want[name], floor)
+        yield Measure(f"|grad {name}|", error, options.pick(1e-9, 1e-3))
+
+
+GROUPS: dict[str, Callable[[Case, Options], Iterator[Measure]]] = {
+    "outputs": _outputs, "preliminary predictions": _intermediate, "features inside": _inside,
+    "training": _training, "gradient norms": _gradient_norms,
+}
+
+
+def _manifests(folder: Folder) -> Iterator[Check]:
+    """Full-size models, key by key: {name: {"state_dict": {key: shape}, ..}}."""
+    for path, content in folder.tables.items():
+        for name, entry in (content.items() if isinstance(content, dict) else ()):
+            if isinstance(entry, dict) and recognises(entry.get("state_dict", ())):
+                yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
+                            lambda options, entry=entry: _manifest(entry))
+
+
+def full_size(entry: dict) -> MultiTaskModel:
+    """The model of a manifest's entry without memory, with the sizes that its shapes tell."""
+    shapes, first = entry["state_dict"], entry["tasks"][0]
+    outputs = {task: entry["num_output"][task] for task in entry["tasks"]}
+    coarse, mixed, *_ = shapes[f"multi_task_decoder.invpt.mix_proj.{first}.0.weight"]
+    width, _, patch, _ = shapes["backbone.patch_embed.proj.weight"]
+    depth = len({key.split(".")[2] for key in shapes if key.startswith("backbone.blocks.")})
+    embed = mixed - outputs[first]
+    with torch.device("meta"):
+        return build_model("InvPT", "vit", outputs, tuple(entry["image_size"]),
+                           backbone_kwargs={"embed_dim": width, "depth": depth, "num_heads": width // 64,
+                                            "patch_size": patch},
+                           model_kwargs={"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
+
+
+def _manifest(entry: dict) -> Iterator[Measure]:
+    model = full_size(entry)
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    published = {key: shape for key, shape in entry["state_dict"].items() if not is_dead(key)}
+    renamed = {rename(key, entry["tasks"]): shape for key, shape in published.items()}
+    yield Measure("keys that fall together", len(published) - len(renamed), 0.0)
+    yield Measure("keys only here or only there", len(own.keys() ^ renamed.keys()), 0.0)
+    yield Measure("other shapes", sum(own[key] != renamed[key] for key in own.keys() & renamed.keys()), 0.0)
+    dead = sum(math.prod(shape) for key, shape in entry["state_dict"].items() if is_dead(key))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    yield Measure("parameters", abs(count + dead - entry["total_parameters"]), 0.0)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, *entry["image_size"], device="meta"))
+    operators = entry["gmacs_batch1"]["by_operator"]
+    want = sum(operators[name] for name in ("conv", "linear", "matmul", "einsum"))
+    yield Measure("multiply-adds of products", abs(counter.get_total_flops() / 2e9 / want - 1), 1e-6)

@@ -1,0 +1,117 @@
+"""InvPT as published, around the model: losses, decoded outputs, scores, boundary files, pictures.
+
+Tables "<set>.loss", "<set>.scores", ... with arrays "<set>.loss.inter.<task>",
+"<set>.meter.batch0.pred.<task>", ...; and pictures of the single-image script, arrays "pred.<task>" and
+"image.<task>". All of it in float32.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data.palette import voc_palette
+from data.tasks import TASKS, TaskContext
+from evaluation import save_edge_maps
+from losses import MultiTaskLoss
+from models.model import resize
+from scripts.parity.base import Check, Folder, Measure, Options, absolute_error, entry_error, scaled_error
+from scripts.parity.outputs import compare_decoded
+
+
+def checks(folder: Folder) -> Iterator[Check]:
+    for path, keys in folder.arrays.items():
+        sets = sorted({match[1] for key in keys if (match := re.match(r"(\w+)\.loss\.inter\.", key))})
+        for data_set in sets:
+            table = next((p for p, content in folder.tables.items() if f"{data_set}.scores" in content), None)
+            if table is None:
+                continue
+            arguments = data_set, folder.tables[table], path
+            for group, run in GROUPS.items():
+                yield Check(f"{path.stem}/{data_set} {group}", frozenset({path, table}),
+                            lambda options, a=arguments, run=run: run(*a, options))
+        if {"label_colormap_41", "input_image_rgb_u8"} <= keys:
+            tables = {p for p in folder.tables if p.stem == path.stem}
+            yield Check(path.stem, frozenset({path, *tables}), lambda options, path=path: _single_image(path))
+
+
+def _below(data: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+
+
+def _context(logits: Tensor, data_set: str, table: dict) -> TaskContext:
+    return TaskContext(num_channels=logits.shape[1], edge_w=table[f"{data_set}.edge_w"])
+
+
+def _losses(data_set: str, table: dict, path: Path, options: Options) -> Iterator[Measure]:
+    data = _below(load_file(path), f"{data_set}.loss.")
+    final, inter = ({task: logits.to(options.dtype).requires_grad_()
+                     for task, logits in _below(data, kind).items()} for kind in ("pred.", "inter."))
+    losses = {task: TASKS[task].loss(_context(logits, data_set, table)) for task, logits in final.items()}
+    criterion = MultiTaskLoss(losses, table[f"{data_set}.loss_weights"])
+    got = criterion(final, _below(data, "label."), inter)
+    for name, want in table[f"{data_set}.loss"].items():
+        yield Measure(name, scaled_error(got[name.replace("inter_", "inter/", 1)], want), 2e-6)
+    got["total"].backward()
+    for name, leaves in (("grad_of_total", final), ("grad_of_total_inter", inter)):
+        for task, want in _below(data, f"{name}.").items():
+            yield Measure(f"{name}.{task}", entry_error(leaves[task].grad, want), 1e-5)
+
+
+def _batches(path: Path, data_set: str) -> Iterator[dict[str, Tensor]]:
+    """Arrays of the validation batches: pred.<task>, label.<task>, processed.<task>."""
+    data, index = load_file(path), 0
+    while batch := _below(data, f"{data_set}.meter.batch{index}."):
+        yield batch
+        index += 1
+
+
+def _decoded(data_set: str, table: dict, path: Path, options: Options) -> Iterator[Measure]:
+    for index, batch in enumerate(_batches(path, data_set)):
+        for task, want in _below(batch, "processed.").items():
+            logits = batch[f"pred.{task}"].to(options.dtype)
+            yield compare_decoded(f"{task} of batch {index}", task, logits, want.numpy())
+
+
+def _scores(data_set: str, table: dict, path: Path, options: Options) -> Iterator[Measure]:
+    meters = {}
+    for batch in _batches(path, data_set):
+        for task, logits in _below(batch, "pred.").items():
+            meter = meters.setdefault(task, TASKS[task].meter(_context(logits, data_set, table)))
+            meter.update(TASKS[task].decode(logits.to(options.dtype)), batch[f"label.{task}"])
+    for task, scores in table[f"{data_set}.scores"].items():
+        for name, want in scores.items():
+            yield Measure(f"{task} {name}", scaled_error(meters[task].compute()[name], want), 1e-6)
+
+
+def _edge_files(data_set: str, table: dict, path: Path, options: Options) -> Iterator[Measure]:
+    data, images = load_file(path), table[f"{data_set}.saved_edge"]
+    meta = [{"name": name, "size": tuple(image["original_size_hw"])} for name, image in images.items()]
+    prob = TASKS["edge"].decode(data[f"{data_set}.meter.batch0.pred.edge"])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in zip(images, save_edge_maps(prob, meta, Path(folder)), strict=True):
+            with Image.open(file) as image:
+                want = data[f"{data_set}.saved_edge.{name}"]
+                yield Measure(name, absolute_error(np.asarray(image), want), 0.0)
+
+
+GROUPS = {"losses": _losses, "decoded outputs": _decoded, "scores": _scores, "boundary files": _edge_files}
+
+
+def _single_image(path: Path) -> Iterator[Measure]:
+    data = load_file(path)
+    palette = data["label_colormap_41"]
+    yield Measure("palette", absolute_error(voc_palette(len(palette)), palette), 0.0)
+    for task, logits in _below(data, "pred.").items():
+        want = data[f"image.{task}"].numpy()
+        decoded = TASKS[task].decode(resize(logits, want.shape[:2]))[0].permute(1, 2, 0)       # (H, W, C)
+        picture = TASKS[task].colourise(decoded.numpy(), TaskContext(logits.shape[1]))
+        yield Measure(f"picture of {task}", absolute_error(picture, want), 1.0)          # truncated to 8 bits
+    yield Measure("prepared image", uncovered="`predict` keeps the aspect ratio, the original does not")
