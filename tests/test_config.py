@@ -150,7 +150,9 @@ def test_every_shipped_file_builds(path):
     tiny = {"swin": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4},
             "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2}}[kind]
     neck_kwargs = {"embed_dim": 8} if config.neck == "pyramid" else {}
-    narrow = {"bim": {"d_state": 2}, "InvPT": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8}}[config.model]
+    scans = {"d_state": 2}
+    narrow = {"bim": scans, "mtmamba": scans, "mtmamba_plus": scans,
+              "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8}}[config.model.lower()]
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,
                         backbone_kwargs=tiny, neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, **narrow})

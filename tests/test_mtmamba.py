@@ -20,6 +20,7 @@ from scripts.check_parity import main
 from scripts.parity.base import Folder, Options, scaled_error
 from scripts.parity.mtmamba import checks
 from tests.shared import ROOT, golden
+from utils.checkpoint import load_model, read_checkpoint
 from utils.config import load_config
 from utils.train import train
 
@@ -265,3 +266,21 @@ def test_it_trains_on_the_example_data(tiny, model, dataset):
     losses = [line["loss/total"] for line in lines if line["kind"] == "train"]
     assert len(losses) == 6 and all(abs(loss) < 1e4 for loss in losses)
     assert (config.run_dir / "best.pt").is_file()
+
+
+def test_a_released_file_loads_by_name_and_a_wrong_pairing_says_what_it_holds(tmp_path):
+    """A file as the authors' training saves it: {"model": ...} with `module.` before every key."""
+    path, folder = tmp_path / "mtmamba_nyud.pth.tar", golden("mtmamba")
+    state = load_file(folder / "nyud_mtmamba.state.safetensors")
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, path)
+    sizes = json.loads((folder / "nyud_mtmamba.config.json").read_text())
+    names = ("embed_dim", "depths", "num_heads", "window_size")
+
+    def build(tasks: dict) -> torch.nn.Module:
+        return build_model("mtmamba", "swin", tasks, sizes["image_size"],
+                           backbone_kwargs={name: sizes["backbone"][name] for name in names},
+                           model_kwargs={"d_state": sizes["decoder"]["d_state"]})
+
+    load_model(build(sizes["num_output"]), read_checkpoint(path)["model"], path)
+    with pytest.raises(ValueError, match=r"holds the released MTMamba \(tasks semseg 40, depth 1, normals 3, edge 1"):
+        load_model(build({"semseg": 21, "sal": 2}), read_checkpoint(path)["model"], path)

@@ -26,7 +26,7 @@ from models.build import build_model
 from models.ops import count_scan_flops, selective_scan, set_scan_backend
 from models.released.mtmamba import convert, recognises
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
-from utils.checkpoint import compare_states
+from utils.checkpoint import compare_states, load_model
 from utils.config import load_config
 from utils.setup import model_from_config
 
@@ -78,7 +78,7 @@ class Case:
             sizes["model"], "swin", {task: sizes["num_output"][task] for task in sizes["tasks"]},
             tuple(sizes["image_size"]), output_size=tuple(sizes["output_size"]), model_kwargs=model_kwargs,
             backbone_kwargs={name: sizes["backbone"][name] for name in names})
-        model.load_state_dict(self.ours(load_file(self.state)))
+        load_model(model, load_file(self.state), self.state)
         return model.to(options.device, options.dtype)
 
     def ours(self, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
