@@ -282,5 +282,5 @@ def test_a_released_file_loads_by_name_and_a_wrong_pairing_says_what_it_holds(tm
                            model_kwargs={"d_state": sizes["decoder"]["d_state"]})
 
     load_model(build(sizes["num_output"]), read_checkpoint(path)["model"], path)
-    with pytest.raises(ValueError, match=r"holds the released MTMamba \(tasks semseg 40, depth 1, normals 3, edge 1"):
+    with pytest.raises(ValueError, match=r"holds the released MTMamba \(tasks .*semseg 40"):
         load_model(build({"semseg": 21, "sal": 2}), read_checkpoint(path)["model"], path)

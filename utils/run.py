@@ -70,6 +70,8 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
     if config.pretrained and checkpoint is None:
         with distributed.main_first():                     # one download, which the others then find
             load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
+    elif checkpoint is None and distributed.is_main():
+        log.warning("pretrained is false: the backbone starts from random weights")
     model.to(device)
     run = Run(config, device, model, _wrap(model, config, device), _average(model, config),
               build_optimizer(config, model), torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
