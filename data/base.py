@@ -32,6 +32,8 @@ class DatasetSpec:
     image_size: tuple[int, int]                     # (H, W) of the network's input
     class_names: Mapping[str, tuple[str, ...]]      # of the tasks that have classes
     boundary_max_dist: float | None                 # tolerance of the boundary score, share of the diagonal
+    boundary_kind: str | None = None                # what its ground truth is: see evaluation.boundary.truth_boundary
+    boundary_list: str | None = None                # name of the list of images that published scores cover, if not all
     label_size: tuple[int, int] | None = None       # (H, W) of the labels; None: as the network's input
     depth_range: tuple[float, float] | None = None  # depth is scored strictly between these; None: wherever not void
     splits: tuple[str, ...] = ("train", "val")
@@ -76,6 +78,7 @@ class MultiTaskDataset(Dataset):
 
     spec: ClassVar[DatasetSpec]
     sources: ClassVar[Mapping[str, Source]]      # "image" and every task of `spec`
+    boundary_source: ClassVar[Source | None] = None     # ground truth of the boundary score, H x W integers
 
     def __init__(self, root: str | Path, split: str, tasks: Mapping[str, Task],
                  transform: Callable[[dict, random.Random], dict] | None = None):
@@ -112,6 +115,10 @@ class MultiTaskDataset(Dataset):
             options = [self.folder / option.format(id=name) for option in pattern.split("|")]
             found.append(next((p for p in options[:-1] if p.is_file()), options[-1]))
         return tuple(found)
+
+    def boundary_files(self, name: str) -> tuple[Path, ...]:
+        """Files of the boundary score's ground truth of the image with this id."""
+        return tuple(self.folder / pattern.format(id=name) for pattern in self.boundary_source.files)
 
     def missing_files(self) -> list[Path]:
         """Files the split needs that are not there; lists each folder once: fast on network disks."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
-from data.files import class_table, read_depth, read_table
+from data.files import class_table, read_depth, read_table, read_uint8
 
 CLASS_NAMES = (
     "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
@@ -37,6 +37,7 @@ class NYUD(MultiTaskDataset):
         image_size=(448, 576),
         class_names={"semseg": CLASS_NAMES},
         boundary_max_dist=0.011,
+        boundary_kind="nyud",
         split_file="gt_sets/{split}.txt",
     )
     sources: ClassVar[Mapping[str, Source]] = {
@@ -46,3 +47,4 @@ class NYUD(MultiTaskDataset):
         "normals": Source(("normals/{id}.png",), partial(read_table, table=NORMALS_TABLE, channels=3)),
         "edge": Source(("edge/{id}.png",), partial(read_table, table=UNIT_TABLE)),
     }
+    boundary_source = Source(("edge/{id}.png",), partial(read_uint8, channels=1))

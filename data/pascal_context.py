@@ -49,7 +49,7 @@ SALIENCY_TABLE = (np.arange(256) >= 128).astype(np.float32)           # v / 255 
 NORMALS_TABLE = 2 * np.arange(256, dtype=np.float32) / 255 - 1
 
 
-def _label_map(path: Path) -> np.ndarray:
+def read_label_map(path: Path) -> np.ndarray:
     """The 459-class map, H x W uint16."""
     label = np.asarray(read_mat(path, "LabelMap"))
     if label.ndim != 2:
@@ -59,14 +59,14 @@ def _label_map(path: Path) -> np.ndarray:
 
 def read_edge(path: Path) -> np.ndarray:
     """Training boundaries: where the Laplacian of the label map is not zero, thinned; H x W x 1, 0 or 1."""
-    laplacian = cv2.Laplacian(_label_map(path).astype(np.float64), cv2.CV_64F)
+    laplacian = cv2.Laplacian(read_label_map(path).astype(np.float64), cv2.CV_64F)
     return thin(laplacian != 0).astype(np.float32)[..., None]          # (H, W) -> (H, W, 1)
 
 
 def read_normals(path: Path, label_path: Path) -> np.ndarray:
     """Distilled normals, H x W x 3 in -1..1; the zero vector where the label map's class has none."""
     normals = read_table(path, NORMALS_TABLE, channels=3)
-    label = _label_map(label_path)
+    label = read_label_map(label_path)
     if label.shape != normals.shape[:2]:
         raise ValueError(f"{path} has (H, W) = {normals.shape[:2]}, its mask {label_path} {label.shape}")
     return normals * HAS_NORMALS[label][..., None]
@@ -108,6 +108,8 @@ class PASCALContext(MultiTaskDataset):
         image_size=(512, 512),
         class_names={"semseg": CLASS_NAMES, "human_parts": PART_NAMES},
         boundary_max_dist=0.0075,
+        boundary_kind="regions",
+        boundary_list="test_new",
         split_file="ImageSets/Context/{split}.txt",
     )
     sources: ClassVar[Mapping[str, Source]] = {
@@ -119,6 +121,7 @@ class PASCALContext(MultiTaskDataset):
         "normals": Source(("normals_distill/{id}.png", "pascal-context/trainval/{id}.mat"), read_normals),
         "edge": Source(("pascal-context/trainval/{id}.mat",), read_edge),
     }
+    boundary_source = Source(("pascal-context/trainval/{id}.mat",), read_label_map)
 
     def select_ids(self) -> list[str]:
         """All ids; with body parts as the only task, those with people (the others would be all void)."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.palette import colour_classes, colour_depth, colour_normals, colour_probability
+from evaluation.boundary import BoundaryBenchmark
 from evaluation.depth import DepthMeter
 from evaluation.edge_loss import EdgeLossMeter
 from evaluation.edge_maps import save_edge_maps
@@ -47,7 +48,7 @@ class TaskContext:
 
 @dataclass(frozen=True)
 class Score:
-    """The primary score of a task: its key in the meter's result, its direction, and how papers print it."""
+    """A score of a task: its key in the results, its direction, and how papers print it."""
 
     key: str
     label: str
@@ -81,6 +82,9 @@ class Task:
     legend: str = "none"                                # "classes" | "depth" | "normals" | "probability"
     label_channels: int = 1
     export: Callable[[Tensor, Sequence[Mapping], Path], object] | None = None   # (prediction, meta, folder): `infer`
+    # What papers report where the score above cannot be it: a benchmark that runs beside the meter, and its score.
+    benchmark: Callable[..., BoundaryBenchmark] | None = None
+    benchmark_score: Score | None = None
     interp: str = "nearest"                             # how a label of another size is brought to the image's
     pad_value: float = VOID
     on_flip: Callable[[np.ndarray], np.ndarray] = lambda label: label
@@ -191,6 +195,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
         meter=lambda c: EdgeLossMeter(c.edge_w, c.ignore_index),
         score=Score("loss", "edge loss", False, decimals=4),
         decode=torch.sigmoid, export=save_edge_maps,
+        benchmark=BoundaryBenchmark, benchmark_score=Score("odsF", "odsF", True, scale=100, unit="%"),
         colourise=lambda x, c: colour_probability(x[..., 0]), legend="probability",
         write_raw=_write_probability, raw_format="16-bit PNG, probability * 65535",
     ),
@@ -205,6 +210,14 @@ def tasks_named(names: Iterable[str]) -> dict[str, Task]:
     return {name: task for name, task in TASKS.items() if name in names}
 
 
-def primary_scores(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """{task: {score: value}} -> {task: primary score}."""
-    return {name: scores[TASKS[name].score.key] for name, scores in results.items()}
+def primary_score(task: str, scores: Mapping[str, float]) -> Score:
+    """The score that stands for a task in these results: the benchmark's where it has been run, else the meter's."""
+    benchmark = TASKS[task].benchmark_score
+    return benchmark if benchmark is not None and benchmark.key in scores else TASKS[task].score
+
+
+def reference_keys() -> dict[str, tuple[str, Score]]:
+    """Names of single-task scores -> (task, score): `edge` is the meter's score, `edge/odsF` the benchmark's."""
+    keys = {name: (name, task.score) for name, task in TASKS.items()}
+    return keys | {f"{name}/{task.benchmark_score.key}": (name, task.benchmark_score)
+                   for name, task in TASKS.items() if task.benchmark_score is not None}

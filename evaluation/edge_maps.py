@@ -19,19 +19,29 @@ def crop_from_padding(padded: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return padded[top:top + height, left:left + width]
 
 
-def save_edge_maps(prob: Tensor, meta: Sequence[Mapping], out_dir: str | Path) -> list[Path]:
-    """Write `<out_dir>/edge/<name>.png`, 8 bit, one per image; returns the paths.
+def edge_maps(prob: Tensor, meta: Sequence[Mapping]) -> list[np.ndarray]:
+    """The boundary maps of a batch at their original sizes, each H x W uint8.
 
-    prob (B, 1, H, W) edge probability in the padded frame; meta holds each image's "name" and original "size"
-    (H, W). Values are 255 * prob *truncated*, not rounded: the lineage's files, which the boundary scores
-    depend on.
+    prob (B, 1, H, W) edge probability in the padded frame; meta holds each image's original "size" (H, W). Values
+    are 255 * prob *truncated*, not rounded: the lineage's files, which the boundary scores depend on.
     """
     if len(prob) != len(meta):
         raise ValueError(f"{len(prob)} edge maps and {len(meta)} entries of meta must be equally many")
+    scaled = (prob[:, 0].float() * 255).cpu().numpy()                  # (B, H, W)
+    if np.isnan(scaled).any():
+        bad = [image.get("name", "?") for padded, image in zip(scaled, meta, strict=True) if np.isnan(padded).any()]
+        raise ValueError(f"the predicted edge probability of {', '.join(map(str, bad))} is not a number (NaN)")
+    maps = scaled.astype(np.uint8)                                     # truncates
+    return [np.ascontiguousarray(crop_from_padding(padded, image["size"]))
+            for padded, image in zip(maps, meta, strict=True)]
+
+
+def save_edge_maps(prob: Tensor, meta: Sequence[Mapping], out_dir: str | Path) -> list[Path]:
+    """Write `<out_dir>/edge/<name>.png`, 8 bit, one per image (see `edge_maps`); returns the paths."""
+    maps = edge_maps(prob, meta)
     folder = Path(out_dir) / "edge"
     folder.mkdir(parents=True, exist_ok=True)
-    maps = (prob[:, 0].float() * 255).cpu().numpy().astype(np.uint8)   # (B, H, W), astype truncates
     paths = [folder / f"{image['name']}.png" for image in meta]
-    for path, padded, image in zip(paths, maps, meta, strict=True):
-        Image.fromarray(np.ascontiguousarray(crop_from_padding(padded, image["size"]))).save(path)
+    for path, picture in zip(paths, maps, strict=True):
+        Image.fromarray(picture).save(path)
     return paths

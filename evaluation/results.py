@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.tasks import TASKS
+from data.tasks import TASKS, Score, primary_score, reference_keys
 from evaluation.delta_m import delta_m
 
 Results = dict[str, dict[str, float]]       # task -> score -> value
-VALID_PIXELS = "valid_pixels"               # the one entry that is a count
+VALID_PIXELS = "valid_pixels"               # a count, which every task has
 
 
 def selection_score(results: Results) -> float:
@@ -20,7 +20,7 @@ def selection_score(results: Results) -> float:
     """
     logs, empty = [], unscored(results)
     for task, scores in results.items():
-        score = TASKS[task].score
+        score = primary_score(task, scores)
         value = scores[score.key]
         if task not in empty:
             logs.append((1 if score.higher_is_better else -1) * math.log(max(value, 1e-6)))
@@ -28,21 +28,32 @@ def selection_score(results: Results) -> float:
 
 
 def delta_m_against(results: Results, reference: Mapping[str, float]) -> float | None:
-    """Multi-task gain in percent over the reference scores of the same tasks; None where a task has no reference."""
-    if not reference or any(task not in reference for task in results):
+    """Multi-task gain in percent over the reference scores of the same tasks; None where a task has no reference.
+
+    A reference is named by its task, or as task/score for a benchmark's score (edge/odsF), which has precedence.
+    """
+    compared = {task: (key, score) for key, (task, score) in reference_keys().items()      # the benchmark's come last
+                if key in reference and score.key in results.get(task, {})}
+    if not results or compared.keys() != results.keys():
         return None
-    multi = {task: scores[TASKS[task].score.key] for task, scores in results.items()}
-    return delta_m(multi, reference, {task: TASKS[task].score.higher_is_better for task in results})
+    return delta_m({task: results[task][score.key] for task, (_, score) in compared.items()},
+                   {task: reference[key] for task, (key, _) in compared.items()},
+                   {task: score.higher_is_better for task, (_, score) in compared.items()})
 
 
 def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None) -> str:
-    """Markdown table: one row per named result, the primary score of each task as papers print it, and delta_m."""
-    tasks = [task for task in TASKS if any(task in results for results in rows.values())]
+    """Markdown table: one row per named result, the scores of each task as papers print them, and delta_m.
+
+    A benchmark's score has a column where any of the rows has it.
+    """
+    columns = [(task, score) for task, score in reference_keys().values()
+               if any(score.key in results.get(task, {}) for results in rows.values())]
+    columns.sort(key=lambda column: list(TASKS).index(column[0]))      # stable: the benchmark's comes second
     with_gain = bool(reference)
-    header = ["", *(_column(task) for task in tasks), *(["delta_m %"] if with_gain else [])]
+    header = ["", *(_column(*column) for column in columns), *(["delta_m %"] if with_gain else [])]
     lines = [header, ["---"] * len(header)]
     for name, results in rows.items():
-        cells = [TASKS[t].score.format(results[t][TASKS[t].score.key]) if t in results else "-" for t in tasks]
+        cells = [s.format(results[t][s.key]) if s.key in results.get(t, {}) else "-" for t, s in columns]
         gain = delta_m_against(results, reference or {})
         lines.append([name, *cells, *(["-" if gain is None else f"{gain:+.2f}"] if with_gain else [])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -50,8 +61,7 @@ def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | N
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
-def _column(task: str) -> str:
-    score = TASKS[task].score
+def _column(task: str, score: Score) -> str:
     unit = f" {score.unit}" if score.unit else ""
     return f"{task} {score.label}{unit} {'^' if score.higher_is_better else 'v'}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.tasks import tasks_named
+from data.tasks import reference_keys
 from evaluation.results import format_table, load_results
 
 
@@ -29,7 +29,8 @@ def main() -> None:
             name, _, path = item.rpartition("=")
             rows[name or Path(path).stem] = load_results(Path(path))
         single = {task: float(value) for task, value in (item.split("=", 1) for item in args.single)}
-        tasks_named(single)
+        if unknown := single.keys() - reference_keys().keys():
+            raise ValueError(f"--single names unknown task(s) {sorted(unknown)}; known: {', '.join(reference_keys())}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(format_table(rows, single))

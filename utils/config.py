@@ -18,7 +18,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from data.datasets import DATASETS
-from data.tasks import TASKS, TaskContext
+from data.tasks import TASKS, TaskContext, reference_keys
+from evaluation.boundary import BoundarySettings
 from utils.yaml_schema import ConfigError, assign, nearest_origin, parse_dataclass, parse_scalar, read_yaml
 
 # Options of one decoder that the lineage writes at the top level. They are carried in `model_kwargs`.
@@ -141,8 +142,12 @@ class Config:
     tensorboard: bool = True
     progress: bool = True                        # progress bars
     eval_at_start: bool = False                  # also score the untrained model
+    # boundary score: `fast` takes every fourth threshold; docs/boundary.md
+    boundary_infer: Literal["off", "fast", "exact"] = "exact"            # in --run_mode infer
+    boundary_eval: Literal["off", "fast", "exact"] = "off"               # in the evaluations of a training
+    boundary_kwargs: BoundarySettings = field(default_factory=BoundarySettings)
     # reporting
-    single_task_scores: dict[str, float] = field(default_factory=dict)   # primary scores, for delta_m
+    single_task_scores: dict[str, float] = field(default_factory=dict)   # for delta_m: {semseg: 0.5, edge/odsF: 0.7}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -242,9 +247,10 @@ def _check_relations(c: Config, source: str) -> None:
         if absent := [t for t in c.tasks if t not in DATASETS[name].spec.tasks]:
             refuse(f"{name} has no labels for {', '.join(absent)}; its tasks: {', '.join(DATASETS[name].spec.tasks)}")
     weights, single = c.loss_kwargs.loss_weights, c.single_task_scores
-    for key, group in (("loss_kwargs.loss_weights", weights), ("single_task_scores", single)):
-        if unknown := group.keys() - TASKS.keys():
-            refuse(f"{key} names unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
+    for key, group, known in (("loss_kwargs.loss_weights", weights, TASKS),
+                              ("single_task_scores", single, reference_keys())):
+        if unknown := group.keys() - known.keys():
+            refuse(f"{key} names unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if weights and (lacking := [t for t in c.tasks if t not in weights]):
         refuse(f"loss_kwargs.loss_weights lacks {', '.join(lacking)}")
     for key in ("trBatch", "valBatch", "max_iter", "epochs", "val_interval", "log_interval"):
@@ -253,6 +259,10 @@ def _check_relations(c: Config, source: str) -> None:
     for key in ("nworkers", "global_batch", "checkpoint_interval", "seed"):
         if getattr(c, key) < 0:
             refuse(f"'{key}' must not be negative, got {getattr(c, key)}")
+    if c.boundary_kwargs.workers is not None and c.boundary_kwargs.workers < 0:
+        refuse(f"boundary_kwargs.workers must not be negative, got {c.boundary_kwargs.workers}")
+    if c.boundary_kwargs.max_dist is not None and not 0 < c.boundary_kwargs.max_dist < 1:
+        refuse(f"boundary_kwargs.max_dist is a share of the diagonal, in (0, 1); got {c.boundary_kwargs.max_dist}")
     if c.scheduler_kwargs.warmup_iters >= c.max_iter:
         refuse(f"scheduler_kwargs.warmup_iters {c.scheduler_kwargs.warmup_iters} must be below max_iter {c.max_iter}")
     if c.optimizer_kwargs.lr <= 0:

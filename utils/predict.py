@@ -21,7 +21,7 @@ from utils import distributed
 from utils.config import Config
 from utils.panel import prediction_panel, to_array
 from utils.precision import autocast
-from utils.setup import build_split, trained_model
+from utils.setup import build_benchmarks, build_split, trained_model
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +38,18 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
         model = trained_model(config, checkpoint, device)
-        loader = build_eval_loader(build_split(config, "val"), config.valBatch, config.nworkers, distributed.rank(),
+        dataset, progress = build_split(config, "val"), distributed.is_main() and config.progress
+        loader = build_eval_loader(dataset, config.valBatch, config.nworkers, distributed.rank(),
                                    distributed.world_size())
+        benchmarks = build_benchmarks(config, dataset, config.boundary_infer, progress)
         results = evaluate(model, loader, {t: config.task_context(t) for t in config.tasks}, device,
-                           precision=config.precision, export_dir=output_dir,
-                           progress=distributed.is_main() and config.progress)
+                           precision=config.precision, benchmarks=benchmarks, export_dir=output_dir, progress=progress)
         if distributed.is_main():
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name)
             log.info("%s on %s\n%s", checkpoint, config.val_db_name,
                      format_table({config.version_name: results}, config.single_task_scores))
+            for task, benchmark in benchmarks.items():
+                log.info("%s: %s", task, benchmark.report())
             log.info("scores: %s  boundary maps: %s", output_dir / "results.json", output_dir / "edge")
         if empty := unscored(results):
             raise ValueError(f"the {config.val_db_name} test split has no valid pixel for {', '.join(empty)}: "

@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 from data.base import MultiTaskDataset
+from data.boundary import truth_source
 from data.datasets import DATASETS, build_dataset, build_transform
-from data.tasks import tasks_named
+from data.tasks import TASKS, tasks_named
+from evaluation.boundary import BoundaryBenchmark
 from models.build import build_model
 from models.model import MultiTaskModel
 from models.ops import set_scan_backend
@@ -40,3 +42,13 @@ def build_split(config: Config, split: str) -> MultiTaskDataset:
     transform = build_transform(DATASETS[name].spec, split == "train", tasks, config.image_size,
                                 scale_range=a.scale_range, flip=a.flip_prob, photometric=a.photometric)
     return build_dataset(name, config.db_root, split, tasks, transform)
+
+
+def build_benchmarks(config: Config, dataset: MultiTaskDataset, mode: str,
+                     progress: bool = False) -> dict[str, BoundaryBenchmark]:
+    """The benchmarks of the active tasks that have one, for one evaluation; none where `mode` is "off"."""
+    if mode == "off":
+        return {}
+    settings = config.boundary_kwargs
+    return {task: TASKS[task].benchmark(truth_source(dataset, settings.images), settings, mode == "fast", progress)
+            for task in config.tasks if TASKS[task].benchmark is not None}

@@ -31,6 +31,7 @@ from utils.panel import batch_panel
 from utils.precision import autocast
 from utils.run import Run, prepare, restore_rng, save
 from utils.schedule import learning_rate
+from utils.setup import build_benchmarks
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +119,16 @@ def run_evaluation(run: Run) -> None:
         if distributed.is_main() and not panels:
             panels.append(batch_panel(batch, predictions, {t: config.task_context(t) for t in config.tasks}))
 
+    progress = distributed.is_main() and config.progress
+    benchmarks = build_benchmarks(config, run.val_loader.dataset, config.boundary_eval, progress)
     results = evaluate(run.evaluated, run.val_loader, {t: config.task_context(t) for t in config.tasks}, run.device,
-                       precision=config.precision, on_batch=keep_first,
-                       progress=distributed.is_main() and config.progress)
+                       precision=config.precision, benchmarks=benchmarks, on_batch=keep_first, progress=progress)
     run.metrics = results
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores)
         log.info("evaluation at step %d\n%s", run.step, table)
+        for task, benchmark in benchmarks.items():
+            log.info("%s: %s", task, benchmark.report())
         if empty := unscored(results):
             log.warning("no valid pixel in the %s test split for %s: no score", config.val_db_name, ", ".join(empty))
         run.writer.scalars("eval", run.step, {f"{t}/{k}": v for t, s in results.items() for k, v in s.items()})

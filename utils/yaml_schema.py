@@ -106,6 +106,8 @@ def _convert(value: Any, hint: Any, key: str, where: Callable[[str], str]) -> An
         return parse_dataclass(hint, value, f"{key}.", where)
     if origin is Literal:
         text = value.lower() if isinstance(value, str) else value
+        if text is False and "off" in args:     # YAML 1.1 reads off as false
+            text = "off"
         if text not in args:
             near = difflib.get_close_matches(str(text), args, n=1)
             raise wrong("one of " + ", ".join(args) + (f" (did you mean '{near[0]}'?)" if near else ""))

@@ -4,7 +4,9 @@
 // Both steps keep what does not change from one threshold to the next. Thinning visits again only pixels beside a
 // removed one. The matching goes from the highest threshold to the lowest: the pairs whose prediction pixel survives
 // are kept, and augmenting paths (Pothen and Fan, "Computing the block triangular form of a sparse matrix", ACM TOMS
-// 1990) make it maximum again. The graph is never stored: the ground-truth pixels are numbered in row-major order, so
+// 1990) make it maximum again. A search that fails has seen a closed region: all its truth pixels are taken, and from
+// their partners no other can be reached. It stays closed, and no search enters it again, until one of its truth pixels
+// loses its partner. The graph is never stored: the ground-truth pixels are numbered in row-major order, so
 // those within the distance of a pixel are one range of numbers per row of the disc.
 //
 // H W size of the map, P prediction pixels, T ground-truth pixels, K thresholds.
@@ -111,6 +113,7 @@ class Matcher {
         }
         first_.back() = count;
         partner_of_truth_.assign(count, NONE);
+        region_of_truth_.assign(count, NONE);
         seen_.assign(count, 0);
         const double square = distance * distance;
         for (int dy = 0; dy < height && static_cast<double>(dy) * dy <= square; ++dy) {
@@ -124,17 +127,20 @@ class Matcher {
 
     // Makes the matching maximum for the prediction pixels `set` (with `map` as their H x W picture).
     void update(const std::vector<int32_t>& set, const std::vector<uint8_t>& map) {
-        for (int32_t& pixel : partner_of_truth_)
-            if (pixel != NONE && !map[pixel]) {
-                partner_of_pixel_[pixel] = NONE;
-                pixel = NONE;
-                --size_;
-            }
+        for (size_t t = 0; t < partner_of_truth_.size(); ++t) {
+            int32_t& pixel = partner_of_truth_[t];
+            if (pixel == NONE || map[pixel]) continue;
+            partner_of_pixel_[pixel] = NONE;
+            pixel = NONE;
+            --size_;
+            if (region_of_truth_[t] != NONE) regions_[find(region_of_truth_[t])].closed = false;
+        }
         open_.clear();
         for (const int32_t pixel : set)
             if (partner_of_pixel_[pixel] == NONE) open_.push_back(pixel);
-        for (bool improved = true; improved;) {                          // one phase: disjoint augmenting paths
-            ++now_;
+        const auto all = static_cast<int64_t>(partner_of_truth_.size());
+        for (bool improved = true; improved && size_ < all;) {           // one phase: disjoint augmenting paths
+            phase_ = search_ + 1;
             const size_t before = open_.size();
             open_.erase(std::remove_if(open_.begin(), open_.end(), [this](int32_t p) { return augment(p); }),
                         open_.end());
@@ -153,6 +159,11 @@ class Matcher {
         int32_t pixel;
         size_t row = 0;
         int32_t next = 0, end = 0;
+    };
+
+    struct Region {
+        int32_t parent;                                                  // of a union-find forest; itself at the root
+        bool closed;
     };
 
     struct Step {
@@ -181,9 +192,34 @@ class Matcher {
         return NONE;
     }
 
+    int32_t find(int32_t region) {
+        while (regions_[region].parent != region)
+            region = regions_[region].parent = regions_[regions_[region].parent].parent;
+        return region;
+    }
+
+    // The closed region of a truth pixel, or NONE.
+    int32_t closed_region(int32_t truth) {
+        if (region_of_truth_[truth] == NONE) return NONE;
+        const int32_t region = find(region_of_truth_[truth]);
+        return regions_[region].closed ? region : NONE;
+    }
+
+    // Makes the truth pixels of the failed search a closed region, one with the closed regions that it touched.
+    void close() {
+        const auto region = static_cast<int32_t>(regions_.size());
+        regions_.push_back({region, true});
+        for (const int32_t truth : visited_) region_of_truth_[truth] = region;
+        for (const int32_t other : touched_) regions_[find(other)].parent = region;
+    }
+
     // Depth-first search for an augmenting path from an unmatched prediction pixel; no truth pixel twice in a phase.
     bool augment(int32_t root) {
         path_.clear();
+        visited_.clear();
+        touched_.clear();
+        ++search_;
+        bool complete = true;                                            // nothing skipped that may lead to a free pixel
         path_.push_back({{root}, NONE});
         int32_t end = free_truth(root);
         while (end == NONE && !path_.empty()) {
@@ -191,16 +227,27 @@ class Matcher {
             const int32_t truth = advance(step.at);
             if (truth == NONE) {
                 path_.pop_back();
-            } else if (seen_[truth] != now_) {
-                seen_[truth] = now_;
+                continue;
+            }
+            const int32_t region = closed_region(truth);
+            if (region != NONE) {
+                if (touched_.empty() || touched_.back() != region) touched_.push_back(region);
+            } else if (seen_[truth] >= phase_) {
+                complete &= seen_[truth] == search_;
+            } else {
+                seen_[truth] = search_;
+                visited_.push_back(truth);
                 step.taken = truth;
                 const int32_t pixel = partner_of_truth_[truth];
                 path_.push_back({{pixel}, NONE});
                 end = free_truth(pixel);
             }
         }
-        if (end == NONE) return false;
-        seen_[end] = now_;
+        if (end == NONE) {
+            if (complete) close();
+            return false;
+        }
+        seen_[end] = search_;
         path_.back().taken = end;
         for (const Step& step : path_) {
             partner_of_truth_[step.taken] = step.at.pixel;
@@ -214,11 +261,14 @@ class Matcher {
     std::vector<int32_t> first_;               // number of truth pixels before each pixel, (H * W + 1)
     std::vector<int32_t> partner_of_pixel_;    // (H * W) truth number
     std::vector<int32_t> partner_of_truth_;    // (T) pixel
-    std::vector<uint32_t> seen_;               // (T) phase in which it was reached last
+    std::vector<int32_t> region_of_truth_;     // (T) region that was closed around it last
+    std::vector<int64_t> seen_;                // (T) search that reached it last
+    std::vector<Region> regions_;
+    std::vector<int32_t> visited_, touched_;   // by the present search: truth pixels, closed regions
     std::vector<Row> disc_;
     std::vector<int32_t> open_;
     std::vector<Step> path_;
-    uint32_t now_ = 0;
+    int64_t search_ = 0, phase_ = 0;           // number of the present search, and of the first one in its phase
     int64_t size_ = 0;
 };
 

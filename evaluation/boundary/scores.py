@@ -48,11 +48,16 @@ class BoundaryTotals:
         self.best += counts[best_threshold(counts)]
         self.images += 1
 
+    @property
+    def optimum(self) -> int:
+        """Index of the threshold with the largest F of the whole set, the first one if tied."""
+        return int(precision_recall_f(self.counts)[2].argmax())
+
     def scores(self, thresholds: np.ndarray) -> dict[str, float]:
         """odsF, oisF, ap as fractions; threshold of odsF; images."""
-        f = precision_recall_f(self.counts)[2]
-        at = int(f.argmax())                                           # the first one if tied
-        return {"odsF": float(f[at]), "oisF": float(precision_recall_f(self.best)[2]),
+        at = self.optimum
+        return {"odsF": float(precision_recall_f(self.counts)[2][at]),
+                "oisF": float(precision_recall_f(self.best)[2]),
                 "ap": average_precision(self.counts), "threshold": float(thresholds[at]), "images": self.images}
 
 
@@ -62,8 +67,7 @@ def best_threshold(counts: np.ndarray) -> int:
     F is rounded to six decimals, as the published tools write it to a file before they choose. So an image without
     ground truth, whose F is 0 everywhere, contributes the false positives of the lowest threshold.
     """
-    precision, recall, f = precision_recall_f(counts)
-    return int(np.round(f, 6).argmax())
+    return int(np.round(precision_recall_f(counts)[2], 6).argmax())
 
 
 def average_precision(counts: np.ndarray) -> float:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from models.ops.routes import Route
 
-CHUNK_TOKENS = {"cpu": 32, "cuda": 256}  # tokens between two kept states; the C++ kernels are built for 32
+# Tokens between two kept states: three chunks of states should fit a CPU's cache, a GPU wants few launches.
+CHUNK_TOKENS = {"cpp": 64, "torch": 32, "torch on cuda": 256}
 
 
 class ScanArgs(NamedTuple):
@@ -46,9 +47,9 @@ class ScanArgs(NamedTuple):
         return self._replace(**{name: value.to(self.scan_dtype) for name, value in self.tensors.items()})
 
 
-def chunk_count(tokens: int, device: torch.device) -> int:
-    """Number of states kept along a route."""
-    return -(-tokens // CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]))
+def chunk_tokens(kernel: str, device: torch.device) -> int:
+    """Tokens between two states that the kernel keeps along a route."""
+    return CHUNK_TOKENS["torch on cuda" if device.type == "cuda" else kernel]
 
 
 def check_scan(args: ScanArgs) -> None:

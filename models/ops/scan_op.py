@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from models.ops.routes import Route
-from models.ops.scan_args import ScanArgs, chunk_count
+from models.ops.scan_args import ScanArgs, chunk_tokens
 from models.ops.scan_cpp import cpp_backward, cpp_forward
 from models.ops.scan_torch import torch_backward, torch_forward
 
@@ -64,7 +64,8 @@ def _scan_backward(grad_y, grad_last, entries, *inputs):
 def _fake_scan(u, delta, A, B, C, D, delta_bias, routes, delta_softplus, keep_entries, kernel):
     batch, tokens, groups, channels = delta.shape
     state = A.shape[2]
-    entries = (chunk_count(tokens, u.device), batch, groups, state, channels) if keep_entries else (0,)
+    chunks = -(-tokens // chunk_tokens(kernel, u.device))
+    entries = (chunks, batch, groups, state, channels) if keep_entries else (0,)
     return u.new_empty(u.shape), A.new_empty(batch, groups, channels, state), A.new_empty(entries)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops.scan_args import CHUNK_TOKENS, ScanArgs
+from models.ops.scan_args import ScanArgs, chunk_tokens
 
 SOFTPLUS_LINEAR = 20.0  # torch's softplus is the identity above this, with derivative exactly 1
 
@@ -84,7 +84,7 @@ class _Layout:
     def __init__(self, args: ScanArgs):
         self.args, self.dtype = args, args.scan_dtype
         batch, self.length, groups = args.delta.shape[:3]
-        self.chunk_tokens = CHUNK_TOKENS.get(args.u.device.type, CHUNK_TOKENS["cpu"])
+        self.chunk_tokens = chunk_tokens("torch", args.u.device)
         self.tokens = torch.stack([route.tokens(args.u.device) for route in args.routes])  # (K, P)
         self.groups = torch.arange(groups, device=args.u.device)[:, None]
         self.A = args.A.to(self.dtype).mT.contiguous()  # (K, N, E)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from models.released import invpt, mtmamba
 
-
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+))\.weight")
 
 

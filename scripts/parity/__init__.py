@@ -4,7 +4,7 @@ A module offers `checks(folder)`, which recognises its files by their content an
 A new kind is a new module and a row.
 """
 
-from scripts.parity import invpt, invpt_scores, loaders, losses, metrics, mtmamba, outputs, scan, ss2d, transforms
+from scripts.parity import boundary, invpt, invpt_scores, loaders, losses, metrics, mtmamba, outputs, scan, ss2d, transforms
 
 FAMILIES = {
     "selective_scan": scan.checks,
@@ -14,6 +14,7 @@ FAMILIES = {
     "outputs": outputs.checks,
     "transforms": transforms.checks,
     "loaders": loaders.checks,
+    "boundary": boundary.checks,
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
     "invpt_scores": invpt_scores.checks,

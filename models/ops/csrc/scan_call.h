@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 namespace scan {
@@ -16,18 +17,24 @@ using at::ScalarType;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunk = 32;    // tokens between two kept states; Python counts on it
-constexpr int64_t kMaxVecs = 8;   // most vectors in a block of channels
-constexpr int64_t kMinTasks = 8;  // blocks get smaller rather than fewer than this
-constexpr int64_t kCacheLine = 64;
+constexpr int64_t kChunk = 64;    // tokens between two kept states; CHUNK_TOKENS in Python says the same
+constexpr int64_t kMinVecs = 2, kMaxVecs = 8;  // width of a block of channels
+constexpr int64_t kWantedBlocks = 8;           // blocks get narrower rather than fewer than this in a call
+constexpr int64_t kReduceGrain = 32;  // chunks whose sums over blocks are worth a thread
 
 // Position p visits token (p / inner) * outer_stride + (p % inner) * inner_stride, counted from the end if reversed.
 struct Route {
   int64_t outer, inner, outer_stride, inner_stride, reversed;
 
-  int64_t token(int64_t position) const {
-    if (reversed) position = outer * inner - 1 - position;
-    return position / inner * outer_stride + position % inner * inner_stride;
+  // The tokens at positions begin .. begin + count - 1.
+  void tokens(int64_t begin, int64_t count, int64_t* out) const {
+    const int64_t position = reversed ? outer * inner - 1 - begin : begin;
+    int64_t i = position / inner, j = position % inner;
+    for (int64_t n = 0; n < count; ++n) {
+      out[n] = i * outer_stride + j * inner_stride;
+      if (reversed && j-- == 0) j = inner - 1, --i;
+      if (!reversed && ++j == inner) j = 0, ++i;
+    }
   }
 };
 
@@ -62,11 +69,7 @@ struct Rows {
     }
   }
 
-  // Asks for a row that will be read soon; rows of a route may lie far apart, where hardware does not guess.
-  void prefetch(int64_t b, int64_t t, int64_t k, int64_t first, int64_t count) const {
-    const char* row = at(b, t, k, first);
-    for (int64_t offset = 0; offset < count * size; offset += kCacheLine) __builtin_prefetch(row + offset);
-  }
+  void prefetch(int64_t b, int64_t t, int64_t k, int64_t first) const { __builtin_prefetch(at(b, t, k, first), 0, 2); }
 
   // Columns first .. first + count - 1 into out[0 .. padded - 1], zeros behind them.
   template <typename S>
@@ -129,28 +132,32 @@ struct Call {
     cut_channels();
   }
 
-  // Blocks of equal size, small enough for some parallelism; a function of the shape alone, as are all results.
+  // What runs one after the other if routes share their input, else side by side.
+  int64_t chains() const { return batch * (shared ? 1 : groups); }
+
+  // Blocks of equal width, a function of the shape alone: sums over channels are taken block by block.
   void cut_channels() {
     const int64_t all = (channels + kLanes<S> - 1) / kLanes<S>;
-    const int64_t chains = batch * (shared ? 1 : groups);
-    const int64_t wanted = std::clamp<int64_t>(all * chains / kMinTasks, 1, kMaxVecs);
-    blocks = (all + wanted - 1) / wanted;
+    const int64_t width = std::clamp<int64_t>(all * chains() / kWantedBlocks, kMinVecs, kMaxVecs);
+    blocks = (all + width - 1) / width;
     vecs = blocks ? (all + blocks - 1) / blocks : 1;
   }
 
-  int64_t tasks() const { return batch * (shared ? 1 : groups) * blocks; }
-
-  // run(b, first route, one past the last route, block) for every task.
+  // run(b, routes begin .. end - 1, blocks begin .. end - 1) for every task. A task has as many blocks as the number of
+  // threads allows, since rows are then read once; results do not depend on it.
   template <typename F>
   void for_each_task(const F& run) const {
-    at::parallel_for(0, tasks(), 1, [&](int64_t begin, int64_t end) {
+    const int64_t threads = at::get_num_threads(), wanted = threads == 1 ? 1 : 2 * threads;
+    const int64_t parts = std::clamp<int64_t>(wanted / std::max<int64_t>(chains(), 1), 1, std::max<int64_t>(blocks, 1));
+    at::parallel_for(0, chains() * parts, 1, [&](int64_t begin, int64_t end) {
       const FlushSubnormals guard;
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task % blocks, chain = task / blocks;
+        const int64_t chain = task / parts, part = task % parts;
+        const int64_t first_block = part * blocks / parts, end_block = (part + 1) * blocks / parts;
         if (shared) {
-          run(chain, int64_t{0}, groups, block);
+          run(chain, int64_t{0}, groups, first_block, end_block);
         } else {
-          run(chain / groups, chain % groups, chain % groups + 1, block);
+          run(chain / groups, chain % groups, chain % groups + 1, first_block, end_block);
         }
       }
     });

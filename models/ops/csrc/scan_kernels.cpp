@@ -18,6 +18,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <deque>
 #include <tuple>
 
 namespace scan {
@@ -33,15 +34,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Call<S>& call, const Tensor& u,
       ? at::empty({call.chunks, call.batch, call.groups, call.states, call.channels}, options)
       : at::empty({0}, options);
   const Rows y_rows(y);
-  call.for_each_task([&](int64_t b, int64_t begin, int64_t end, int64_t block) {
-    for (int64_t k = begin; k < end; ++k) {
-      Lane<S> lane(call, b, k, block);
-      const int64_t chain = b * call.groups + k;
+  call.for_each_task([&](int64_t b, int64_t first_route, int64_t end_route, int64_t first_block, int64_t end_block) {
+    for (int64_t k = first_route; k < end_route; ++k) {
+      std::deque<Lane<S>> lanes;
+      for (int64_t block = first_block; block < end_block; ++block) lanes.emplace_back(call, b, k, block);
       for (int64_t chunk = 0; chunk < call.chunks; ++chunk) {
-        if (keep_entries) lane.write(lane.state, entries, chunk * call.batch * call.groups + chain, call.states);
-        lane.forward(chunk, y_rows);
+        for (Lane<S>& lane : lanes) {
+          if (keep_entries) lane.write(lane.state, entries, lane.entry(chunk), call.states);
+          lane.forward(chunk, y_rows);
+        }
       }
-      lane.write(lane.state, last, chain, call.states);
+      for (const Lane<S>& lane : lanes) lane.write(lane.state, last, lane.chain, call.states);
     }
   });
   return {y.to(u.scalar_type()), last.transpose(2, 3).contiguous(), entries};
@@ -52,7 +55,7 @@ template <typename S>
 void reduce_maps(const Call<S>& call, int64_t first_chunk, int64_t num_chunks, const Tensor& shares, const Rows& grad_B,
                  const Rows& grad_C) {
   const int64_t size = kChunk * call.padded_states, block_size = num_chunks * 2 * size;
-  at::parallel_for(0, call.batch * call.groups * num_chunks, 4, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, call.batch * call.groups * num_chunks, kReduceGrain, [&](int64_t begin, int64_t end) {
     std::vector<S> sums(2 * size);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t chain = item / num_chunks, chunk = item % num_chunks, b = chain / call.groups,
@@ -62,10 +65,12 @@ void reduce_maps(const Call<S>& call, int64_t first_chunk, int64_t num_chunks, c
         const S* share = shares.const_data_ptr<S>() + (chain * call.blocks + block) * block_size + chunk * 2 * size;
         for (int64_t i = 0; i < 2 * size; ++i) sums[i] += share[i];
       }
-      for (int64_t t = 0; t < std::min(kChunk, call.tokens - start); ++t) {
-        const int64_t token = call.routes[k].token(start + t);
-        grad_B.store(b, token, k, 0, call.states, sums.data() + t * call.padded_states, false);
-        grad_C.store(b, token, k, 0, call.states, sums.data() + size + t * call.padded_states, false);
+      int64_t token[kChunk];
+      const int64_t length = std::min(kChunk, call.tokens - start);
+      call.routes[k].tokens(start, length, token);
+      for (int64_t t = 0; t < length; ++t) {
+        grad_B.store(b, token[t], k, 0, call.states, sums.data() + t * call.padded_states, false);
+        grad_C.store(b, token[t], k, 0, call.states, sums.data() + size + t * call.padded_states, false);
       }
     }
   });
@@ -102,13 +107,18 @@ std::vector<Tensor> backward(const Call<S>& call, const Tensor& entries, const T
   const Tensor shares = at::empty({chains * call.blocks * window * size}, options);
   for (int64_t end = call.chunks; end > 0; end -= window) {
     const int64_t begin = std::max<int64_t>(end - window, 0), num_chunks = end - begin;
-    call.for_each_task([&](int64_t b, int64_t first_route, int64_t end_route, int64_t block) {
+    call.for_each_task([&](int64_t b, int64_t first_route, int64_t end_route, int64_t first_block, int64_t end_block) {
       for (int64_t k = first_route; k < end_route; ++k) {
-        BackwardLane<S> lane(call, b, k, block, carried);
-        S* sums = shares.data_ptr<S>() + (lane.chain * call.blocks + block) * num_chunks * size;
-        for (int64_t chunk = end - 1; chunk >= begin; --chunk)
-          lane.backward(chunk, entries, y_rows, u_rows, delta_rows, sums + (chunk - begin) * size);
-        lane.save();
+        std::deque<BackwardLane<S>> lanes;
+        for (int64_t block = first_block; block < end_block; ++block) lanes.emplace_back(call, b, k, block, carried);
+        for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
+          S* sums = shares.data_ptr<S>() + (lanes[0].chain * call.blocks + first_block) * num_chunks * size;
+          for (BackwardLane<S>& lane : lanes) {
+            lane.backward(chunk, entries, y_rows, u_rows, delta_rows, sums + (chunk - begin) * size);
+            sums += num_chunks * size;
+          }
+        }
+        for (const BackwardLane<S>& lane : lanes) lane.save();
       }
     });
     reduce_maps(call, begin, num_chunks, shares, B_rows, C_rows);

@@ -34,15 +34,15 @@ class Workspace {
 template <typename S>
 struct Lane {
   const Call<S>& call;
-  const int64_t b, k, first, count, vecs;  // channels first .. first + count - 1
+  const int64_t b, k, chain, first, count, vecs;  // channels first .. first + count - 1
   Workspace<S> memory;
   Vec<S>*A, *state, *D, *bias;         // (n, v), (n, v), (v), (v); A times log2(e)
   Vec<S>*u, *raw, *step, *push, *out;  // (t, v); raw: step before softplus, push: step * u
   S *maps_B, *maps_C;                  // (t, n)
-  int64_t token[kChunk], length = 0;
+  int64_t token[kChunk], coming[kChunk], length = 0, coming_length = 0;
 
   Lane(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, int64_t extra_vectors = 0)
-      : call(call_), b(b_), k(k_), first(block * call_.vecs * kLanes<S>),
+      : call(call_), b(b_), k(k_), chain(b_ * call_.groups + k_), first(block * call_.vecs * kLanes<S>),
         count(std::min(call_.channels - first, call_.vecs * kLanes<S>)), vecs(call_.vecs),
         memory(vecs * (2 * call_.padded_states + 2 + 5 * kChunk) + 2 * map_vectors() + extra_vectors) {
     for (Vec<S>** rows : {&A, &state}) *rows = memory.take(vecs * call.padded_states);
@@ -54,6 +54,8 @@ struct Lane {
     read(call.D, k, 1, D);
     read(call.bias, k, 1, bias);
   }
+
+  int64_t entry(int64_t chunk) const { return chunk * call.batch * call.groups + chain; }
 
   int64_t map_vectors() const { return kChunk * call.padded_states / kLanes<S> + 1; }
 
@@ -76,17 +78,18 @@ struct Lane {
       rows.store(b, token[t], k, first, count, reinterpret_cast<const S*>(source + t * vecs), add);
   }
 
-  // Reads the chunk's inputs, and has those of the chunk `next`, if there is one, fetched meanwhile.
+  // Reads the chunk's inputs; `next` will be the following one, if it exists.
   void load(int64_t chunk, int64_t next) {
     length = std::min(kChunk, call.tokens - chunk * kChunk);
+    call.routes[k].tokens(chunk * kChunk, length, token);
     for (int64_t t = 0; t < length; ++t) {
-      token[t] = call.routes[k].token(chunk * kChunk + t);
       call.B.load(b, token[t], k, 0, call.states, call.padded_states, maps_B + t * call.padded_states);
       call.C.load(b, token[t], k, 0, call.states, call.padded_states, maps_C + t * call.padded_states);
     }
     load_rows(call.u, u);
     load_rows(call.delta, raw);
-    if (next >= 0) prefetch(next);
+    coming_length = next >= 0 ? std::clamp<int64_t>(call.tokens - next * kChunk, 0, kChunk) : 0;
+    call.routes[k].tokens(next * kChunk, coming_length, coming);
     for (int64_t t = 0; t < length; ++t) {
       for (int64_t v = 0; v < vecs; ++v) {
         const int64_t i = t * vecs + v;
@@ -97,12 +100,14 @@ struct Lane {
     }
   }
 
-  void prefetch(int64_t chunk) const {
-    const int64_t end = std::min(call.tokens, (chunk + 1) * kChunk);
-    for (int64_t position = chunk * kChunk; position < end; ++position) {
-      const int64_t t = call.routes[k].token(position);
-      for (const Rows* rows : {&call.u, &call.delta}) rows->prefetch(b, t, k, first, count);
-      for (const Rows* rows : {&call.B, &call.C}) rows->prefetch(b, t, k, 0, call.states);
+  // Has a part of the coming chunk fetched while vector v is busy with states n, n + 1, ..: rows of a route may lie
+  // far apart, where the processor does not guess, and cannot wait for many at once.
+  void prefetch(int64_t v, int64_t n) const {
+    const int64_t begin = n * coming_length / call.padded_states, end = (n + kStates) * coming_length / call.padded_states;
+    for (int64_t t = begin; t < end; ++t) {
+      for (const Rows* rows : {&call.u, &call.delta}) rows->prefetch(b, coming[t], k, first + v * kLanes<S>);
+      if (v == 0)
+        for (const Rows* rows : {&call.B, &call.C}) rows->prefetch(b, coming[t], k, 0);
     }
   }
 
@@ -111,7 +116,7 @@ struct Lane {
     for (int64_t t = 0; t < length; ++t)
       for (int64_t v = 0; v < vecs; ++v) out[t * vecs + v] = D[v] * u[t * vecs + v];
     for (int64_t v = 0; v < vecs; ++v)
-      for (int64_t n = 0; n < call.padded_states; n += kStates) advance(v, n);
+      for (int64_t n = 0; n < call.padded_states; n += kStates) prefetch(v, n), advance(v, n);
     store_rows(out, y, call.shared && k > 0);
   }
 
@@ -144,16 +149,15 @@ struct Carried {
 template <typename S>
 struct BackwardLane : Lane<S> {
   using Base = Lane<S>;
-  using Base::A, Base::b, Base::call, Base::D, Base::k, Base::length, Base::maps_B, Base::maps_C, Base::memory,
-      Base::push, Base::raw, Base::state, Base::step, Base::u, Base::vecs;
+  using Base::A, Base::call, Base::chain, Base::D, Base::length, Base::maps_B, Base::maps_C, Base::memory, Base::push,
+      Base::raw, Base::state, Base::step, Base::u, Base::vecs;
   Vec<S>*adjoint, *grad_A, *grad_D, *grad_bias;  // (n, v), (n, v), (v), (v)
   Vec<S>*grad_y, *grad_push, *grad_step;         // (t, v)
   Vec<S>*states, *decays, *terms_B, *terms_C;    // (t, j): of kStates states; terms are summed over vectors
   const Carried& carried;
-  const int64_t chain;
 
   BackwardLane(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, const Carried& carried_)
-      : Base(call_, b_, k_, block, extra_vectors(call_)), carried(carried_), chain(b_ * call_.groups + k_) {
+      : Base(call_, b_, k_, block, extra_vectors(call_)), carried(carried_) {
     for (Vec<S>** rows : {&adjoint, &grad_A}) *rows = memory.take(vecs * call.padded_states);
     for (Vec<S>** row : {&grad_D, &grad_bias}) *row = memory.take(vecs);
     for (Vec<S>** rows : {&grad_push, &grad_step}) *rows = memory.take(vecs * kChunk);
@@ -183,11 +187,12 @@ struct BackwardLane : Lane<S> {
     this->load_rows(y, grad_y);
     std::fill(grad_push, grad_push + vecs * length, Vec<S>{});
     std::fill(grad_step, grad_step + vecs * length, Vec<S>{});
-    this->read(entries, chunk * call.batch * call.groups + chain, call.states, state);
+    this->read(entries, this->entry(chunk), call.states, state);
     for (int64_t n = 0; n < call.padded_states; n += kStates) {
       std::fill(terms_B, terms_B + kStates * length, Vec<S>{});
       std::fill(terms_C, terms_C + kStates * length, Vec<S>{});
       for (int64_t v = 0; v < vecs; ++v) {
+        this->prefetch(v, n);
         replay(v, n);
         walk_back(v, n);
       }

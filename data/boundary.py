@@ -1,0 +1,30 @@
+"""Which images of a data set the boundary score covers, and where their ground truth lies."""
+
+from data.base import MultiTaskDataset
+from evaluation.boundary import TruthSource
+
+
+def truth_source(dataset: MultiTaskDataset, images: str) -> TruthSource:
+    """Ground truth of a split. `images`: `all`, `test_new` (the data set's list of that name) or `auto`.
+
+    `auto` takes the list where the data set has one and it lies in the folder. A data set without such a list is
+    always scored as a whole; asking for a list that is not there is a FileNotFoundError that says where it belongs.
+    """
+    spec = dataset.spec
+    if dataset.boundary_source is None:
+        raise ValueError(f"{spec.name} has no ground truth for the boundary score; set boundary_infer=off")
+    names, covered = None, f"all of {dataset.split}"
+    if spec.boundary_list is not None and images != "all":
+        path = dataset.folder / spec.split_file.format(split=spec.boundary_list)
+        if path.is_file():
+            names = frozenset(path.read_text(encoding="utf-8").split())
+            covered = f"the list {path.name}"
+            if absent := names - set(dataset.ids):
+                raise ValueError(f"{path} lists {min(absent)}, which is not in the split {dataset.split!r}")
+        elif images == "auto":
+            covered += f"; published scores cover the list {path.name}, which is not at {path}"
+        else:
+            raise FileNotFoundError(f"list of images not found: {path} (SEISM's gt_sets/PASCALContext/{path.name}; "
+                                    "copy it there, or set boundary_kwargs.images=all)")
+    return TruthSource(dataset.boundary_files, dataset.boundary_source.read, spec.boundary_kind,
+                       spec.boundary_max_dist, len(names or dataset.ids), names, covered)

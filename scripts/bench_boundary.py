@@ -1,0 +1,154 @@
+"""How fast the boundary score is, and against what: one core per image, all thresholds, everything included.
+
+    python scripts/bench_boundary.py [--repeat 3] [--set 654 --workers 2] [--twin_limit 60]
+
+The images are rendered: contours of a smooth field crossed with the borders of cells as ground truth; as prediction
+the same lines, blurred, displaced and of varying strength, with false lines and noise. Three densities. Columns: the
+compiled backend, the SciPy backend (maximum flow), and the plain twin (scikit-image's `thin` and SciPy's
+`maximum_bipartite_matching`), which is stopped after --twin_limit seconds per image because its time varies by orders
+of magnitude. --set then scores so many PNG files with worker processes, and reports the largest memory of a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from skimage.morphology import thin as skimage_thin
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from evaluation.boundary.__main__ import score_pairs, summary, table  # noqa: E402
+from evaluation.boundary.files import find_pairs  # noqa: E402
+from evaluation.boundary.matching import candidates, pick_backend, thin  # noqa: E402
+from evaluation.boundary.protocol import Protocol, image_counts  # noqa: E402
+from evaluation.boundary.truth import region_outline, truth_boundary  # noqa: E402
+
+SIZE = (425, 560)
+PROTOCOL = Protocol(max_dist=0.011)
+DENSITIES = {"sparse": (50, 1.0, 8), "medium": (24, 1.6, 18), "dense": (16, 2.0, 40)}   # smoothness, levels, cells
+
+
+def render(seed: int, density: str, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Prediction and ground-truth edge picture (0 / 255), both H x W uint8."""
+    rng = np.random.default_rng(seed)
+    smoothness, levels, cells = DENSITIES[density]
+    truth = _lines(rng, size, smoothness, levels, cells)
+    false = _lines(rng, size, smoothness, levels / 2, cells // 2)
+    y, x = np.mgrid[:size[0], :size[1]].astype(float)
+    strength = np.clip(0.55 + 0.25 * _field(rng, size, 20), 0.05, 1)
+    soft = gaussian_filter(truth * strength, 1.5) + 0.3 * gaussian_filter(false * 1.0, 1.8)
+    soft = map_coordinates(soft, [y + _field(rng, size, 8), x + _field(rng, size, 8)], order=1, mode="nearest")
+    soft = 2.6 * soft + 0.008 * np.abs(rng.standard_normal(size))
+    return (255 * np.clip(soft, 0, 1)).astype(np.uint8), truth.astype(np.uint8) * 255
+
+
+def _field(rng: np.random.Generator, size: tuple[int, int], smoothness: float) -> np.ndarray:
+    """Smooth noise of unit variance."""
+    field = gaussian_filter(rng.standard_normal(size), smoothness, mode="wrap")
+    return field / field.std()
+
+
+def _lines(rng: np.random.Generator, size: tuple[int, int], smoothness: float, levels: float, cells: int) -> np.ndarray:
+    contour = np.floor(levels * _field(rng, size, smoothness)).astype(int)
+    centres = rng.random((cells, 2)) * size
+    y, x = np.mgrid[:size[0], :size[1]] + np.stack([3 * _field(rng, size, 12) for _ in range(2)])
+    squared = (y - centres[:, :1, None]) ** 2 + (x - centres[:, 1:, None]) ** 2        # (cells, H, W)
+    return thin(region_outline(1000 * contour + squared.argmin(axis=0)))
+
+
+def plain_counts(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Matches and prediction pixels at each threshold, (K, 2), with the libraries alone."""
+    levels, distance = PROTOCOL.levels(prediction), PROTOCOL.distance(prediction.shape)
+    counts = []
+    for k in range(len(PROTOCOL.thresholds)):
+        lines = skimage_thin(levels > k)
+        graph = candidates(lines, truth, distance)[2]
+        counts.append([(maximum_bipartite_matching(graph, perm_type="column") >= 0).sum(), lines.sum()])
+    return np.array(counts)
+
+
+def score(prediction: np.ndarray, picture: np.ndarray, backend: str) -> np.ndarray:
+    """Everything for one image, from the decoded pictures to the counts (K, 4)."""
+    truth = truth_boundary(picture, "nyud")
+    if backend != "plain":
+        return image_counts(prediction, [truth], PROTOCOL, backend)
+    return plain_counts(prediction, truth)
+
+
+def timed(function: Callable, *arguments: object) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def timed_in_child(limit: float, *arguments: object) -> tuple[float, object] | None:
+    """`timed(score, *arguments)` in a process of its own, or None if that takes longer than `limit` seconds."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(pick_backend)                                       # imports are not part of the time
+        try:
+            return pool.apply_async(timed, (score, *arguments)).get(limit)
+        except multiprocessing.TimeoutError:
+            return None
+
+
+def bench_images(repeat: int, twin_limit: float) -> None:
+    print("| image | sumR | compiled s | SciPy s | plain twin s | SciPy / compiled |\n|" + " --- |" * 6)
+    for density in DENSITIES:
+        images = [render(seed, density) for seed in range(repeat)]
+        score(*images[0], "compiled")                                  # the first call builds the code
+        fast = [timed(score, *image, "compiled") for image in images]
+        slow = [timed(score, *image, "scipy") for image in images]
+        same = all(np.array_equal(a[1], b[1]) for a, b in zip(fast, slow, strict=True))
+        plain = timed_in_child(twin_limit, *images[0], "plain") if twin_limit else None
+        if plain is not None:
+            same &= np.array_equal(plain[1], fast[0][1][:, 2:])
+        seconds = [statistics.median(time for time, _ in times) for times in (fast, slow)]
+        twin = f"{plain[0]:.1f}" if plain else f"> {twin_limit:g} (stopped)" if twin_limit else "-"
+        print(f"| {density} | {fast[0][1][0, 1]} | {seconds[0]:.2f} | {seconds[1]:.1f} | {twin} "
+              f"| {seconds[1] / seconds[0]:.0f} |{'' if same else '  COUNTS DIFFER'}", flush=True)
+
+
+def bench_set(number: int, workers: int) -> None:
+    """Scores `number` files of 24 different rendered images, 8 of each density."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / name for name in ("pred", "gt")]
+        for place in places:
+            place.mkdir()
+        distinct = [render(seed, density) for density in DENSITIES for seed in range(8)]
+        for i in range(number):
+            for place, picture in zip(places, distinct[i % len(distinct)], strict=True):
+                Image.fromarray(picture).save(place / f"{i:04d}.png")
+        seconds, totals = timed(score_pairs, find_pairs(*places), "nyud", PROTOCOL, workers)
+    peaks = [resource.getrusage(who).ru_maxrss / 2**10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(f"\n{number} images, {workers} workers: {seconds:.0f} s, {seconds / number:.3f} s per image; largest memory "
+          f"{peaks[0]:.0f} MiB here, {peaks[1]:.0f} MiB in a worker\n{table(summary(totals, PROTOCOL))}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="images per density; the median is shown")
+    parser.add_argument("--twin_limit", type=float, default=60, metavar="S", help="seconds; 0: without the plain twin")
+    parser.add_argument("--set", type=int, default=0, metavar="N", help="also score a set of so many files")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes for --set")
+    args = parser.parse_args()
+    bench_images(args.repeat, args.twin_limit)
+    if args.set:
+        bench_set(args.set, args.workers)
+
+
+if __name__ == "__main__":
+    main()
