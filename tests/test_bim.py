@@ -500,11 +500,11 @@ def test_23_fast_scan_equals_the_recurrence_in_bi_scan(tasks, width, backend, mo
     if backend == "cpp" and reason:
         pytest.skip(reason)
     scan, feat, results = bi_scan(width), torch.randn(2, tasks, 5, 9, width), {}
-    for backend in (backend, "reference"):
-        monkeypatch.setenv("SCAN_BACKEND", backend)
+    for name in (backend, "reference"):
+        monkeypatch.setenv("SCAN_BACKEND", name)
         leaf = feat.clone().requires_grad_()
         out = scan(leaf)
-        results[backend] = [out, *torch.autograd.grad(out.square().sum(), [leaf, *scan.parameters()])]
+        results[name] = [out, *torch.autograd.grad(out.square().sum(), [leaf, *scan.parameters()])]
     for fast, plain in zip(*results.values(), strict=True):
         assert (fast - plain).abs().max() <= 1e-11 * plain.abs().max()
 

@@ -63,7 +63,8 @@ def values_and_grads(inputs, backend, cotangent=None, state_cotangent=None, **kw
             pytest.skip("mamba_ssm gives no gradient through last_state")
         loss = loss + (last_state * state_cotangent).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    zeros = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.values(), grads, strict=True)]
+    pairs = zip(leaves.values(), grads, strict=True)
+    zeros = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in pairs]
     return [y.detach(), last_state.detach(), *zeros]
 
 

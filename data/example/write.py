@@ -95,7 +95,7 @@ def write_example(
         (root / path).parent.mkdir(parents=True, exist_ok=True)
     jobs = [(layout, number) for layout, _ in LISTS for number in range(1, num_train + num_val + 1)]
     write_one = partial(_write_image, root, tuple(size), seed)
-    for _ in tqdm(_spread(write_one, jobs, workers), total=len(jobs), unit="image", disable=not progress):
+    for _ in tqdm(_spread(write_one, jobs, workers), total=len(jobs), unit="image", disable=None if progress else True):
         pass
     _write_lists(root, num_train, num_val)
     _write_json(root / MARKER, wanted)

@@ -47,7 +47,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def score_pairs(pairs: list[Pair], kind: str, protocol: Protocol, workers: int, progress: bool = True) -> BoundaryTotals:
+def score_pairs(pairs: list[Pair], kind: str, protocol: Protocol, workers: int,
+                progress: bool = True) -> BoundaryTotals:
     """The sums over all images; `workers` processes count."""
     totals = BoundaryTotals.empty(len(protocol.thresholds))
     with CountingPool(totals, workers) as pool, tqdm(total=len(pairs), desc="boundary score", unit="image", leave=False,

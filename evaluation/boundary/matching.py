@@ -30,7 +30,7 @@ COST_PER_PIXEL = 100                 # costs of the published matcher are whole 
 def _compiled() -> ModuleType | None:
     module, reason = load_extension("boundary_matching", (Path(__file__).with_name("matching.cpp"),))
     if module is None:
-        log.warning("boundary score: SciPy and scikit-image instead of compiled code, about ten times slower: %s", reason)
+        log.warning("boundary score: SciPy and scikit-image, not compiled code, several times slower: %s", reason)
     return module
 
 

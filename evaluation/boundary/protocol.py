@@ -77,12 +77,12 @@ def image_counts(prediction: np.ndarray, truths: Sequence[np.ndarray], protocol:
     One ground truth is matched for the most pairs. With several, each is matched by itself for the most pairs and
     then the least distance; cntR and sumR add up, and a predicted pixel counts once if any of them matches it.
     """
+    levels, num = protocol.levels(prediction), len(protocol.thresholds)
     for truth in truths:
         if truth.shape != prediction.shape:
             raise ValueError(f"the prediction has (H, W) = {prediction.shape}, its ground truth {truth.shape}")
     if not truths:
         raise ValueError("an image needs at least one ground truth")
-    levels, num = protocol.levels(prediction), len(protocol.thresholds)
     counts = np.zeros((num, 4), np.int64)
     distance = protocol.distance(prediction.shape)
     if len(truths) == 1:

@@ -17,12 +17,11 @@ COUNT_NAMES = ("cntR", "sumR", "cntP", "sumP")
 def precision_recall_f(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """P, R and F = 2PR / (P + R), each of the leading shape.
 
-    Without prediction P = 1 and R = 0; without ground truth R = 1 and P = 0; without a match all are 0.
+    Without ground truth R = 1 and P = 0; else, without prediction, R = 0 and P = 1.
     """
     cnt_r, sum_r, cnt_p, sum_p = np.moveaxis(counts.astype(np.float64), -1, 0)
-    precision = np.where(sum_p > 0, cnt_p / np.maximum(sum_p, 1), 1.0)
-    recall = np.where(sum_r > 0, cnt_r / np.maximum(sum_r, 1), 1.0)
-    precision, recall = np.where(sum_r > 0, precision, 0.0), np.where(sum_p > 0, recall, 0.0)
+    precision = np.where(sum_r == 0, 0.0, np.where(sum_p == 0, 1.0, cnt_p / np.maximum(sum_p, 1)))
+    recall = np.where(sum_r == 0, 1.0, cnt_r / np.maximum(sum_r, 1))
     total = precision + recall
     return precision, recall, np.where(total > 0, 2 * precision * recall / np.where(total > 0, total, 1), 0.0)
 

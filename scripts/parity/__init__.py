@@ -4,7 +4,19 @@ A module offers `checks(folder)`, which recognises its files by their content an
 A new kind is a new module and a row.
 """
 
-from scripts.parity import boundary, invpt, invpt_scores, loaders, losses, metrics, mtmamba, outputs, scan, ss2d, transforms
+from scripts.parity import (
+    boundary,
+    invpt,
+    invpt_scores,
+    loaders,
+    losses,
+    metrics,
+    mtmamba,
+    outputs,
+    scan,
+    ss2d,
+    transforms,
+)
 
 FAMILIES = {
     "selective_scan": scan.checks,
