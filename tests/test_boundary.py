@@ -255,12 +255,3 @@ def test_float_and_8_bit_predictions_agree():
     for name in ("nms", "plain"):
         assert np.array_equal(image_counts(prediction, truth, Protocol(0.02, name)),
                               image_counts(prediction / 255, truth, Protocol(0.02, name)))
-
-
-@pytest.mark.parametrize("name", ["nms", "plain"])
-def test_fast_takes_every_fourth_threshold(name):
-    rng = np.random.default_rng(5)
-    prediction, truth = rng.integers(0, 256, (60, 70), np.uint8), [thin(rng.random((60, 70)) < 0.2)]
-    exact, fast = (Protocol(0.02, name, fast) for fast in (False, True))
-    assert np.array_equal(fast.thresholds, exact.thresholds[::4])
-    assert np.array_equal(image_counts(prediction, truth, fast), image_counts(prediction, truth, exact)[::4])

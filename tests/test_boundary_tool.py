@@ -15,6 +15,7 @@ from scipy.io import savemat
 import main as command_line
 from data.boundary import truth_source
 from data.datasets import build_dataset
+from data.nyud import NYUD as NYUDv2
 from data.tasks import TASKS, primary_score
 from evaluation.boundary import BoundaryBenchmark, BoundarySettings, BoundaryTotals, Protocol, image_counts
 from evaluation.boundary.__main__ import main, score_pairs
@@ -207,7 +208,7 @@ def fifty(tmp_path_factory):
     """An untrained NYUD network, and a data folder with 50 rendered test images."""
     from data.example.write import write_example
     root = tmp_path_factory.mktemp("fifty")
-    write_example(root / "data", num_train=4, num_val=50, size=(64, 96), seed=1, workers=2, progress=False)
+    write_example(root / "data", num_train=2, num_val=50, size=(48, 64), seed=1, workers=2, progress=False)
     config = load_config(NYUD, [*TINY, "max_iter=1", "val_interval=1", "boundary_eval=fast",
                                 f"db_root={root / 'data'}", f"out_dir={root / 'runs'}"])
     return root / "data", config.run_dir, train(config, resume=False)
@@ -290,6 +291,18 @@ def test_pascal_images_can_be_those_of_the_published_list(example_root):
             truth_source(dataset, "auto")
     finally:
         path.unlink()
+
+
+def test_fast_scores_every_eighth_image():
+    class Ids:
+        spec, boundary_source, split, folder = NYUDv2.spec, NYUDv2.boundary_source, "val", None
+        boundary_files = None
+
+        def __init__(self, number: int):
+            self.ids = [str(i) for i in range(number)]
+    for number, stride in ((654, 8), (40, 1), (100, 3)):
+        assert truth_source(Ids(number), "auto", fast=True).names == {str(i) for i in range(0, number, stride)}
+    assert "a sample of 82 from all of val" in truth_source(Ids(654), "auto", fast=True).covered
 
 
 def test_only_listed_images_are_counted_and_nan_is_refused(example_root):

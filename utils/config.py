@@ -142,7 +142,7 @@ class Config:
     tensorboard: bool = True
     progress: bool = True                        # progress bars
     eval_at_start: bool = False                  # also score the untrained model
-    # boundary score: `fast` takes every fourth threshold; docs/boundary.md
+    # boundary score: `fast` takes every eighth image; docs/boundary.md
     boundary_infer: Literal["off", "fast", "exact"] = "exact"            # in --run_mode infer
     boundary_eval: Literal["off", "fast", "exact"] = "off"               # in the evaluations of a training
     boundary_kwargs: BoundarySettings = field(default_factory=BoundarySettings)

@@ -37,9 +37,9 @@ COMPLETE = "complete"
 def load_extension(name: str, sources: Sequence[Path]) -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason why there is none (one clause, for a log line).
 
-    `sources` is a tuple of .cpp files, which are compiled, and .h files, which belong to them. They define a Python
-    module with PYBIND11_MODULE(TORCH_EXTENSION_NAME, ..), or operators with TORCH_LIBRARY; then `torch.ops` is
-    returned. NO_CPP=1 in the environment switches all compiled routines off.
+    `sources` is a tuple of .cpp files, which are compiled, and .h files, which belong to them. They define a
+    Python module with PYBIND11_MODULE(TORCH_EXTENSION_NAME, ..), or operators with TORCH_LIBRARY; then
+    `torch.ops` is returned. NO_CPP=1 in the environment switches all compiled routines off.
     """
     if os.environ.get("NO_CPP") == "1":
         return None, "NO_CPP=1 is set"
@@ -61,7 +61,7 @@ def load_extension(name: str, sources: Sequence[Path]) -> tuple[ModuleType | Non
                     return None, reason
         return _load(tagged, folder / f"{tagged}.so", is_module), ""
     except (OSError, ImportError) as error:
-        return None, f"the compiled library does not load: {_first_line(error)}; remove {folder}"
+        return None, f"no usable library in {folder}: {_first_line(error)}"
 
 
 def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) -> str:
@@ -80,6 +80,7 @@ def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) ->
         from torch.utils import cpp_extension
         for leftover in (*folder.glob("*.so"), folder / "lock"):
             leftover.unlink(missing_ok=True)
+        cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(tagged, None)  # an interrupted build would count as done
         cpp_extension.load(tagged, files, build_directory=str(folder), extra_cflags=list(FLAGS),
                            extra_ldflags=list(LDFLAGS), is_python_module=False, is_standalone=False)
     except RuntimeError as error:
@@ -122,7 +123,7 @@ def _cache_root() -> Path:
 
 
 def _find_ninja() -> bool:
-    """Is ninja on PATH? The pip package's lies beside the interpreter, which need not be on PATH: it is put there."""
+    """Is ninja on PATH? That of the pip package, beside the interpreter, is put there."""
     beside = Path(sys.executable).parent
     if shutil.which("ninja") is None and (beside / "ninja").exists():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -50,5 +50,5 @@ def build_benchmarks(config: Config, dataset: MultiTaskDataset, mode: str,
     if mode == "off":
         return {}
     settings = config.boundary_kwargs
-    return {task: TASKS[task].benchmark(truth_source(dataset, settings.images), settings, mode == "fast", progress)
+    return {task: TASKS[task].benchmark(truth_source(dataset, settings.images, mode == "fast"), settings, progress)
             for task in config.tasks if TASKS[task].benchmark is not None}

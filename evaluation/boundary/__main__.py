@@ -40,7 +40,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--images", type=Path, metavar="FILE", help="score only these images: a text file, one name per line")
     add("--protocol", choices=("nms", "plain"), default="nms",
         help="plain: no non-maximum suppression, 99 thresholds (MTI-Net)")
-    add("--fast", action="store_true", help="only every fourth threshold: approximate, never too high")
     add("--workers", type=int, metavar="N", help="processes; 0: none besides this one (default: the cores, at most 8)")
     add("--json", type=Path, metavar="OUT", help="write the scores and the curve")
     add("--plot", type=Path, metavar="OUT", help="write the precision-recall curve as PNG")
@@ -77,7 +76,7 @@ def table(result: dict[str, float]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    protocol = Protocol(args.max_dist, args.protocol, args.fast)
+    protocol = Protocol(args.max_dist, args.protocol)
     names = None if args.images is None else args.images.read_text(encoding="utf-8").split()
     pairs = find_pairs(args.pred, args.gt, names)
     totals = score_pairs(pairs, args.gt_kind, protocol, default_workers() if args.workers is None else args.workers)
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(result))
     if args.json is not None:
         precision, recall, f = (x.round(6).tolist() for x in precision_recall_f(totals.counts))
-        about = {"gt_kind": args.gt_kind, "max_dist": args.max_dist, "protocol": args.protocol, "fast": args.fast}
+        about = {"gt_kind": args.gt_kind, "max_dist": args.max_dist, "protocol": args.protocol}
         curve = {"threshold": protocol.thresholds.tolist(), "precision": precision, "recall": recall, "f": f}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**result, **about, "curve": curve}, indent=1) + "\n", encoding="ascii")

@@ -23,7 +23,6 @@ from evaluation.edge_maps import edge_maps
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["off", "fast", "exact"]
 SMALL_SET = 32       # so few images are counted before workers have started
 
 
@@ -64,10 +63,10 @@ class TruthSource:
 class BoundaryBenchmark:
     """`update` per batch, `reduce` once at the end, `compute`; a context manager that ends its workers."""
 
-    def __init__(self, source: TruthSource, settings: BoundarySettings, fast: bool = False, progress: bool = False):
+    def __init__(self, source: TruthSource, settings: BoundarySettings, progress: bool = False):
         self.source, self.settings, self.progress = source, settings, progress
         self.kind = "boundary" if source.kind == "nyud" and settings.nyud_gt == "thin" else source.kind
-        self.protocol = Protocol(settings.max_dist or source.max_dist, settings.protocol, fast)
+        self.protocol = Protocol(settings.max_dist or source.max_dist, settings.protocol)
         workers = settings.workers
         if workers is None:
             ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -116,11 +115,10 @@ class BoundaryBenchmark:
         scores = self.compute()
         counts = ", ".join(f"{n} {v}" for n, v in zip(COUNT_NAMES, self.totals.counts[self.totals.optimum],
                                                             strict=True))
-        mode = "every 4th threshold: approximate" if self.protocol.fast else f"{len(self.totals.counts)} thresholds"
         return (f"odsF {100 * scores['odsF']:.2f} at threshold {scores['threshold']:g} over {scores['images']} images "
                 f"({self.source.covered}), oisF {100 * scores['oisF']:.2f}, AP {100 * scores['ap']:.2f}; {counts}; "
                 f"ground truth {self.kind}, max_dist {self.protocol.max_dist:g}, protocol {self.protocol.name}, "
-                f"{mode}, {pick_backend()} matching")
+                f"{pick_backend()} matching")
 
 
 def count_prediction(prediction: np.ndarray, read: Callable[..., np.ndarray], files: Sequence[Path], kind: str,

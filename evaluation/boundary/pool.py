@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -102,6 +103,7 @@ def _context() -> multiprocessing.context.BaseContext:
 def _start_worker() -> None:
     """Ctrl-C is for the calling process, which then stops the workers; they also end when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("evaluation.boundary").setLevel(logging.ERROR)   # the caller has given the warnings already
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

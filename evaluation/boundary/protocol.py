@@ -13,7 +13,6 @@ from evaluation.boundary.matching import cheapest_match, count_levels, thin
 from evaluation.boundary.suppression import suppress
 
 ProtocolName = Literal["nms", "plain"]
-FAST_STRIDE = 4      # the fast mode looks at every fourth threshold
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,10 @@ class Protocol:
     max_dist: largest distance of a match, as a share of the image's diagonal (NYUD-v2 0.011, PASCAL 0.0075).
     name: `nms` (SEISM, and the papers since InvPT) suppresses non-maxima and takes 101 thresholds, value > t in single
     precision; `plain` (MTI-Net) thins what 99 thresholds leave, value >= t in double precision.
-    fast: only every fourth threshold, so that ODS-F and OIS-F can come out lower but not higher.
     """
 
     max_dist: float
     name: ProtocolName = "nms"
-    fast: bool = False
 
     def __post_init__(self):
         if self.name not in get_args(ProtocolName):
@@ -40,8 +37,7 @@ class Protocol:
     def thresholds(self) -> np.ndarray:
         """Increasing, (K,) float64."""
         inner = np.arange(1, 100) / 100
-        full = np.array([0.001, *inner, 0.999]) if self.name == "nms" else inner
-        return full[::FAST_STRIDE] if self.fast else full
+        return np.array([0.001, *inner, 0.999]) if self.name == "nms" else inner
 
     def levels(self, prediction: np.ndarray) -> np.ndarray:
         """How many thresholds each pixel passes, (H, W); prediction as in `image_counts`."""

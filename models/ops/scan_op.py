@@ -96,8 +96,9 @@ def _gradients(ctx, grad_y, grad_last, grad_entries):
 torch.library.register_autograd("mtdp::scan", _gradients, setup_context=_save)
 
 
-def scan_macs(batch: int, length: int, channels: int, state: int) -> int:
-    """Cost of one scan as this family of papers counts it, one unit per multiply-add: 9 B L D N + B L D."""
+def scan_flops(batch: int, length: int, channels: int, state: int) -> int:
+    """Cost of one scan as this family of papers counts it: 9 B L D N + B L D, added to the multiply-adds of other
+    layers."""
     return 9 * batch * length * channels * state + batch * length * channels
 
 
@@ -105,7 +106,7 @@ def scan_macs(batch: int, length: int, channels: int, state: int) -> int:
 def _flops(u_shape, delta_shape, A_shape, *args, **kwargs) -> int:
     """FLOP counters count two per multiply-add."""
     batch, length, groups, channels = delta_shape
-    return 2 * scan_macs(batch, length, groups * channels, A_shape[2])
+    return 2 * scan_flops(batch, length, groups * channels, A_shape[2])
 
 
 @register_flop_formula(torch.ops.mtdp.scan_backward)

@@ -21,7 +21,7 @@ from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs, check_scan, check_tensor
 from models.ops.scan_cpp import find_cpp_kernel
 from models.ops.scan_mamba import mamba_refusal, mamba_scan
-from models.ops.scan_op import scan_macs, scan_op
+from models.ops.scan_op import scan_flops, scan_op
 from models.ops.scan_reference import reference_scan
 
 logger = logging.getLogger(__name__)
@@ -189,9 +189,6 @@ def _log_choice(name: str, reason: str) -> str:
         _logged.add((name, reason))
         logger.info("selective scan: %s backend (%s)", name, reason)
     return name
-
-
-scan_flops = scan_macs
 
 
 @dataclass

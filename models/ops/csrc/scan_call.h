@@ -69,8 +69,6 @@ struct Rows {
     }
   }
 
-  void prefetch(int64_t b, int64_t t, int64_t k, int64_t first) const { __builtin_prefetch(at(b, t, k, first), 0, 2); }
-
   // Columns first .. first + count - 1 into out[0 .. padded - 1], zeros behind them.
   template <typename S>
   void load(int64_t b, int64_t t, int64_t k, int64_t first, int64_t count, int64_t padded, S* out) const {

@@ -39,7 +39,7 @@ struct Lane {
   Vec<S>*A, *state, *D, *bias;         // (n, v), (n, v), (v), (v); A times log2(e)
   Vec<S>*u, *raw, *step, *push, *out;  // (t, v); raw: step before softplus, push: step * u
   S *maps_B, *maps_C;                  // (t, n)
-  int64_t token[kChunk], coming[kChunk], length = 0, coming_length = 0;
+  int64_t token[kChunk], length = 0;
 
   Lane(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, int64_t extra_vectors = 0)
       : call(call_), b(b_), k(k_), chain(b_ * call_.groups + k_), first(block * call_.vecs * kLanes<S>),
@@ -78,8 +78,7 @@ struct Lane {
       rows.store(b, token[t], k, first, count, reinterpret_cast<const S*>(source + t * vecs), add);
   }
 
-  // Reads the chunk's inputs; `next` will be the following one, if it exists.
-  void load(int64_t chunk, int64_t next) {
+  void load(int64_t chunk) {
     length = std::min(kChunk, call.tokens - chunk * kChunk);
     call.routes[k].tokens(chunk * kChunk, length, token);
     for (int64_t t = 0; t < length; ++t) {
@@ -88,8 +87,6 @@ struct Lane {
     }
     load_rows(call.u, u);
     load_rows(call.delta, raw);
-    coming_length = next >= 0 ? std::clamp<int64_t>(call.tokens - next * kChunk, 0, kChunk) : 0;
-    call.routes[k].tokens(next * kChunk, coming_length, coming);
     for (int64_t t = 0; t < length; ++t) {
       for (int64_t v = 0; v < vecs; ++v) {
         const int64_t i = t * vecs + v;
@@ -100,23 +97,12 @@ struct Lane {
     }
   }
 
-  // Has a part of the coming chunk fetched while vector v is busy with states n, n + 1, ..: rows of a route may lie
-  // far apart, where the processor does not guess, and cannot wait for many at once.
-  void prefetch(int64_t v, int64_t n) const {
-    const int64_t begin = n * coming_length / call.padded_states, end = (n + kStates) * coming_length / call.padded_states;
-    for (int64_t t = begin; t < end; ++t) {
-      for (const Rows* rows : {&call.u, &call.delta}) rows->prefetch(b, coming[t], k, first + v * kLanes<S>);
-      if (v == 0)
-        for (const Rows* rows : {&call.B, &call.C}) rows->prefetch(b, coming[t], k, 0);
-    }
-  }
-
   void forward(int64_t chunk, const Rows& y) {
-    load(chunk, chunk + 1);
+    load(chunk);
     for (int64_t t = 0; t < length; ++t)
       for (int64_t v = 0; v < vecs; ++v) out[t * vecs + v] = D[v] * u[t * vecs + v];
     for (int64_t v = 0; v < vecs; ++v)
-      for (int64_t n = 0; n < call.padded_states; n += kStates) prefetch(v, n), advance(v, n);
+      for (int64_t n = 0; n < call.padded_states; n += kStates) advance(v, n);
     store_rows(out, y, call.shared && k > 0);
   }
 
@@ -183,7 +169,7 @@ struct BackwardLane : Lane<S> {
   // `sums` receives this block's share of the gradients of the maps: B in (t, n), then C in (t, n).
   void backward(int64_t chunk, const Tensor& entries, const Rows& y, const Rows& u_rows, const Rows& delta_rows,
                 S* sums) {
-    this->load(chunk, chunk - 1);
+    this->load(chunk);
     this->load_rows(y, grad_y);
     std::fill(grad_push, grad_push + vecs * length, Vec<S>{});
     std::fill(grad_step, grad_step + vecs * length, Vec<S>{});
@@ -192,7 +178,6 @@ struct BackwardLane : Lane<S> {
       std::fill(terms_B, terms_B + kStates * length, Vec<S>{});
       std::fill(terms_C, terms_C + kStates * length, Vec<S>{});
       for (int64_t v = 0; v < vecs; ++v) {
-        this->prefetch(v, n);
         replay(v, n);
         walk_back(v, n);
       }
