@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_a_damaged_file_is_named_by_workers_too(folders):
 def children(pid: int) -> list[int]:
     """All descendants of a process."""
     found = [int(c) for task in os.listdir(f"/proc/{pid}/task")
-             for c in open(f"/proc/{pid}/task/{task}/children").read().split()]
+             for c in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
@@ -224,9 +225,11 @@ def infer(monkeypatch, run_dir, output, *overrides: str) -> dict:
 @pytest.mark.parametrize("rule, kind", [("seism", "nyud"), ("thin", "boundary")])
 def test_infer_equals_the_tool_on_its_files(fifty, rule, kind, monkeypatch, tmp_path, capsys):
     data, run_dir, _ = fifty
-    scores = infer(monkeypatch, run_dir, tmp_path / "out", "boundary_kwargs.workers=2", f"boundary_kwargs.nyud_gt={rule}")
+    scores = infer(monkeypatch, run_dir, tmp_path / "out", "boundary_kwargs.workers=2",
+                   f"boundary_kwargs.nyud_gt={rule}")
     nyud = data / "NYUDv2"
-    main(["--pred", str(tmp_path / "out" / "edge"), "--gt", str(nyud / "edge"), "--gt_kind", kind, "--max_dist", "0.011",
+    edges = tmp_path / "out" / "edge"
+    main(["--pred", str(edges), "--gt", str(nyud / "edge"), "--gt_kind", kind, "--max_dist", "0.011",
           "--images", str(nyud / "gt_sets" / "val.txt"), "--workers", "0", "--json", str(tmp_path / "tool.json")])
     files = json.loads((tmp_path / "tool.json").read_text())
     assert files["images"] == scores["images"] == 50
