@@ -125,9 +125,10 @@ def children(pid: int) -> list[int]:
 def test_ctrl_c_or_kill_leaves_no_workers(folders, how, code):
     (folders / "slow" / "pred").mkdir(parents=True)
     rng = np.random.default_rng(1)
-    for i in range(60):
-        save(folders / "slow" / "pred" / f"{i}.png", rng.integers(0, 256, (300, 300), np.uint8))
-        save(folders / "slow" / "gt" / f"{i}.png", rng.integers(0, 9, (300, 300), np.uint8))
+    for kind, limit in (("pred", 256), ("gt", 9)):                     # one pair under so many names that it lasts
+        save(folders / "slow" / kind / "0.png", rng.integers(0, limit, (300, 300), np.uint8))
+        for i in range(1, 3000):
+            os.link(folders / "slow" / kind / "0.png", folders / "slow" / kind / f"{i}.png")
     process = subprocess.Popen(
         [sys.executable, "-m", "evaluation.boundary", "--pred", str(folders / "slow" / "pred"), "--gt",
          str(folders / "slow" / "gt"), "--gt_kind", "regions", "--max_dist", "0.02", "--workers", "2"],
