@@ -17,10 +17,10 @@ using at::ScalarType;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunk = 64;    // tokens between two kept states; CHUNK_TOKENS in Python says the same
-constexpr int64_t kMinVecs = 2, kMaxVecs = 8;  // width of a block of channels
+constexpr int64_t kChunk = 64;                 // tokens between two kept states; CHUNK_TOKENS in Python says the same
+constexpr int64_t kMinVecs = 3, kMaxVecs = 8;  // width of a block of channels
 constexpr int64_t kWantedBlocks = 8;           // blocks get narrower rather than fewer than this in a call
-constexpr int64_t kReduceGrain = 32;  // chunks whose sums over blocks are worth a thread
+constexpr int64_t kReduceGrain = 32;           // chunks whose sums over blocks are worth a thread
 
 // Position p visits token (p / inner) * outer_stride + (p % inner) * inner_stride, counted from the end if reversed.
 struct Route {
@@ -121,8 +121,10 @@ struct Call {
     const auto zeros = [&] { return at::zeros({groups, channels}, A.options()); };
     D = D_ ? D_->to(type).contiguous() : zeros();
     bias = bias_ ? bias_->to(type).contiguous() : zeros();
+    TORCH_CHECK(static_cast<int64_t>(flat_routes.size()) == 5 * groups, "scan: five numbers for each route");
     for (int64_t k = 0; k < groups; ++k) {
       const int64_t* r = flat_routes.data() + 5 * k;
+      TORCH_CHECK(r[0] * r[1] == tokens, "scan: a route of ", r[0] * r[1], " positions over ", tokens, " tokens");
       routes.push_back({r[0], r[1], r[2], r[3], r[4]});
     }
     padded_states = (states + kStates - 1) / kStates * kStates;

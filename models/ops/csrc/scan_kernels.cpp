@@ -90,8 +90,11 @@ Tensor sum_over_batch(const Tensor& values) {
 }
 
 template <typename S>
-std::vector<Tensor> backward(const Call<S>& call, const Tensor& entries, const Tensor& grad_y, const Tensor& grad_last) {
+std::vector<Tensor> backward(const Call<S>& call, const Tensor& entries, const Tensor& grad_y,
+                             const Tensor& grad_last) {
   const auto options = call.A.options();
+  const int64_t kept = call.chunks * call.batch * call.groups * call.states * call.channels;
+  TORCH_CHECK(entries.numel() == kept, "scan: ", entries.numel(), " kept states where ", kept, " are needed");
   const auto dense_like = [](const Rows& rows) { return at::empty(rows.tensor.sizes(), rows.tensor.options()); };
   const Tensor grad_u = call.shared ? at::zeros(call.u.tensor.sizes(), options) : dense_like(call.u);
   const Tensor grad_delta = dense_like(call.delta), grad_B = dense_like(call.B), grad_C = dense_like(call.C);
