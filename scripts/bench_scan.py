@@ -62,14 +62,24 @@ def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Co
             for name in runs}
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
 def peak_memory(run: Callable[[], object]) -> float:
-    """MiB that the process holds at most during the call, beyond what it holds before; NaN where unknown."""
+    """MiB that the process holds at most during the call, beyond what it holds before; NaN where unknown.
+
+    Meanwhile freed tensors go back to the system at once: otherwise the allocator's reserves are measured.
+    """
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back to the system, so that its reuse shows
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
         result = run()
         peak = _status("VmHWM")
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # as after a while of work, for the times
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)
     except (OSError, AttributeError):
         return float("nan")
     del result

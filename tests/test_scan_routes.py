@@ -168,6 +168,34 @@ def test_half_results_of_four_routes_are_added_in_single_precision(backend):
     assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * exact.abs().max()).all()
 
 
+@pytest.mark.parametrize("backend", (*FAST, "reference"))
+@pytest.mark.parametrize("shared", [False, True], ids=["own tokens", "shared tokens"])
+def test_step_sizes_of_low_rank(shared, backend):
+    """Brought to the channels inside the operator, as outside of it."""
+    device = device_of(backend)
+    dtype = torch.float32 if backend == "mamba_ssm" else torch.float64
+    inputs = arguments(35, groups=2, channels=6, shared=shared)
+    inputs |= {"delta": draw(1)(2, 35, 2, 3), "delta_weight": draw(2)(2, 6, 3)}
+    leaves = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in inputs.items()}
+    wide = {**leaves, "delta": torch.einsum("bpkr,ker->bpke", leaves["delta"], leaves["delta_weight"])}
+    del wide["delta_weight"]
+    routes, results = [Route(5, 7), Route(5, 7, by_column=True, reverse=True)], []
+    for tensors in (leaves, wide):
+        y = scan_routes(**tensors, routes=routes, delta_softplus=True, backend=backend)
+        results.append([y, *torch.autograd.grad((y * draw(9)(*y.shape).to(y)).sum(), list(leaves.values()))])
+    for name, a, b in zip(("y", *leaves), *results, strict=True):
+        assert relative_error(a, b) <= tolerance(backend, 1e-12), name
+
+
+def test_step_sizes_of_low_rank_are_what_is_kept():
+    inputs = arguments(35, groups=2, channels=6) | {"delta": draw(1)(2, 35, 2, 3), "delta_weight": draw(2)(2, 6, 3)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        scan_routes(**{name: x.requires_grad_() for name, x in inputs.items()}, routes=[Route(5, 7)] * 2,
+                    backend="torch")
+    assert kept.count((2, 35, 2, 3)) == 1 and kept.count((2, 35, 2, 6)) == 1  # the step sizes, and u
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_s6_scan_of_one_group_equals_its_part_of_a_grouped_scan(backend):
     device, normal = device_of(backend), draw()
@@ -198,15 +226,19 @@ def operator_inputs(shared=True):
 
 
 @pytest.mark.parametrize("kernel", ["cpp", "torch"])
+@pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_operator_is_registered_correctly(shared, kernel):
+def test_operator_is_registered_correctly(shared, low_rank, kernel):
     """Schema, fake tensors, autograd registration and AOT dispatch with fixed and with symbolic shapes."""
     device_of(kernel)
-    tensors = operator_inputs(shared=shared).values()
+    inputs = operator_inputs(shared=shared)
+    if low_rank:
+        inputs |= {"delta": draw(1)(3, 35, 2, 3).requires_grad_(), "delta_weight": draw(2)(2, 5, 3).requires_grad_()}
+    tensors = (*inputs.values(), *([] if low_rank else [None]))
     arguments_ = (*tensors, [5, 7, 0, 0, 5, 7, 1, 1], True, True, kernel)
     torch.library.opcheck(torch.ops.mtdp.scan.default, arguments_)
-    values = [x.detach() for x in tensors]
-    torch.library.opcheck(torch.ops.mtdp.scan.default, (*values, *arguments_[7:9], False, kernel))
+    values = [None if x is None else x.detach() for x in tensors]
+    torch.library.opcheck(torch.ops.mtdp.scan.default, (*values, *arguments_[8:10], False, kernel))
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
@@ -243,7 +275,7 @@ def test_gradient_where_none_was_expected_at_tracing(kernel):
     device_of(kernel)
     inputs, results = operator_inputs(), []
     for keep in (False, True):
-        y = torch.ops.mtdp.scan(*inputs.values(), [5, 7, 0, 0, 5, 7, 1, 1], True, keep, kernel)[0]
+        y = torch.ops.mtdp.scan(*inputs.values(), None, [5, 7, 0, 0, 5, 7, 1, 1], True, keep, kernel)[0]
         results.append(torch.autograd.grad(y.square().sum(), list(inputs.values())))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -251,7 +283,7 @@ def test_gradient_where_none_was_expected_at_tracing(kernel):
 @pytest.mark.parametrize("kernel", ["cpp", "torch"])
 def test_states_are_kept_only_where_asked_for(kernel):
     device_of(kernel)
-    arguments_ = (*(x.detach() for x in operator_inputs().values()), [5, 7, 0, 0] * 2, True)
+    arguments_ = (*(x.detach() for x in operator_inputs().values()), None, [5, 7, 0, 0] * 2, True)
     shapes = [tuple(torch.ops.mtdp.scan(*arguments_, keep, kernel)[2].shape) for keep in (False, True)]
     assert shapes == [(0,), (-(-35 // CHUNK_TOKENS[kernel]), 3, 2, 2, 5)]
 

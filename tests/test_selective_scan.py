@@ -482,7 +482,7 @@ def test_mamba_arguments_and_result(monkeypatch):
         rows = (x.mT.unflatten(2, (B.shape[1], -1)) for x in (u, delta))
         maps = (x.permute(0, 3, 1, 2) for x in (B, C))
         line = (Route(1, u.shape[2]),) * B.shape[1]
-        y, state = reference_scan(ScanArgs(*rows, args[0], *maps, *args[1:], line, delta_softplus))
+        y, state = reference_scan(ScanArgs(*rows, args[0], *maps, *args[1:], None, line, delta_softplus))
         y = y.flatten(2).mT
         return (y, state.flatten(1, 2)) if return_last_state else y
 

@@ -1,10 +1,10 @@
 """Thinning, and maximum matching of predicted with true boundary pixels; two backends with equal results.
 
-`compiled` is matching.cpp, built on first use. `scipy` needs no compiler: scikit-image's `thin` (Lam, Lee, Suen,
-PAMI 1992; Matlab's `bwmorph(., 'thin', Inf)`) and SciPy's `maximum_flow` (Dinic), which on unit capacities is the
-method of Hopcroft and Karp. SciPy's own `maximum_bipartite_matching` finds the same number, but can take a minute for
-a single map where predicted and true pixels are equally many. The SciPy backend is the fallback, and what the
-compiled one is tested against.
+`compiled` is matching.cpp with its headers, built on first use. `scipy` needs no compiler: scikit-image's `thin` (Lam,
+Lee, Suen, PAMI 1992; Matlab's `bwmorph(., 'thin', Inf)`) and SciPy's `maximum_flow` (Dinic), which on unit capacities
+is the method of Hopcroft and Karp. SciPy's own `maximum_bipartite_matching` finds the same number, but can take more
+than a minute for a single map where predicted and true pixels are about equally many. The SciPy backend is the
+fallback, and what the compiled one is tested against.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from utils.extension import load_extension
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "compiled", "scipy")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("matching.cpp", "matcher.h", "thinning.h"))
 COST_PER_PIXEL = 100                 # costs of the published matcher are whole hundredths of a pixel
 
 
 @functools.cache
 def _compiled() -> ModuleType | None:
-    module, reason = load_extension("boundary_matching", (Path(__file__).with_name("matching.cpp"),))
+    module, reason = load_extension("boundary_matching", SOURCES)
     if module is None:
-        log.warning("boundary score: SciPy and scikit-image, not compiled code, several times slower: %s", reason)
+        log.warning("boundary score: SciPy and scikit-image, not compiled code, some thirty times slower: %s", reason)
     return module
 
 

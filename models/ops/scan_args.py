@@ -1,11 +1,12 @@
 """The arguments of one scan call: checked once, in one canonical form that every backend reads.
 
-Axes: B batch, P tokens, K routes, E channels of a route, N state.
+Axes: B batch, P tokens, K routes, E channels of a route, N state, R rank of the step size.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.routes import Route
@@ -18,12 +19,13 @@ class ScanArgs(NamedTuple):
     """Tokens in spatial order, rows of channels; one group of parameters per route."""
 
     u: Tensor  # (B, P, K, E), or (B, P, 1, E): all routes read the same tokens and their results are added up
-    delta: Tensor  # (B, P, K, E): step size before bias and softplus
+    delta: Tensor  # (B, P, K, E): step size before bias and softplus; (B, P, K, R) with delta_weight
     A: Tensor  # (K, E, N)
     B: Tensor  # (B, P, K, N)
     C: Tensor  # (B, P, K, N)
     D: Tensor | None  # (K, E)
     delta_bias: Tensor | None  # (K, E)
+    delta_weight: Tensor | None  # (K, E, R): brings step sizes of low rank to the channels
     routes: tuple[Route, ...]
     delta_softplus: bool
 
@@ -43,8 +45,21 @@ class ScanArgs(NamedTuple):
         double = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         return torch.float64 if double else torch.float32
 
+    def with_wide_delta(self) -> "ScanArgs":
+        """The same scan with step sizes of all channels."""
+        if self.delta_weight is None:
+            return self
+        return self._replace(delta=project(self.delta, self.delta_weight.to(self.delta.dtype)), delta_weight=None)
+
     def to_scan_dtype(self) -> "ScanArgs":
         return self._replace(**{name: value.to(self.scan_dtype) for name, value in self.tensors.items()})
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows (B, P, K or 1, E) with weights (K, F, E) to (B, P, K, F)."""
+    if x.shape[2] == 1:
+        return F.linear(x.squeeze(2), weight.flatten(0, 1)).unflatten(2, (weight.shape[0], -1))
+    return torch.einsum("bpke,kfe->bpkf", x, weight)
 
 
 def chunk_tokens(kernel: str, device: torch.device) -> int:
@@ -57,11 +72,12 @@ def check_scan(args: ScanArgs) -> None:
     if args.delta.dim() != 4 or args.A.dim() != 3:
         raise ValueError(f"scan needs delta (B, P, K, E) and A (K, E, N), got delta {tuple(args.delta.shape)} "
                          f"and A {tuple(args.A.shape)}")
-    batch, tokens, groups, channels = args.delta.shape
-    state = args.A.shape[2]
+    batch, tokens, groups, rank = args.delta.shape
+    channels, state = rank if args.delta_weight is None else args.A.shape[1], args.A.shape[2]
     rows, maps, per_channel = (batch, tokens, groups, channels), (batch, tokens, groups, state), (groups, channels)
-    expected = {"u": [rows, (batch, tokens, 1, channels)], "delta": [rows], "A": [(groups, channels, state)],
-                "B": [maps], "C": [maps], "D": [per_channel], "delta_bias": [per_channel]}
+    expected = {"u": [rows, (batch, tokens, 1, channels)], "delta": [(*rows[:3], rank)],
+                "A": [(groups, channels, state)], "B": [maps], "C": [maps], "D": [per_channel],
+                "delta_bias": [per_channel], "delta_weight": [(groups, channels, rank)]}
     for name, tensor in args.tensors.items():
         if tuple(tensor.shape) not in expected[name]:
             raise ValueError(f"scan: {name} has shape {tuple(tensor.shape)}, expected "

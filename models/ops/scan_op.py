@@ -1,8 +1,9 @@
 """The scan as two operators of torch.library, `mtdp::scan` and `mtdp::scan_backward`.
 
 Registered with shapes for fake and meta tensors, a gradient formula and a cost, so that torch.compile, torch.export,
-meta-device counting and torch.utils.flop_counter all see one node where a scan runs. Which kernel runs inside ("cpp" or
-"torch") is an argument, decided by the caller. Routes travel as a flat list, four integers each.
+meta-device counting and torch.utils.flop_counter all see one node where a scan runs. Step sizes of low rank are brought
+to the channels inside, so that only the former are kept for the backward pass. Which kernel runs ("cpp" or "torch") is
+an argument, decided by the caller. Routes travel as a flat list, four integers each.
 """
 
 import torch
@@ -14,12 +15,12 @@ from models.ops.scan_args import ScanArgs, chunk_tokens
 from models.ops.scan_cpp import cpp_backward, cpp_forward
 from models.ops.scan_torch import torch_backward, torch_forward
 
-_INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, int[] routes, "
-           "bool delta_softplus")
+_INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? delta_weight, "
+           "int[] routes, bool delta_softplus")
 torch.library.define("mtdp::scan", f"({_INPUTS}, bool keep_entries, str kernel) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "mtdp::scan_backward", f"(Tensor grad_y, Tensor grad_last, Tensor entries, {_INPUTS}, str kernel) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 _FORWARD = {"cpp": cpp_forward, "torch": torch_forward}
 _BACKWARD = {"cpp": cpp_backward, "torch": torch_backward}
@@ -31,23 +32,23 @@ def scan_op(args: ScanArgs, kernel: str) -> tuple[Tensor, Tensor]:
     routes = [int(number) for route in args.routes for number in route]
     dtype = args.scan_dtype
     D, bias = (None if x is None else x.to(dtype) for x in (args.D, args.delta_bias))
-    y, last_state, _ = torch.ops.mtdp.scan(args.u, args.delta, args.A.to(dtype), args.B, args.C, D, bias, routes,
-                                           args.delta_softplus, keep, kernel)
+    y, last_state, _ = torch.ops.mtdp.scan(args.u, args.delta, args.A.to(dtype), args.B, args.C, D, bias,
+                                           args.delta_weight, routes, args.delta_softplus, keep, kernel)
     return y, last_state
 
 
-def _args(u, delta, A, B, C, D, delta_bias, routes, delta_softplus) -> ScanArgs:
+def _args(u, delta, A, B, C, D, delta_bias, delta_weight, routes, delta_softplus) -> ScanArgs:
     """From the operator's arguments; four integers are one `Route`."""
     rules = tuple(Route(rows, columns, bool(by_column), bool(reverse)) for rows, columns, by_column, reverse
                   in zip(*[iter(routes)] * len(Route._fields), strict=True))
-    return ScanArgs(u, delta, A, B, C, D, delta_bias, rules, delta_softplus)
+    return ScanArgs(u, delta, A, B, C, D, delta_bias, delta_weight, rules, delta_softplus)
 
 
 @torch.library.impl("mtdp::scan", ("CPU", "CUDA"))
-def _scan(u, delta, A, B, C, D, delta_bias, routes, delta_softplus, keep_entries, kernel):
-    args = _args(u, delta, A, B, C, D, delta_bias, routes, delta_softplus)
+def _scan(u, *inputs):
+    *inputs, keep_entries, kernel = inputs
     with torch.autocast(u.device.type, enabled=False):
-        return _FORWARD[kernel](args, keep_entries)
+        return _FORWARD[kernel](_args(u, *inputs).with_wide_delta(), keep_entries)
 
 
 @torch.library.impl("mtdp::scan_backward", ("CPU", "CUDA"))
@@ -55,24 +56,33 @@ def _scan_backward(grad_y, grad_last, entries, *inputs):
     *inputs, kernel = inputs
     args = _args(*inputs)
     with torch.autocast(grad_y.device.type, enabled=False):
+        wide = args.with_wide_delta()
         if not entries.numel():  # traced where no gradient was asked for
-            entries = _FORWARD[kernel](args, True)[2]
-        return _BACKWARD[kernel](args, entries, grad_y, grad_last)
+            entries = _FORWARD[kernel](wide, True)[2]
+        grad_u, grad_delta, *grads = _BACKWARD[kernel](wide, entries, grad_y, grad_last)
+        if args.delta_weight is None:
+            return grad_u, grad_delta, *grads, grad_delta.new_empty(0)
+        weight = args.delta_weight.to(args.delta.dtype)
+        grad_weight = torch.einsum("bpke,bpkr->ker", grad_delta, args.delta)
+        grad_delta = torch.einsum("bpke,ker->bpkr", grad_delta, weight).contiguous()
+        return grad_u, grad_delta, *grads, grad_weight.to(args.delta_weight)
 
 
 @torch.library.register_fake("mtdp::scan")
-def _fake_scan(u, delta, A, B, C, D, delta_bias, routes, delta_softplus, keep_entries, kernel):
-    batch, tokens, groups, channels = delta.shape
-    state = A.shape[2]
+def _fake_scan(u, delta, A, B, C, D, delta_bias, delta_weight, routes, delta_softplus, keep_entries, kernel):
+    batch, tokens = delta.shape[:2]
+    groups, channels, state = A.shape
     chunks = -(-tokens // chunk_tokens(kernel, u.device))
     entries = (chunks, batch, groups, state, channels) if keep_entries else (0,)
     return u.new_empty(u.shape), A.new_empty(batch, groups, channels, state), A.new_empty(entries)
 
 
 @torch.library.register_fake("mtdp::scan_backward")
-def _fake_scan_backward(grad_y, grad_last, entries, u, delta, A, B, C, D, delta_bias, routes, delta_softplus, kernel):
+def _fake_scan_backward(grad_y, grad_last, entries, u, delta, A, B, C, D, delta_bias, delta_weight, *constants):
     per_channel = A.shape[:2]
-    return (*(x.new_empty(x.shape) for x in (u, delta, A, B, C)), A.new_empty(per_channel), A.new_empty(per_channel))
+    grad_weight = u.new_empty(0) if delta_weight is None else delta_weight.new_empty(delta_weight.shape)
+    return (*(x.new_empty(x.shape) for x in (u, delta, A, B, C)), A.new_empty(per_channel), A.new_empty(per_channel),
+            grad_weight)
 
 
 def _save(ctx, inputs, output):
@@ -88,9 +98,8 @@ def _gradients(ctx, grad_y, grad_last, grad_entries):
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     if grad_last is None:
         grad_last = A.new_zeros(u.shape[0], *A.shape)
-    *grads, grad_D, grad_bias = torch.ops.mtdp.scan_backward(grad_y, grad_last, entries, *tensors, *ctx.constants)
-    D, delta_bias = tensors[5:]
-    return *grads, None if D is None else grad_D, None if delta_bias is None else grad_bias, None, None, None, None
+    grads = torch.ops.mtdp.scan_backward(grad_y, grad_last, entries, *tensors, *ctx.constants)
+    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), None, None, None, None
 
 
 torch.library.register_autograd("mtdp::scan", _gradients, setup_context=_save)
@@ -103,14 +112,16 @@ def scan_flops(batch: int, length: int, channels: int, state: int) -> int:
 
 
 @register_flop_formula(torch.ops.mtdp.scan)
-def _flops(u_shape, delta_shape, A_shape, *args, **kwargs) -> int:
+def _flops(u_shape, delta_shape, A_shape, B_shape, C_shape, D_shape, bias_shape, delta_weight_shape, *args,
+           **kwargs) -> int:
     """FLOP counters count two per multiply-add."""
-    batch, length, groups, channels = delta_shape
-    return 2 * scan_flops(batch, length, groups * channels, A_shape[2])
+    batch, length, groups, rank = delta_shape
+    channels = groups * A_shape[1]
+    projection = 0 if delta_weight_shape is None else batch * length * channels * rank
+    return 2 * (scan_flops(batch, length, channels, A_shape[2]) + projection)
 
 
 @register_flop_formula(torch.ops.mtdp.scan_backward)
-def _backward_flops(grad_y_shape, grad_last_shape, entries_shape, u_shape, delta_shape, A_shape, *args,
-                    **kwargs) -> int:
+def _backward_flops(grad_y_shape, grad_last_shape, entries_shape, *args, **kwargs) -> int:
     """Twice the forward pass, as for matrix products."""
-    return 2 * _flops(u_shape, delta_shape, A_shape)
+    return 2 * _flops(*args)

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 SCAN_BACKENDS = ("auto", "cpp", "mamba_ssm", "torch", "reference")
 
+_PLAIN = {"reference": reference_scan, "mamba_ssm": mamba_scan}  # the others run inside our operator
+
 _configured = "auto"
 _logged: set[tuple[str, str]] = set()
 _counters: list["ScanCounter"] = []
@@ -35,7 +37,8 @@ _counters: list["ScanCounter"] = []
 
 def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, routes: Sequence[Route],
                 D: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-                return_last_state: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+                return_last_state: bool = False, backend: str = "auto", delta_weight: Tensor | None = None,
+                ) -> Tensor | tuple[Tensor, Tensor]:
     """K scans of tokens in spatial order, each along its route: at the p-th token of a route, with h = 0 before it,
 
     h_p = exp(s_p A) h_{p-1} + s_p B_p u_p;  y_p = sum_n C_p h_p + D u_p;  s is delta + delta_bias, through softplus
@@ -43,7 +46,7 @@ def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, route
 
     Args:
         u: (B, P, K, E), or (B, P, 1, E) if all routes scan the same tokens; their results are then added up.
-        delta: (B, P, K, E).
+        delta: (B, P, K, E), or (B, P, K, R) with delta_weight (K, E, R); then only R columns are kept for gradients.
         A: (K, E, N), real, negative for a decaying state.
         B, C: (B, P, K, N).
         routes: K orders of the P tokens.
@@ -57,10 +60,10 @@ def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, route
     Raises ValueError on mismatched shapes and unknown backends, RuntimeError when a backend asked for by name cannot
     run.
     """
-    args = ScanArgs(u, delta, A, B, C, D, delta_bias, tuple(routes), delta_softplus)
+    args = ScanArgs(u, delta, A, B, C, D, delta_bias, delta_weight, tuple(routes), delta_softplus)
     check_scan(args)
     for counter in _counters:
-        counter.add(delta.shape[0], delta.shape[2] * delta.shape[3], delta.shape[1], A.shape[2])
+        counter.add(delta.shape[0], A.shape[0] * A.shape[1], delta.shape[1], A.shape[2])
     y, last_state = _run(args, return_last_state, backend)
     return (y, last_state) if return_last_state else y
 
@@ -144,9 +147,9 @@ def _run(args: ScanArgs, return_last_state: bool, backend: str) -> tuple[Tensor,
     state_gradient = (return_last_state and torch.is_grad_enabled()
                       and any(tensor.requires_grad for tensor in args.tensors.values()))
     name = _choose(args.u.device.type, args.scan_dtype, state_gradient, backend)
-    if name == "reference":
-        return reference_scan(args)
-    return mamba_scan(args) if name == "mamba_ssm" else scan_op(args, name)
+    if name in _PLAIN:
+        return _PLAIN[name](args.with_wide_delta())
+    return scan_op(args, name)
 
 
 @torch.compiler.assume_constant_result

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.routes import Route, four_routes
+from models.ops.scan_args import project
 from models.ops.selective_scan import scan_routes
 
 
@@ -35,18 +35,10 @@ def s6_scan(x: Tensor, weights: S6Weights, routes: Sequence[Route], source: Tens
     sizes, B and C are computed from `source`, of the same shape, where it is given (cross scan).
     """
     state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
-    features = _project(x if source is None else source, weights.x_proj)  # (B, P, K, R + 2 N)
+    features = project(x if source is None else source, weights.x_proj)  # (B, P, K, R + 2 N)
     step_features, in_maps, out_maps = features.split((rank, state, state), dim=-1)
-    delta = _project(step_features, weights.dt_proj_weight)  # (B, P, K, E); the bias is added inside the scan
-    return scan_routes(x, delta, -torch.exp(weights.A_log), in_maps, out_maps, routes, D=weights.D,
-                       delta_bias=weights.dt_proj_bias, delta_softplus=True)
-
-
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """(B, P, K or 1, E) with weights (K, F, E) to (B, P, K, F)."""
-    if x.shape[2] == 1:
-        return F.linear(x.squeeze(2), weight.flatten(0, 1)).unflatten(2, (weight.shape[0], -1))
-    return torch.einsum("bpke,kfe->bpkf", x, weight)
+    return scan_routes(x, step_features, -torch.exp(weights.A_log), in_maps, out_maps, routes, D=weights.D,
+                       delta_bias=weights.dt_proj_bias, delta_softplus=True, delta_weight=weights.dt_proj_weight)
 
 
 def ss2d_core(x: Tensor, weights: S6Weights, source: Tensor | None = None, window: int = 0) -> Tensor:
