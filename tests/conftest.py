@@ -12,6 +12,8 @@ import torch
 from tests.shared import ROOT
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels then run on the CPU, slowly
 
 # A BIM of 10^4 parameters on 64 x 96 pixels.
 TINY = [

@@ -429,7 +429,7 @@ def test_requested_mamba_that_cannot_run_is_an_error(monkeypatch):
 
 def test_unknown_backend_names_the_choices(monkeypatch):
     for call in (lambda: set_scan_backend("cuda"), lambda: selective_scan(**random_inputs(), backend="cuda")):
-        with pytest.raises(ValueError, match="'cuda', choose from auto, cpp, mamba_ssm, torch, reference"):
+        with pytest.raises(ValueError, match="'cuda', choose from auto, triton, cpp, mamba_ssm, torch, reference"):
             call()
     monkeypatch.setenv("SCAN_BACKEND", "fast")
     with pytest.raises(ValueError, match="SCAN_BACKEND: unknown scan backend 'fast'"):

@@ -137,7 +137,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    scan_backend: Literal["auto", "cpp", "mamba_ssm", "torch", "reference"] = "auto"
+    scan_backend: Literal["auto", "triton", "cpp", "mamba_ssm", "torch", "reference"] = "auto"
     find_unused_parameters: bool = False
     tensorboard: bool = True
     progress: bool = True                        # progress bars

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.ops.routes import Route
 
 # Tokens between two kept states: three chunks of states should fit a CPU's cache, a GPU wants few launches.
-CHUNK_TOKENS = {"cpp": 64, "torch": 32, "torch on cuda": 256}
+CHUNK_TOKENS = {"cpp": 64, "triton": 32, "torch": 32, "torch on cuda": 256}
 
 
 class ScanArgs(NamedTuple):
@@ -64,7 +64,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 def chunk_tokens(kernel: str, device: torch.device) -> int:
     """Tokens between two states that the kernel keeps along a route."""
-    return CHUNK_TOKENS["torch on cuda" if device.type == "cuda" else kernel]
+    return CHUNK_TOKENS["torch on cuda" if kernel == "torch" and device.type == "cuda" else kernel]
 
 
 def check_scan(args: ScanArgs) -> None:

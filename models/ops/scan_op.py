@@ -2,8 +2,8 @@
 
 Registered with shapes for fake and meta tensors, a gradient formula and a cost, so that torch.compile, torch.export,
 meta-device counting and torch.utils.flop_counter all see one node where a scan runs. Step sizes of low rank are brought
-to the channels inside, so that only the former are kept for the backward pass. Which kernel runs ("cpp" or "torch") is
-an argument, decided by the caller. Routes travel as a flat list, four integers each.
+to the channels inside, so that only the former are kept for the backward pass. Which kernel runs ("cpp", "triton" or
+"torch") is an argument, decided by the caller. Routes travel as a flat list, four integers each.
 """
 
 import torch
@@ -14,6 +14,7 @@ from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs, chunk_tokens
 from models.ops.scan_cpp import cpp_backward, cpp_forward
 from models.ops.scan_torch import torch_backward, torch_forward
+from models.ops.scan_triton import triton_backward, triton_forward
 
 _INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? delta_weight, "
            "int[] routes, bool delta_softplus")
@@ -22,8 +23,8 @@ torch.library.define(
     "mtdp::scan_backward", f"(Tensor grad_y, Tensor grad_last, Tensor entries, {_INPUTS}, str kernel) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
-_FORWARD = {"cpp": cpp_forward, "torch": torch_forward}
-_BACKWARD = {"cpp": cpp_backward, "torch": torch_backward}
+_FORWARD = {"cpp": cpp_forward, "torch": torch_forward, "triton": triton_forward}
+_BACKWARD = {"cpp": cpp_backward, "torch": torch_backward, "triton": triton_backward}
 
 
 def scan_op(args: ScanArgs, kernel: str) -> tuple[Tensor, Tensor]:

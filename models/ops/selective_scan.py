@@ -2,8 +2,8 @@
 
 `scan_routes` scans tokens along routes without reordering them and is what models use; `selective_scan` is the same
 scan with Mamba's arguments, for sequences. Neither caller sees a backend: `reference` is the plain recurrence, `torch`
-runs everywhere in bounded memory, `cpp` is compiled for the CPU on first use, `mamba_ssm` is the fused CUDA kernel. A
-backend asked for by name runs, or the call raises.
+runs everywhere in bounded memory, `cpp` is compiled for the CPU on first use, `triton` are our kernels for CUDA and
+`mamba_ssm` is that package's. A backend asked for by name runs, or the call raises.
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
 """
 
@@ -23,11 +23,13 @@ from models.ops.scan_cpp import find_cpp_kernel
 from models.ops.scan_mamba import mamba_refusal, mamba_scan
 from models.ops.scan_op import scan_flops, scan_op
 from models.ops.scan_reference import reference_scan
+from models.ops.scan_triton import triton_refusal
 
 logger = logging.getLogger(__name__)
 
-SCAN_BACKENDS = ("auto", "cpp", "mamba_ssm", "torch", "reference")
+SCAN_BACKENDS = ("auto", "triton", "cpp", "mamba_ssm", "torch", "reference")
 
+_FASTEST = {"cuda": ("triton", "mamba_ssm"), "cpu": ("cpp",)}  # of these the first that runs, else torch
 _PLAIN = {"reference": reference_scan, "mamba_ssm": mamba_scan}  # the others run inside our operator
 
 _configured = "auto"
@@ -52,7 +54,7 @@ def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, route
         routes: K orders of the P tokens.
         D, delta_bias: (K, E).
         backend: one of SCAN_BACKENDS; "auto" leaves the choice to the variable SCAN_BACKEND, then to
-            `set_scan_backend`, then to the fastest that runs: mamba_ssm on CUDA, cpp on CPU, else torch.
+            `set_scan_backend`, then to the first that runs: triton, then mamba_ssm on CUDA; cpp on CPU; else torch.
 
     Tensors may have any strides; only those whose last axis is not dense are copied. Returns y, like u and in its
     dtype, in spatial order, and with `return_last_state` also the states (B, K, E, N) behind the last tokens. The
@@ -146,14 +148,14 @@ def _run(args: ScanArgs, return_last_state: bool, backend: str) -> tuple[Tensor,
         return scan_op(args, "torch")
     state_gradient = (return_last_state and torch.is_grad_enabled()
                       and any(tensor.requires_grad for tensor in args.tensors.values()))
-    name = _choose(args.u.device.type, args.scan_dtype, state_gradient, backend)
+    name = _choose(args.u.device.type, args.scan_dtype, args.A.shape[2], state_gradient, backend)
     if name in _PLAIN:
         return _PLAIN[name](args.with_wide_delta())
     return scan_op(args, name)
 
 
 @torch.compiler.assume_constant_result
-def _choose(device: str, dtype: torch.dtype, state_gradient: bool, argument: str) -> str:
+def _choose(device: str, dtype: torch.dtype, state: int, state_gradient: bool, argument: str) -> str:
     """Name of the backend of such a call: argument, then environment, then configuration, then what works."""
     environment = os.environ.get("SCAN_BACKEND") or "auto"
     requests = ((argument, "the backend argument"), (environment, "SCAN_BACKEND"),
@@ -161,19 +163,23 @@ def _choose(device: str, dtype: torch.dtype, state_gradient: bool, argument: str
     for name, source in requests:
         if _known(name, source) == "auto":
             continue
-        refusal = _refusal(name, device, dtype, state_gradient)
+        refusal = _refusal(name, device, dtype, state, state_gradient)
         if refusal:
             raise RuntimeError(f"scan backend '{name}' was requested by {source} but cannot run: {refusal}")
         return _log_choice(name, f"requested by {source}")
-    fastest = "cpp" if device == "cpu" else "mamba_ssm"
-    refusal = _refusal(fastest, device, dtype, state_gradient)
-    if refusal:
-        return _log_choice("torch", refusal)
-    return _log_choice(fastest, "the fastest here")
+    refusals = []
+    for name in _FASTEST.get(device, ()):
+        refusal = _refusal(name, device, dtype, state, state_gradient)
+        if not refusal:
+            return _log_choice(name, "; ".join(refusals) or "the fastest here")
+        refusals.append(refusal)
+    return _log_choice("torch", "; ".join(refusals) or f"no other for {device} tensors")
 
 
-def _refusal(name: str, device: str, dtype: torch.dtype, state_gradient: bool) -> str | None:
+def _refusal(name: str, device: str, dtype: torch.dtype, state: int, state_gradient: bool) -> str | None:
     """Why the backend cannot run such a call, or None."""
+    if name == "triton":
+        return triton_refusal(device, state)
     if name == "mamba_ssm":
         return mamba_refusal(device, dtype, state_gradient)
     if name == "cpp":

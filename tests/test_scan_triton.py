@@ -1,0 +1,207 @@
+"""The Triton kernels under the interpreter, on the CPU: every order, dtype, odd size and way of cutting a call; and
+that they compile for GPUs. What needs a GPU is marked so.
+
+The interpreter needs a hundred microseconds per operation, so that sequences are short and chunks shorter.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.ops import Route, four_routes, scan_routes, scan_triton, selective_scan
+from models.ops import scan_args as scan_args_module
+from models.ops.scan_triton import CANDIDATES, Blocks, find_triton, triton_refusal
+from tests.scan_backends import draw, relative_error
+from tests.shared import ROOT
+from tests.test_scan_routes import ORDERS, arguments, route_of
+
+pytest.importorskip("triton", reason="Triton is not installed")
+interpreted = pytest.mark.skipif(find_triton("cpu") is not None, reason=str(find_triton("cpu")))
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    monkeypatch.setitem(scan_args_module.CHUNK_TOKENS, "triton", 4)
+
+
+def results(backend, inputs, routes, **kwargs):
+    """y, the last state and the gradients of all inputs, with cotangents for both."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    y, state = scan_routes(**leaves, routes=routes, return_last_state=True, backend=backend, **kwargs)
+    loss = (y.double() * draw(1)(*y.shape)).sum() + (state.double() * draw(2)(*state.shape)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return dict(zip(("y", "state", *leaves), (y, state, *grads), strict=True))
+
+
+def assert_equals_reference(inputs, routes, limit=1e-11, **kwargs):
+    found, expected = (results(backend, inputs, routes, delta_softplus=True, **kwargs)
+                       for backend in ("triton", "reference"))
+    for name in found:
+        assert found[name].shape == expected[name].shape and found[name].dtype == expected[name].dtype
+        assert relative_error(found[name], expected[name]) <= limit, name
+
+
+@interpreted
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order(order, height, width):
+    """Nine tokens are two chunks, and one token."""
+    assert_equals_reference(arguments(height * width), [route_of(order, height, width)])
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [1, 4, 100])
+def test_a_route_in_one_span_or_several(programs, monkeypatch):
+    monkeypatch.setattr(scan_triton, "INTERPRETED", Blocks(4, 1, programs))
+    assert_equals_reference(arguments(14, groups=1, channels=6, batch=1), [Route(2, 7, by_column=True, reverse=True)])
+
+
+@interpreted
+def test_four_routes_over_shared_tokens_are_added():
+    assert_equals_reference(arguments(6, groups=4, channels=5, batch=1, shared=True), four_routes(2, 3))
+
+
+@interpreted
+@pytest.mark.parametrize("channels, state", [(1, 1), (33, 2), (3, 17)])
+def test_widths_that_fill_no_block(channels, state):
+    assert_equals_reference(arguments(5, groups=2, channels=channels, state=state, batch=1), [Route(1, 5), Route(5, 1)])
+
+
+@interpreted
+def test_step_sizes_of_low_rank_and_any_strides():
+    inputs = arguments(6, groups=2, channels=6, batch=2)
+    inputs |= {"delta": draw(3)(2, 6, 2, 3), "delta_weight": draw(4)(2, 6, 3)}
+    inputs["u"] = torch.cat((inputs["u"], inputs["u"]), dim=-1)[..., 6:]
+    inputs["B"] = inputs["B"].mT.contiguous().mT
+    assert not inputs["u"].is_contiguous() and inputs["B"].stride(-1) != 1
+    assert_equals_reference(inputs, [Route(2, 3), Route(2, 3, by_column=True)])
+
+
+# The error of a result is that of its own rounding: inputs are taken as exact and the state is float32.
+@interpreted
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_error_against_float64_of_every_tensor(dtype, rounding):
+    inputs = {name: tensor.to(dtype) for name, tensor in arguments(9, groups=2, channels=8, batch=1).items()}
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    routes = [Route(3, 3), Route(3, 3, by_column=True, reverse=True)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = results("triton", inputs, routes, delta_softplus=True)
+    expected = results("reference", doubles, routes, delta_softplus=True)
+    assert found["y"].dtype == dtype and found["state"].dtype == torch.float32
+    for name, value in found.items():
+        assert relative_error(value, expected[name]) < (1e-6 if name == "state" else rounding), name
+
+
+@interpreted
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_softplus_of_small_and_large_step_sizes(dtype, limit):
+    """Relative to each value: 1e-9 of a step matters where steps are that small."""
+    delta = torch.tensor([-80.0, -20, -5, -0.1, 0, 0.1, 5, 19.9, 20.1, 30], dtype=dtype)
+    one = torch.ones(1, 1, 10, dtype=dtype)
+    leaf = delta.view(1, 1, 10).clone().requires_grad_()  # y = s u B C from a fresh state
+    maps = one[..., :1]
+    y = selective_scan(one.mT, leaf.mT, -torch.ones(10, 1, dtype=dtype), maps, maps, delta_softplus=True,
+                       backend="triton").flatten()
+    exact = delta.double().requires_grad_()
+    expected = torch.nn.functional.softplus(exact)
+    torch.testing.assert_close(y.double(), expected, rtol=limit, atol=0)
+    slope, = torch.autograd.grad(y.sum(), leaf)
+    expected_slope, = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(slope.flatten().double(), expected_slope, rtol=limit, atol=0)
+
+
+@interpreted
+def test_decays_that_underflow_and_not_a_number():
+    inputs = {name: tensor.float() for name, tensor in arguments(9, channels=4, batch=1).items()}
+    inputs["delta"] *= 1000
+    found = results("triton", inputs, [Route(1, 9)], delta_softplus=True)
+    assert all(value.isfinite().all() for value in found.values())
+    inputs["delta"][0, 3, 0, 1] = torch.nan
+    y = scan_routes(**inputs, routes=[Route(1, 9)], delta_softplus=True, backend="triton")[0, :, 0]
+    assert y[3:, 1].isnan().all() and y[:3].isfinite().all() and y[:, [0, 2, 3]].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("batch, tokens", [(0, 4), (2, 0)])
+def test_empty_batch_and_empty_sequence(batch, tokens):
+    found = results("triton", arguments(tokens, groups=2, batch=batch), [Route(1, tokens)] * 2)
+    assert found["y"].shape == (batch, tokens, 2, 3) and not found["A"].any() and not found["state"].any()
+
+
+@interpreted
+def test_operator_is_registered_correctly():
+    inputs = arguments(5, groups=2, channels=3, state=2, batch=1)
+    tensors = [*(x.requires_grad_() for x in inputs.values()), None]
+    torch.library.opcheck(torch.ops.mtdp.scan.default, (*tensors, [1, 5, 0, 0, 5, 1, 1, 1], True, True, "triton"),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_too_many_states_are_refused():
+    assert triton_refusal("cuda", 65) == "the triton kernels hold at most 64 states per channel, got 65"
+    inputs = arguments(4, state=65)
+    with pytest.raises(RuntimeError, match="scan backend 'triton' was requested .* at most 64 states"):
+        scan_routes(**inputs, routes=[Route(1, 4)], backend="triton")
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from models.ops import triton_kernels
+from models.ops.scan_triton import CANDIDATES
+
+ROWS = {"u", "delta", "B", "C", "y", "grad_y", "grad_u", "grad_delta"}
+STATES = {"A", "D", "bias", "ends", "step_sums", "starts", "entries", "last_state", "exits", "grad_maps", "grad_A",
+          "grad_D", "grad_bias", "scratch", "initial"}
+VARIANTS = {"span_ends": {"SOFTPLUS": True, "BACK": False}, "join_spans": {"BACK": True},
+            "walk_forward": {"SOFTPLUS": True, "KEEP": True, "ADD": True, "CHUNK": 32},
+            "walk_backward": {"SOFTPLUS": True, "ADD": True, "CHUNK": 32}}
+blocks = CANDIDATES[0]
+for name, constants in VARIANTS.items():
+    kernel = getattr(triton_kernels, name)
+    constants = {**constants, "N": 16, "E": blocks.channels}
+    types = {}
+    for p in kernel.params:
+        types[p.name] = ("constexpr" if p.name in constants else "*bf16" if p.name in ROWS else
+                         "*fp32" if p.name in STATES else "*i64" if p.name == "routes" else "i32")
+    built = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32),
+                           options={"num_warps": blocks.warps})
+    print(name, len(built.asm["cubin"]), built.metadata.shared)
+"""
+
+
+def test_kernels_compile_for_a_gpu_without_one():
+    """For compute capability 9.0, by Triton's own assembler; the forward kernels need no shared memory."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    sizes = {name: (int(code), int(shared)) for name, code, shared in map(str.split, run.stdout.splitlines())}
+    assert all(code > 1000 for code, _ in sizes.values())
+    assert sizes["span_ends"][1] == sizes["walk_forward"][1] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("blocks", CANDIDATES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_on_a_gpu_against_float64(dtype, rounding, shared, blocks, monkeypatch):
+    monkeypatch.setitem(scan_args_module.CHUNK_TOKENS, "triton", 32)
+    monkeypatch.setattr(scan_triton, "_choose_blocks", lambda args: blocks)
+    inputs = arguments(35 * 53, groups=4, channels=70, state=16, shared=shared)
+    inputs = {name: tensor.to("cuda", dtype) for name, tensor in inputs.items()}
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    found = results_on_gpu("triton", inputs)
+    again, expected = results_on_gpu("triton", inputs), results_on_gpu("reference", doubles)
+    for a, b, c in zip(found, again, expected, strict=True):
+        assert torch.equal(a, b) and relative_error(a, c) < rounding
+
+
+def results_on_gpu(backend, inputs):
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
+    y = scan_routes(**dict(zip(inputs, leaves, strict=True)), routes=four_routes(35, 53), delta_softplus=True,
+                    backend=backend)
+    return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
