@@ -136,7 +136,10 @@ class Config:
     seed: int = 0
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    compile: bool = False                        # torch.compile of backbone and decoder
+    activation_checkpointing: Literal["none", "backbone", "decoder", "all"] = "none"   # less memory, more arithmetic
+    channels_last: bool = False                  # memory format of convolutions
     scan_backend: Literal["auto", "triton", "cpp", "mamba_ssm", "torch", "reference"] = "auto"
     find_unused_parameters: bool = False
     tensorboard: bool = True

@@ -1,4 +1,4 @@
-"""Mixed precision: the one place that knows what the config key `precision` means."""
+"""Arithmetic: the one place that knows what the config key `precision` means."""
 
 import torch
 
@@ -6,5 +6,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast for "bf16" or "fp16", a context that does nothing for "fp32". Scans and losses stay in float32."""
+    """Autocast for "bf16" or "fp16", a context that does nothing otherwise. Scans and losses stay in float32."""
     return torch.autocast(device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES)
+
+
+def set_float32_arithmetic(precision: str) -> None:
+    """Lets CUDA round the inputs of float32 products to TF32 (10 bits) unless `precision` is "fp32".
+
+    PyTorch alone would do so in convolutions also for "fp32".
+    """
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"

@@ -18,7 +18,7 @@ from utils.checkpoint import load_model, load_pretrained, read_checkpoint, save_
 from utils.config import Config, save_config
 from utils.logging import RunWriter, setup_logging
 from utils.schedule import build_optimizer
-from utils.setup import build_split, model_from_config
+from utils.setup import build_split, model_from_config, prepare_for_training
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
             load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
     elif checkpoint is None and distributed.is_main():
         log.warning("pretrained is false: the backbone starts from random weights")
-    model.to(device)
+    prepare_for_training(model.to(device), config)
     run = Run(config, device, model, _wrap(model, config, device), _average(model, config),
               build_optimizer(config, model), torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
               RunWriter(None, False), train_loader, val_loader, accumulate,

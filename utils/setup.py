@@ -9,20 +9,36 @@ from data.boundary import truth_source
 from data.datasets import DATASETS, build_dataset, build_transform
 from data.tasks import TASKS, tasks_named
 from evaluation.boundary import BoundaryBenchmark
+from models.blocks.recompute import recompute_blocks
 from models.build import build_model
 from models.model import MultiTaskModel
 from models.ops import set_scan_backend
 from utils.checkpoint import load_model, read_checkpoint
 from utils.config import Config
+from utils.precision import set_float32_arithmetic
 
 
 def model_from_config(config: Config) -> MultiTaskModel:
     """The configured model with fresh weights."""
     set_scan_backend(config.scan_backend)
+    set_float32_arithmetic(config.precision)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     return build_model(config.model, config.backbone, outputs, config.input_size, output_size=config.dataset.label_size,
                        neck=config.neck, head=config.head, backbone_kwargs=config.backbone_kwargs,
                        neck_kwargs=config.neck_kwargs, model_kwargs=config.model_kwargs)
+
+
+def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
+    """Memory format, activation checkpointing and compilation, in place; weights and their names stay as they are."""
+    parts = {"backbone": model.encoder, "decoder": model.decoder}
+    for name, part in parts.items():
+        if config.activation_checkpointing in (name, "all"):
+            recompute_blocks(part)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.compile:
+        for part in parts.values():
+            part.compile()
 
 
 def trained_model(config: Config, path: Path, device: torch.device) -> MultiTaskModel:

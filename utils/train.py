@@ -10,7 +10,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
@@ -24,6 +24,7 @@ from evaluation.evaluate import evaluate
 from evaluation.results import format_table, save_results, selection_score, unscored
 from losses.schemes import MultiTaskLoss
 from utils import distributed
+from utils.batches import batches_on
 from utils.config import Config
 from utils.finite import FiniteGuard
 from utils.logging import duration
@@ -50,7 +51,7 @@ def train(config: Config, resume: bool) -> dict:
 def _loop(run: Run) -> dict:
     config, device = run.config, run.device
     criterion = build_criterion(config)
-    batches = iter(run.train_loader)
+    batches = batches_on(device, iter(run.train_loader))
     restore_rng(run)                                        # after the loader, which draws from the generators
     if run.step == 0 and config.eval_at_start:
         run_evaluation(run)
@@ -64,7 +65,7 @@ def _loop(run: Run) -> dict:
                 group["lr"] = lr
             passes = []
             for micro in range(run.accumulate):
-                batch = _to_device(next(batches), device)
+                batch = next(batches)
                 with _no_sync(run.wrapped, micro < run.accumulate - 1):
                     with autocast(device, config.precision):
                         out = run.wrapped(batch["image"])
@@ -201,10 +202,6 @@ def _stop_request() -> Iterator[_Stop]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-def _to_device(batch: Mapping, device: torch.device) -> dict:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _no_sync(model: nn.Module, accumulating: bool):

@@ -81,6 +81,7 @@ class SwinBackbone(nn.Module):
         pad_before_roll: order of the original code; False is timm's (see `SwinBlock`).
     """
 
+    recomputed = (SwinBlock,)
     never_pretrained = ("norm0", "norm1", "norm2", "norm3")  # no such layers in a classifier
 
     def __init__(self, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], window_size: int,

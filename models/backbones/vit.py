@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class ViTBackbone(VisionTransformer):
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
     """
 
+    recomputed = (Block,)
     never_pretrained = ()
 
     def __init__(self, image_size: Sequence[int], embed_dim: int, depth: int, num_heads: int,

@@ -197,6 +197,7 @@ class BIMDecoder(nn.Module):
     """
 
     Config = BIMConfig
+    recomputed = (MSSTLayer, BCFRBlock)
     requires = "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e"
     stride = STRIDES[0]
 

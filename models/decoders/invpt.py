@@ -163,6 +163,7 @@ class InvPTDecoder(nn.Module):
     """
 
     Config = InvPTConfig
+    recomputed = (InvPTStage,)
     requires = "four maps of one stride and width, as a plain ViT gives"
     head_names = ("mlp",)  # the published name of this decoder's head
 

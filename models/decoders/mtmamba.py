@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.blocks.heads import PatchExpandHead
 from models.blocks.ss2d import PlainSS2D
-from models.blocks.stm import REQUIRES, STRIDES, STMOptions, STMStage, check_inputs, per_task
+from models.blocks.stm import REQUIRES, STRIDES, STMLayer, STMOptions, STMStage, check_inputs, per_task
 from models.model import DecoderOutput
 
 
@@ -65,6 +65,7 @@ class MTMambaDecoder(nn.Module):
     """
 
     Config = MTMambaConfig
+    recomputed = (STMLayer, CTMBlock)
     requires = REQUIRES
     stride = STRIDES[0]
 

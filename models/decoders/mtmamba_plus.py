@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models.blocks.heads import LiteHead
 from models.blocks.ss2d import CrossSS2D
-from models.blocks.stm import REQUIRES, STRIDES, STMOptions, STMStage, check_inputs, per_task
+from models.blocks.stm import REQUIRES, STRIDES, STMLayer, STMOptions, STMStage, check_inputs, per_task
 from models.model import DecoderOutput
 
 
@@ -75,6 +75,7 @@ class MTMambaPlusDecoder(nn.Module):
     """
 
     Config = MTMambaPlusConfig
+    recomputed = (STMLayer, SCTMBlock)
     requires = REQUIRES
     stride = STRIDES[0]
 

@@ -1,0 +1,56 @@
+"""Activation checkpointing: a block's activations are computed again in the backward pass instead of being kept.
+
+Backbones and decoders say which of their blocks that pays for, in a class attribute `recomputed`. A block keeps its
+parameters, its keys and its place in the tree; only its class is replaced by a subclass.
+Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_blocks(part: nn.Module) -> int:
+    """Switches it on for the blocks of a backbone or decoder; returns their number.
+
+    Raises ValueError for a part that names no blocks.
+    """
+    kinds = tuple(getattr(part, "recomputed", ()))
+    blocks = [module for module in part.modules() if isinstance(module, kinds)]
+    if not blocks:
+        raise ValueError(f"{type(part).__name__} names no blocks for activation checkpointing")
+    for block in blocks:
+        block.__class__ = _recomputed(type(block))
+    return len(blocks)
+
+
+@functools.cache
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(self, *args):
+        run = functools.partial(kind.forward, self)
+        if not (self.training and torch.is_grad_enabled()):
+            return run(*args)
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        if not norms:
+            return checkpoint(run, *args, use_reentrant=False)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(norms)))
+
+    return type(f"Recomputed{kind.__name__}", (kind,), {"forward": forward, "__doc__": kind.__doc__})
+
+
+@contextmanager
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms use the batch's statistics, as before, and do not add them to the running ones a second time."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
