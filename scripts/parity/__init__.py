@@ -6,6 +6,7 @@ A new kind is a new module and a row.
 
 from scripts.parity import (
     boundary,
+    demt,
     invpt,
     invpt_scores,
     loaders,
@@ -30,4 +31,5 @@ FAMILIES = {
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
     "invpt_scores": invpt_scores.checks,
+    "demt": demt.checks,
 }
