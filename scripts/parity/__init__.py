@@ -7,6 +7,7 @@ A new kind is a new module and a row.
 from scripts.parity import (
     boundary,
     demt,
+    demt_scores,
     invpt,
     invpt_scores,
     loaders,
@@ -32,4 +33,5 @@ FAMILIES = {
     "invpt": invpt.checks,
     "invpt_scores": invpt_scores.checks,
     "demt": demt.checks,
+    "demt_scores": demt_scores.checks,
 }
