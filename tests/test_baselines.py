@@ -13,7 +13,7 @@ from scripts.delta_m import main as delta_m
 from tests.shared import ROOT
 from utils.checkpoint import load_pretrained
 from utils.config import load_config
-from utils.setup import model_from_config
+from utils.setup import build_split, model_from_config
 from utils.train import train
 
 BASELINES = ("fcn", "multi_scale")
@@ -143,6 +143,18 @@ def test_every_task_has_its_single_task_file():
                 for key in ("model", "backbone", "input_size", "optimizer_kwargs", "loss_kwargs", "max_iter"):
                     assert getattr(single, key) == getattr(multi, key)
                 assert single.task_dictionary.edge_w == multi.task_dictionary.edge_w
+
+
+def test_single_task_runs_crop_as_multi_task_runs_do(tiny):
+    """Their crops are guided by the label of a task that they do not train, so the images are the same."""
+    name = ROOT / "configs" / "baselines" / "fcn_nyud_swin_tiny"
+    arguments = [*(a for a in tiny if not a.startswith("model_kwargs")), "image_size=[48, 64]"]
+    multi, single = (build_split(load_config(f"{name}{end}.yml", arguments), "train") for end in ("", "_depth"))
+    alone = build_split(load_config(f"{name}_depth.yml", [*arguments, "augmentation.always_guide_crop=false"]), "train")
+    keys = [(index, seed) for index in range(3) for seed in range(8)]
+    assert all(torch.equal(multi[key]["image"], single[key]["image"]) for key in keys)
+    assert not all(torch.equal(multi[key]["image"], alone[key]["image"]) for key in keys)
+    assert set(alone[0]) == {"image", "depth", "meta"}
 
 
 def run(tiny, name, *more):

@@ -29,9 +29,8 @@ from models.released import RELEASED, describe, recognise, tasks_in
 PRETRAINED_DIR = Path(__file__).resolve().parents[1] / "pretrained_ckpts"
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
 PLAIN_TYPES = (int, float, str, bool, type(None), torch.Size)
-# Files of Lightning 1.x name callbacks by class; an empty class stands for each, so no code of theirs is run.
-LIGHTNING_CLASSES = [(type("Unread", (), {}), f"pytorch_lightning.callbacks.{name}")
-                     for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")]
+# Files of Lightning 1.x name a callback by its class; an empty class stands for it, so none of its code is run.
+LIGHTNING_CLASSES = [(type("Unread", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ Axes: B batch, T tasks (their order does not matter), K channels of all maps tog
 h w size of the finest map, P = h w; in attention G independent groups of L queries and S keys.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,8 @@ class DeformableConv(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, feat: Tensor) -> Tensor:
-        with torch.autocast(feat.device.type, enabled=False):
+        # The meta device, which has only shapes, knows no autocast.
+        with contextlib.nullcontext() if feat.is_meta else torch.autocast(feat.device.type, enabled=False):
             feat = feat.to(self.conv.weight.dtype)
             offset = self.spread(self.reduce(feat) + window_coordinates(feat))  # (B, 2 C, h, w): dy, dx, dy, dx, ..
             return deform_conv2d(feat, offset, self.conv.weight, self.conv.bias)
