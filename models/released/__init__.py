@@ -28,10 +28,10 @@ class Released(NamedTuple):
 
 
 RELEASED: dict[str, Released] = {
-    "DeMT": Released(demt.recognises, demt.convert_demt, demt.is_dead),
-    "FCN": Released(demt.recognises_baseline, demt.convert),      # the baselines of ATRC and DeMT
     "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
     "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
+    "DeMT": Released(demt.recognises, demt.convert_demt, demt.is_dead),
+    "FCN": Released(demt.recognises_baseline, demt.convert),      # the baselines of ATRC and DeMT
 }
 
 

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from models.build import build_model
 from models.model import MultiTaskModel
-from models.released import RELEASED
+from models.released import RELEASED, recognise
 from models.released.demt import ORDER, convert, is_dead, recognises, recognises_baseline
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
 from utils.checkpoint import load_model
 
 HEADS = {"DemtHead": "demt", "FCNHead": "fcn"}
-SIZES = {"Swin-T": "swin_tiny", "Swin-S": "swin_small", "Swin-B": "swin_base", "HRNet18-S": "hrnet_w18_small_v2",
-         "HRNet48": "hrnet_w48"}
+SIZES = {"Swin-T": "swin_tiny", "Swin-S": "swin_small", "Swin-B": "swin_base", "Swin-L": "swin_large",
+         "HRNet18-S": "hrnet_w18_small_v2", "HRNet48": "hrnet_w48"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Case:
         return tuple(self.config["task_order"])
 
     def model(self, attention: str = "batch") -> MultiTaskModel:
-        """With the reference's weights, loaded as a released checkpoint is. Nothing in it is random."""
+        """With the reference's weights, converted as a released checkpoint is. Nothing in it is random."""
         head, options = self.config["head"], {}
         if self.is_demt:
             options = {key: head[key] for key in ("dim", "num_heads", "mixer_depth")} | {"attention": attention}
@@ -56,7 +56,8 @@ class Case:
         outputs = {task: self.config["tasks"][task] for task in self.tasks}
         model = build_model(HEADS[head["name"]], name, outputs, tuple(self.config["image_size"]),
                             backbone_kwargs=sizes, model_kwargs=options)
-        load_model(model, load_file(self.state), self.state)
+        state = load_file(self.state)
+        load_model(model, RELEASED[recognise(state)].convert(state, self.tasks), self.state)    # strict
         return model.to(self.dtype)
 
     def reference(self, prefix: str) -> dict[str, Tensor]:
@@ -71,6 +72,8 @@ class Case:
 def _backbone(entry: dict) -> tuple[str, dict]:
     """Name and sizes of a case's backbone here."""
     if entry["type"] == "swin":
+        if (entry.get("patch_size", 4), entry.get("mlp_ratio", 4)) != (4, 4):
+            raise NotCovered("a Swin here has patches of 4 pixels and an MLP ratio of 4")
         return "swin", {"embed_dim": entry["embed_dims"], "drop_path_rate": entry["drop_path_rate"],
                         **{key: entry[key] for key in ("depths", "num_heads", "window_size")}}
     if entry["type"] != "hrnet":
@@ -234,8 +237,8 @@ def _manifest(entry: dict) -> Iterator[Measure]:
     model = full_size(entry)
     own = {key: list(value.shape) for key, value in model.state_dict().items()}
     published = {key: torch.empty(shape, device="meta") for key, shape in entry["keys"].items()}
-    kind = RELEASED["DeMT" if recognises(published) else "FCN"]
-    renamed = {key: list(value.shape) for key, value in kind.convert(published, tuple(entry["tasks"])).items()}
+    ours = RELEASED[recognise(published)].convert(published, tuple(entry["tasks"]))
+    renamed = {key: list(value.shape) for key, value in ours.items()}
     yield Measure("keys only here or only there", len(own.keys() ^ renamed.keys()), 0.0)
     yield Measure("other shapes", sum(own[key] != renamed[key] for key in own.keys() & renamed.keys()), 0.0)
     derived = sum(is_dead(key) or key.endswith("relative_position_index") for key in published)
