@@ -23,6 +23,7 @@ from data.tasks import Task
 Sample = dict
 Step = Callable[[Sample, random.Random], Sample]
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)       # ImageNet, RGB
+CROP_GUIDE = "semseg"                                    # the label that tells a varied crop from a dull one
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 LEVELS = np.arange(256, dtype=np.float32)
 NORMALISE_TABLE = ((LEVELS[:, None] / 255 - MEAN) / STD)[None]         # (1, 256, 3)
@@ -80,7 +81,7 @@ class RandomCrop:
 
     max_tries = 10
 
-    def __init__(self, size: tuple[int, int], category_limit: float = 0.75, category_key: str = "semseg"):
+    def __init__(self, size: tuple[int, int], category_limit: float = 0.75, category_key: str = CROP_GUIDE):
         self.size, self.category_limit, self.category_key = tuple(size), category_limit, category_key
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:

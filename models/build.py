@@ -11,21 +11,27 @@ from torch import nn
 from models.backbones import build_backbone
 from models.blocks.pyramid import SimplePyramid
 from models.decoders.bim import BIMDecoder
+from models.decoders.demt import DeMTDecoder
+from models.decoders.fcn import FCNDecoder
 from models.decoders.invpt import InvPTDecoder
 from models.decoders.mtmamba import MTMambaDecoder
 from models.decoders.mtmamba_plus import MTMambaPlusDecoder
+from models.decoders.multi_scale import MultiScaleDecoder
 from models.model import MultiTaskModel
 
 DECODERS: dict[str, type[nn.Module]] = {
     "bim": BIMDecoder,
+    "demt": DeMTDecoder,
+    "fcn": FCNDecoder,
     "invpt": InvPTDecoder,
     "mtmamba": MTMambaDecoder,
     "mtmamba_plus": MTMambaPlusDecoder,
     "mtmamba++": MTMambaPlusDecoder,  # the paper's spelling
+    "multi_scale": MultiScaleDecoder,
 }
 
 # Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
+NOT_YET = ("TaskPrompter", "MLoRE", "BridgeNet")
 
 # The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
 SHARED_NAME = "TransformerNet"

@@ -10,6 +10,7 @@ little else.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torchvision  # noqa: F401  torch knows its operators from the import on
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,13 +43,19 @@ def count(config: Config) -> list[tuple[str, str]]:
     parts = {"encoder": model.encoder, "neck": model.neck, "decoder": model.decoder, "heads": model.heads}
     rows = [(f"parameters, {name}", f"{_parameters(part):,}") for name, part in parts.items() if part is not None]
     rows.append(("parameters, total", f"{_parameters(model):,}"))
-    with torch.no_grad(), FlopCounterMode(display=False) as products, count_scan_flops() as scans:
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
+    with torch.no_grad(), counter as products, count_scan_flops() as scans:
         model(image)
     encoder = products.get_flop_counts().get("MultiTaskModel.encoder", {})
     rows.append(("GMACs, encoder", f"{sum(encoder.values()) / 2e9:.1f}"))
     rows.append(("GMACs, scans", f"{scans.flops / 1e9:.1f} ({scans.calls} calls)"))
     rows.append(("GMACs, total", f"{products.get_total_flops() / 2e9:.1f}"))
     return rows
+
+
+def _deform_conv_flops(feat: tuple, weight: tuple, *_, out_shape: tuple, **__) -> int:
+    """Those of a convolution of this shape; sampling is not counted."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 def measure(config: Config, repeats: int) -> list[tuple[str, str]]:

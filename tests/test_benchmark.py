@@ -11,6 +11,8 @@ from utils.config import load_config
     ("bim_nyud", 295_860_129, 452.9, 202.5),
     ("bim_pascal", 320_856_598, 522.5, 205.6),
     ("mtmamba_plus_nyud", 315_021_249, 522.3, 202.5),
+    ("demt_nyud", 32_070_259, 120.7, 22.3),            # the original: 129.1, some without effect
+    ("baselines/fcn_nyud_hrnet18", 4_515_556, 17.5, 7.7),
 ])
 def test_parameters_and_multiply_adds(name, parameters, gmacs, encoder_gmacs):
     rows = dict(count(load_config(ROOT / "configs" / f"{name}.yml")))

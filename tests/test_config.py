@@ -151,7 +151,8 @@ def test_every_shipped_file_builds(path):
             "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2}}[kind]
     neck_kwargs = {"embed_dim": 8} if config.neck == "pyramid" else {}
     scans = {"d_state": 2}
-    narrow = {"bim": scans, "mtmamba": scans, "mtmamba_plus": scans,
+    narrow = {"demt": {"dim": 8}, "fcn": {}, "multi_scale": {"channels": 8},
+              "bim": scans, "mtmamba": scans, "mtmamba_plus": scans,
               "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8}}[config.model.lower()]
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,

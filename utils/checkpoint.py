@@ -29,6 +29,8 @@ from models.released import RELEASED, describe, recognise, tasks_in
 PRETRAINED_DIR = Path(__file__).resolve().parents[1] / "pretrained_ckpts"
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
 PLAIN_TYPES = (int, float, str, bool, type(None), torch.Size)
+# Files of Lightning 1.x name a callback by its class; an empty class stands for it, so none of its code is run.
+LIGHTNING_CLASSES = [(type("Unread", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +193,8 @@ def read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(LIGHTNING_CLASSES):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" not in str(error):
             raise ValueError(_damaged(path)) from error

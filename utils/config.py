@@ -89,6 +89,7 @@ class Augmentation:
     scale_range: tuple[float, float] = (0.5, 2.0)
     flip_prob: float = 0.5
     photometric: bool = True
+    always_guide_crop: bool = False              # read the label that guides crops even where it is no task of the run
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from data.base import MultiTaskDataset
 from data.boundary import truth_source
 from data.datasets import DATASETS, build_dataset, build_transform
 from data.tasks import TASKS, tasks_named
+from data.transforms import CROP_GUIDE
 from evaluation.boundary import BoundaryBenchmark
 from models.blocks.recompute import recompute_blocks
 from models.build import build_model
@@ -54,7 +55,8 @@ def trained_model(config: Config, path: Path, device: torch.device) -> MultiTask
 def build_split(config: Config, split: str) -> MultiTaskDataset:
     """The "train" or "val" split with its transforms."""
     name = config.train_db_name if split == "train" else config.val_db_name
-    tasks, a = tasks_named(config.tasks), config.augmentation
+    a = config.augmentation
+    tasks = tasks_named({*config.tasks, CROP_GUIDE} if split == "train" and a.always_guide_crop else config.tasks)
     transform = build_transform(DATASETS[name].spec, split == "train", tasks, config.image_size,
                                 scale_range=a.scale_range, flip=a.flip_prob, photometric=a.photometric)
     return build_dataset(name, config.db_root, split, tasks, transform)

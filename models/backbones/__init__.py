@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from models.backbones.hrnet import HRNetBackbone
 from models.backbones.swin import SwinBackbone
 from models.backbones.vit import ViTBackbone
 
@@ -36,6 +37,11 @@ def _swin(embed_dim: int, depths: tuple, num_heads: tuple, window_size: int, tag
     return BackboneEntry(SwinBackbone, sizes, tag, file)
 
 
+def _hrnet(width: int, num_blocks: int, num_modules: tuple, stem_blocks: int, tag: str, file: str) -> BackboneEntry:
+    sizes = {"width": width, "num_blocks": num_blocks, "num_modules": num_modules, "stem_blocks": stem_blocks}
+    return BackboneEntry(HRNetBackbone, sizes, tag, file)
+
+
 def _vit(embed_dim: int, depth: int, num_heads: int, tag: str, file: str) -> BackboneEntry:
     sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     return BackboneEntry(ViTBackbone, sizes, tag, file)
@@ -53,6 +59,12 @@ BACKBONES: dict[str, BackboneEntry] = {
     "swin_large": _swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12,
                         "swin_large_patch4_window12_384.ms_in22k_ft_in1k",
                         "swin_large_patch4_window12_384_22kto1k.pth"),
+    "hrnet": BackboneEntry(HRNetBackbone),  # sizes from the YAML
+    # The "HRNet-18" of ATRC and DeMT, a quarter of the full W18's depth; OpenMMLab's name lacks the "v2".
+    "hrnet_w18_small_v2": _hrnet(18, 2, (1, 3, 2), 2, "hrnet_w18_small_v2.ms_in1k",
+                                 "hrnetv2_w18_small-b5a04e21.pth"),
+    "hrnet_w18": _hrnet(18, 4, (1, 4, 3), 4, "hrnet_w18.ms_in1k", "hrnetv2_w18-00eb2006.pth"),
+    "hrnet_w48": _hrnet(48, 4, (1, 4, 3), 4, "hrnet_w48.ms_in1k", "hrnetv2_w48-d2186c55.pth"),
     "vit": BackboneEntry(ViTBackbone),  # sizes from the YAML
     "vit_small": _vit(384, 12, 6, "vit_small_patch16_384.augreg_in21k_ft_in1k",
                       "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
@@ -79,8 +91,8 @@ def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float |
     """Builds a backbone with random weights (pretrained ones: `utils.checkpoint.load_pretrained`).
 
     Args:
-        name: key of BACKBONES; `swin` and `vit` have no default sizes.
-        image_size: (height, width) of the training images; fixed for a ViT, irrelevant for a Swin.
+        name: key of BACKBONES; `swin`, `hrnet` and `vit` have no default sizes.
+        image_size: (height, width) of the training images; fixed for a ViT, irrelevant for the others.
         drop_path_rate: stochastic depth; None = the backbone's published default.
         sizes: any other constructor argument, e.g. embed_dim, depths, num_heads, window_size.
     Raises:

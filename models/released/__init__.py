@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from models.released import invpt, mtmamba
+from models.released import demt, invpt, mtmamba
 
-_LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+))\.weight")
+_LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+)"
+                         r"|head\.final_logits\.(?P<c>\w+))\.weight")
 
 
 class Released(NamedTuple):
@@ -29,6 +30,8 @@ class Released(NamedTuple):
 RELEASED: dict[str, Released] = {
     "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
     "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
+    "DeMT": Released(demt.recognises, demt.convert_demt, demt.is_dead),
+    "FCN": Released(demt.recognises_baseline, demt.convert),      # the baselines of ATRC and DeMT
 }
 
 
@@ -40,7 +43,7 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
 def tasks_in(state: Mapping[str, Tensor]) -> dict[str, int]:
     """Task -> number of output channels, in the file's order, from the weights of the last layers."""
     found = ((_LAST_LAYER.fullmatch(key), value) for key, value in state.items())
-    return {match["a"] or match["b"]: len(value) for match, value in found if match}
+    return {match[match.lastgroup]: len(value) for match, value in found if match}
 
 
 def describe(state: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,8 @@ A new kind is a new module and a row.
 
 from scripts.parity import (
     boundary,
+    demt,
+    demt_scores,
     invpt,
     invpt_scores,
     loaders,
@@ -30,4 +32,6 @@ FAMILIES = {
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
     "invpt_scores": invpt_scores.checks,
+    "demt": demt.checks,
+    "demt_scores": demt_scores.checks,
 }

@@ -1,0 +1,52 @@
+"""The plain baseline: per task one convolution on all maps of the backbone, and nothing between the tasks.
+
+With one task it is a single-task network, with several the multi-task baseline of the same backbone. The gain
+of a decoder that lets tasks interact is measured against these (`scripts/delta_m.py`).
+Reference: the STL and MTL baselines of Brueggemann et al., "Exploring Relational Context for Multi-Task Dense
+Prediction", ICCV 2021, which Xu et al., "DeMT", AAAI 2023, use, too.
+
+Axes: B batch, K channels of all maps together, h w size of the finest map.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.blocks.conv import conv_bn_relu
+from models.blocks.dense import check_maps, concat_at_finest, logit_layer
+from models.model import DecoderOutput
+
+
+@dataclass
+class FCNConfig:
+    """Options of the decoder. reduction: the task features have floor(K / reduction) channels."""
+
+    reduction: int = 4
+
+
+class FCNDecoder(nn.Module):
+    """Maps of any number, width and stride, finest first, to one map (B, K / reduction, h, w) per task."""
+
+    Config = FCNConfig
+    requires = "one or more maps"
+    input_multiple = 1  # every size the backbone takes
+
+    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
+                 config: FCNConfig):
+        super().__init__()
+        check_maps("fcn", tasks, in_channels)
+        width = sum(in_channels)
+        if not 1 <= config.reduction <= width:
+            raise ValueError(f"FCN option reduction = {config.reduction} is not valid, expected 1 to {width}, the "
+                             "channels of the backbone's maps together")
+        self.channels, self.stride = width // config.reduction, strides[0]
+        self.project = nn.ModuleDict({task: conv_bn_relu(width, self.channels) for task in tasks})
+
+    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
+        feat = concat_at_finest(feats)  # (B, K, h, w)
+        return DecoderOutput({task: project(feat) for task, project in self.project.items()})
+
+    def make_head(self, num_outputs: int) -> nn.Conv2d:
+        """The head that belongs to this decoder: one linear layer per pixel."""
+        return logit_layer(self.channels, num_outputs)

@@ -1,0 +1,67 @@
+"""A light multi-scale baseline: per task its own small feature pyramid, and nothing between the tasks.
+
+It stands beside the `fcn` baseline where the backbone's maps are wide: there a convolution on their
+concatenation is most of the model (75 million weights for four tasks on a Swin-L), a pyramid is not.
+Reference: the semantic branch of Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019, on the
+pyramid of Lin et al., CVPR 2017; with batch norm, and resizing in one step.
+
+Axes: B batch, C width, h_i w_i size of map i, finest first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.blocks.conv import conv_bn_relu
+from models.blocks.dense import check_maps, logit_layer
+from models.model import DecoderOutput, resize
+
+
+@dataclass
+class MultiScaleConfig:
+    """Options of the decoder. channels: C, the width of every task's pyramid."""
+
+    channels: int = 128
+
+
+class TaskPyramid(nn.Module):
+    """Maps (B, C_i, h_i, w_i) -> (B, C, h_0, w_0): from coarse to fine each map receives all coarser ones."""
+
+    def __init__(self, in_channels: Sequence[int], channels: int):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, kernel_size=1) for width in in_channels)
+        self.smooth = nn.ModuleList(conv_bn_relu(channels, channels) for _ in in_channels)
+
+    def forward(self, feats: Sequence[Tensor]) -> Tensor:
+        size, carried, total = feats[0].shape[-2:], None, None
+        for feat, lateral, smooth in reversed(list(zip(feats, self.lateral, self.smooth, strict=True))):
+            level = lateral(feat)  # (B, C, h_i, w_i)
+            carried = level if carried is None else level + resize(carried, level.shape[-2:])
+            term = resize(smooth(carried), size)  # (B, C, h_0, w_0)
+            total = term if total is None else total + term
+        return total
+
+
+class MultiScaleDecoder(nn.Module):
+    """Maps of any number, width and stride, finest first, to one map (B, C, h_0, w_0) per task."""
+
+    Config = MultiScaleConfig
+    requires = "one or more maps"
+    input_multiple = 1  # every size the backbone takes
+
+    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
+                 config: MultiScaleConfig):
+        super().__init__()
+        check_maps("multi_scale", tasks, in_channels)
+        if config.channels < 1:
+            raise ValueError(f"multi_scale option channels = {config.channels} is not valid, expected at least 1")
+        self.channels, self.stride = config.channels, strides[0]
+        self.pyramid = nn.ModuleDict({task: TaskPyramid(in_channels, config.channels) for task in tasks})
+
+    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
+        return DecoderOutput({task: pyramid(feats) for task, pyramid in self.pyramid.items()})
+
+    def make_head(self, num_outputs: int) -> nn.Conv2d:
+        """The head that belongs to this decoder: one linear layer per pixel."""
+        return logit_layer(self.channels, num_outputs)

@@ -1,0 +1,140 @@
+"""Multi-task gain of a run over single-task networks: delta_m, in percent, positive where the run is better.
+
+    python scripts/delta_m.py runs/demt_nyud --single runs/fcn_nyud_swin_tiny_{semseg,depth,normals,edge}
+    python scripts/delta_m.py runs/x/infer/results.json --single semseg=0.51 depth=0.59 normals=19.1 edge/odsF=0.77
+
+delta_m is the mean over the tasks of (multi - single) / single, with the sign turned where lower is better (the task
+table says where). A run is its folder or one of its result files. Of folders the scores of `--run_mode infer` are
+taken if every folder has them, else those of the last evaluation while training. In place of a single-task run
+TASK=SCORE gives its score as result files hold it: a fraction, metres, degrees.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.tasks import primary_score, reference_keys
+from evaluation.results import Results, delta_m_against, format_table, load_results
+
+INFER = Path("infer", "results.json")       # where `--run_mode infer` writes beside a checkpoint
+COMPARABLE = ("backbone", "val_db_name")    # what runs must share for their gain to mean anything
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the scores in Markdown with delta_m, then each task's share; 1 after a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="folder or result file of the multi-task run")
+    parser.add_argument("--single", nargs="+", required=True, metavar="RUN|TASK=SCORE",
+                        help="one per task of RUN: folder or result file of a single-task run, or its score")
+    args = parser.parse_args(arguments)
+    try:
+        print(report(args.run, args.single))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(run: str, single: Iterable[str]) -> str:
+    """The files that were read, the table and the gain of every task; a ValueError where the gain is not defined."""
+    single = list(single)
+    numbers = [tuple(item.rsplit("=", 1)) for item in single if _is_number(item)]
+    paths = [Path(run), *(Path(item) for item in single if not _is_number(item))]
+    check_comparable(paths)
+    files = result_files(paths)
+    multi = load_results(files[0])
+    rows = {str(path): load_results(file) for path, file in zip(paths[1:], files[1:], strict=True)}
+    check_tasks(multi, rows, numbers)
+    reference = {name: _number(name, text) for name, text in numbers}
+    for results in rows.values():
+        reference |= {name: results[task][score.key] for name, (task, score) in reference_keys().items()
+                      if score.key in results.get(task, {})}
+    if (gain := delta_m_against(multi, reference)) is None:
+        raise ValueError(f"no score is on both sides for every task: {run} has {_scores(multi)}, the single-task side "
+                         f"{', '.join(reference)}; evaluate both with the same boundary setting")
+    parts = [f"{task} {delta_m_against({task: scores}, reference):+.2f} %" for task, scores in multi.items()]
+    row: Results = {}
+    for name, value in reference.items():
+        task, score = reference_keys()[name]
+        row.setdefault(task, {})[score.key] = value
+    table = format_table({"single-task": row, "multi-task": multi}, reference)
+    return "\n".join([*(f"read {file}" for file in files), "", table, "",
+                      f"delta_m {gain:+.2f} % = mean of {', '.join(parts)}"])
+
+
+def _is_number(item: str) -> bool:
+    return "=" in item and not Path(item).exists()
+
+
+def result_files(paths: Iterable[Path]) -> list[Path]:
+    """The result file of every run: itself, or of one kind for all folders."""
+    paths = list(paths)
+    folders = [path for path in paths if path.is_dir()]
+    inferred = all((folder / INFER).is_file() for folder in folders)
+    return [path if path not in folders else path / INFER if inferred else _last_evaluation(path) for path in paths]
+
+
+def _last_evaluation(folder: Path) -> Path:
+    steps = [(int(path.stem.removeprefix("step_")), path) for path in (folder / "results").glob("step_*.json")]
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no results/step_N.json: no evaluation of this run is finished")
+    return max(steps)[1]
+
+
+def check_comparable(paths: Iterable[Path]) -> None:
+    """Refuses folders of runs with other backbones or data; result files say nothing about theirs."""
+    first: dict[str, tuple[str, Path]] = {}
+    for path in paths:
+        config = path / "config.yaml"
+        values = yaml.safe_load(config.read_text(encoding="ascii")) if config.is_file() else {}
+        for key in values.keys() & set(COMPARABLE):
+            value, other = first.setdefault(key, (values[key], path))
+            if values[key] != value:
+                raise ValueError(f"{path} has {key} {values[key]} but {other} {value}: the gain compares networks of "
+                                 f"one {key}; give the result files instead of the folders to do it all the same")
+
+
+def check_tasks(multi: Results, rows: Mapping[str, Results], numbers: Sequence[tuple[str, str]]) -> None:
+    """Refuses what leaves a task of the run without exactly one usable score on the single-task side."""
+    known, seen = reference_keys(), {}
+    if unknown := {name for name, _ in numbers} - known.keys():
+        raise ValueError(f"--single names unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    given = [(f"{name}={text}", known[name][0]) for name, text in numbers]
+    for run, results in rows.items():
+        if len(results) != 1:
+            raise ValueError(f"--single {run} has the tasks {', '.join(results)}; a single-task run has one")
+        given += [(run, next(iter(results)))]
+    for name, task in given:
+        if task not in multi:
+            raise ValueError(f"--single {name} is of task {task}, which the run lacks; its tasks: {', '.join(multi)}")
+        if task in seen:
+            raise ValueError(f"--single gives task {task} twice: {seen[task]} and {name}")
+        seen[task] = name
+    if lacking := [task for task in multi if task not in seen]:
+        raise ValueError(f"no single-task run for {', '.join(lacking)}; --single gives {', '.join(seen)}")
+    for run, results in {"the multi-task run": multi, **rows}.items():
+        for task, scores in results.items():
+            key = primary_score(task, scores).key
+            if not math.isfinite(scores.get(key, math.nan)):
+                raise ValueError(f"{run} has no {key} for {task}: no pixel of its test images was valid")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--single {name}={text}: '{text}' is not a number") from None
+
+
+def _scores(results: Results) -> str:
+    return ", ".join(f"{task}/{primary_score(task, scores).key}" for task, scores in results.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
