@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from models.backbones.prompted_vit import PromptedViT
 from models.backbones.swin import SwinBackbone
 from models.backbones.vit import ViTBackbone
+from models.blocks.prompting import Prompting
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,19 @@ BACKBONES |= {
     }.items()
 }
 
+# Variants that carry task prompts through their blocks and return one `PromptedMap` per level.
+PROMPTED: dict[type[nn.Module], type[nn.Module]] = {ViTBackbone: PromptedViT}
+
 
 def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float | None = None,
-                   **sizes) -> nn.Module:
+                   prompting: Prompting | None = None, **sizes) -> nn.Module:
     """Builds a backbone with random weights (pretrained ones: `utils.checkpoint.load_pretrained`).
 
     Args:
         name: key of BACKBONES; `swin` and `vit` have no default sizes.
         image_size: (height, width) of the training images; fixed for a ViT, irrelevant for a Swin.
         drop_path_rate: stochastic depth; None = the backbone's published default.
+        prompting: asks for the variant with task prompts inside.
         sizes: any other constructor argument, e.g. embed_dim, depths, num_heads, window_size.
     Raises:
         ValueError: unknown name or argument, or a size that is missing or does not fit.
@@ -106,7 +112,13 @@ def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float |
     if needed:
         raise ValueError(f"backbone '{name}' has no default for {', '.join(needed)}: "
                          "give them in the configuration")
-    backbone = entry.cls(**arguments)
+    if prompting is None:
+        backbone = entry.cls(**arguments)
+    elif entry.cls in PROMPTED:
+        backbone = PROMPTED[entry.cls](prompting, **{**arguments, "image_size": tuple(image_size)})
+    else:
+        able = ", ".join(key for key, other in BACKBONES.items() if other.cls in PROMPTED)
+        raise ValueError(f"backbone '{name}' cannot carry task prompts inside its blocks; those that can: {able}")
     backbone.pretrained_tag, backbone.pretrained_file = entry.pretrained_tag, entry.pretrained_file
     return backbone
 

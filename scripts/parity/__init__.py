@@ -15,6 +15,7 @@ from scripts.parity import (
     outputs,
     scan,
     ss2d,
+    taskprompter,
     transforms,
 )
 
@@ -30,4 +31,5 @@ FAMILIES = {
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
     "invpt_scores": invpt_scores.checks,
+    "taskprompter": taskprompter.checks,
 }
