@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from models.backbones.prompted_swin import PromptedSwin
 from models.backbones.prompted_vit import PromptedViT
 from models.backbones.swin import SwinBackbone
 from models.backbones.vit import ViTBackbone
@@ -76,7 +77,7 @@ BACKBONES |= {
 }
 
 # Variants that carry task prompts through their blocks and return one `PromptedMap` per level.
-PROMPTED: dict[type[nn.Module], type[nn.Module]] = {ViTBackbone: PromptedViT}
+PROMPTED: dict[type[nn.Module], type[nn.Module]] = {ViTBackbone: PromptedViT, SwinBackbone: PromptedSwin}
 
 
 def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float | None = None,
