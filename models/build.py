@@ -75,6 +75,7 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     if any(side % multiple for side in image_size):
         raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{name}' "
                          f"on backbone '{backbone}'")
+    output_size = getattr(config, "dd_label_map_size", None) or output_size
     heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
     return MultiTaskModel(encoder, neck_module, decoder, heads, output_size)
 

@@ -165,6 +165,12 @@ class Config:
         return self.image_size or self.dataset.image_size
 
     @property
+    def label_size(self) -> tuple[int, int] | None:
+        """(height, width) of labels and predictions where it is not that of the input."""
+        size = self.model_kwargs.get("dd_label_map_size")
+        return tuple(size) if size else self.dataset.label_size
+
+    @property
     def run_dir(self) -> Path:
         """Everything of this run lies here."""
         return Path(self.out_dir) / self.version_name
@@ -253,6 +259,12 @@ def _check_relations(c: Config, source: str) -> None:
             refuse(f"{key} names unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if weights and (lacking := [t for t in c.tasks if t not in weights]):
         refuse(f"loss_kwargs.loss_weights lacks {', '.join(lacking)}")
+    if size := c.model_kwargs.get("dd_label_map_size"):
+        if not isinstance(size, (list, tuple)) or len(size) != 2:
+            refuse(f"model_kwargs.dd_label_map_size must be [height, width], got {size!r}")
+        if c.dataset.label_size is None and tuple(size) != c.input_size:
+            refuse(f"model_kwargs.dd_label_map_size {list(size)} must be the image size {list(c.input_size)}: labels "
+                   f"of {c.train_db_name} have no size of their own")
     for key in ("trBatch", "valBatch", "max_iter", "epochs", "val_interval", "log_interval"):
         if getattr(c, key) < 1:
             refuse(f"'{key}' must be at least 1, got {getattr(c, key)}")

@@ -20,7 +20,7 @@ def model_from_config(config: Config) -> MultiTaskModel:
     """The configured model with fresh weights."""
     set_scan_backend(config.scan_backend)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
-    return build_model(config.model, config.backbone, outputs, config.input_size, output_size=config.dataset.label_size,
+    return build_model(config.model, config.backbone, outputs, config.input_size, output_size=config.label_size,
                        neck=config.neck, head=config.head, backbone_kwargs=config.backbone_kwargs,
                        neck_kwargs=config.neck_kwargs, model_kwargs=config.model_kwargs)
 
@@ -39,7 +39,7 @@ def build_split(config: Config, split: str) -> MultiTaskDataset:
     """The "train" or "val" split with its transforms."""
     name = config.train_db_name if split == "train" else config.val_db_name
     tasks, a = tasks_named(config.tasks), config.augmentation
-    transform = build_transform(DATASETS[name].spec, split == "train", tasks, config.image_size,
+    transform = build_transform(DATASETS[name].spec, split == "train", tasks, config.image_size, config.label_size,
                                 scale_range=a.scale_range, flip=a.flip_prob, photometric=a.photometric)
     return build_dataset(name, config.db_root, split, tasks, transform)
 
