@@ -68,7 +68,7 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     try:
         decoder = decoder_class(dict(tasks), channels, strides, config, **inner)
     except ValueError as error:
-        plain_vit = neck == "none" and encoder.strides == encoder.strides[:1] * 4
+        plain_vit = neck == "none" and not inner and encoder.strides == encoder.strides[:1] * 4
         hint = "; `neck: pyramid` makes the four maps" if plain_vit else ""
         raise ValueError(f"model '{name}' on backbone '{backbone}': {error}{hint}") from error
     multiple = getattr(decoder, "input_multiple", max(strides))

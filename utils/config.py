@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import os
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -259,12 +259,6 @@ def _check_relations(c: Config, source: str) -> None:
             refuse(f"{key} names unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if weights and (lacking := [t for t in c.tasks if t not in weights]):
         refuse(f"loss_kwargs.loss_weights lacks {', '.join(lacking)}")
-    if size := c.model_kwargs.get("dd_label_map_size"):
-        if not isinstance(size, (list, tuple)) or len(size) != 2:
-            refuse(f"model_kwargs.dd_label_map_size must be [height, width], got {size!r}")
-        if c.dataset.label_size is None and tuple(size) != c.input_size:
-            refuse(f"model_kwargs.dd_label_map_size {list(size)} must be the image size {list(c.input_size)}: labels "
-                   f"of {c.train_db_name} have no size of their own")
     for key in ("trBatch", "valBatch", "max_iter", "epochs", "val_interval", "log_interval"):
         if getattr(c, key) < 1:
             refuse(f"'{key}' must be at least 1, got {getattr(c, key)}")
@@ -283,6 +277,18 @@ def _check_relations(c: Config, source: str) -> None:
         refuse(f"ema_decay must be in [0, 1), got {c.ema_decay}")
     if not 0 < c.augmentation.scale_range[0] <= c.augmentation.scale_range[1]:
         refuse(f"augmentation.scale_range must be two growing positive numbers, got {list(c.augmentation.scale_range)}")
+    _check_label_size(c, refuse)
+
+
+def _check_label_size(c: Config, refuse: Callable[[str], NoReturn]) -> None:
+    size = c.model_kwargs.get("dd_label_map_size")
+    if size is None:
+        return
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        refuse(f"model_kwargs.dd_label_map_size must be [height, width], got {size!r}")
+    if c.dataset.label_size is None and tuple(size) != c.input_size:
+        refuse(f"model_kwargs.dd_label_map_size {list(size)} must be the image size {list(c.input_size)}: labels "
+               f"of {c.train_db_name} have no size of their own")
 
 
 def _plain(value: Any) -> Any:

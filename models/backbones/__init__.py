@@ -115,13 +115,17 @@ def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float |
                          "give them in the configuration")
     if prompting is None:
         backbone = entry.cls(**arguments)
-    elif entry.cls in PROMPTED:
-        backbone = PROMPTED[entry.cls](prompting, **{**arguments, "image_size": tuple(image_size)})
     else:
-        able = ", ".join(key for key, other in BACKBONES.items() if other.cls in PROMPTED)
-        raise ValueError(f"backbone '{name}' cannot carry task prompts inside its blocks; those that can: {able}")
+        backbone = _prompted_class(name)(prompting, **{**arguments, "image_size": tuple(image_size)})
     backbone.pretrained_tag, backbone.pretrained_file = entry.pretrained_tag, entry.pretrained_file
     return backbone
+
+
+def _prompted_class(name: str) -> type[nn.Module]:
+    if BACKBONES[name].cls not in PROMPTED:
+        able = ", ".join(key for key, entry in BACKBONES.items() if entry.cls in PROMPTED)
+        raise ValueError(f"backbone '{name}' cannot carry task prompts inside its blocks; those that can: {able}")
+    return PROMPTED[BACKBONES[name].cls]
 
 
 def _nearest(word: str, choices) -> str:

@@ -18,7 +18,7 @@ from models.backbones.swin import DERIVED_BUFFERS
 from models.build import build_model
 from models.model import MultiTaskModel
 from models.released.taskprompter import DETECTION, dead_keys, recognises, rename
-from scripts.parity.base import Check, Folder, Measure
+from scripts.parity.base import Check, Folder, Measure, NotCovered
 from scripts.parity.invpt import NO_EFFECT, Case, cases, gradient_norms, inside, manifests, outputs, training
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *DERIVED_BUFFERS)
@@ -26,6 +26,7 @@ GROUPS = {"outputs": outputs, "features inside": inside, "training": training, "
 HEAD_DIM = 64  # of the published ViTs
 OPTIONS = ("final_embed_dim", "prompt_len", "chan_nheads", "head", "embed_dim", "use_ctr", "level_embed_dim",
            "chan_embed_dim", "img_ds_ratio")
+FIXED = {"mlp_ratio": 4.0, "qkv_bias": True, "patch_norm": True, "ape": False}
 BACKBONE_OPTIONS = ("embed_dim", "depth", "depths", "num_heads", "window_size", "patch_size", "drop_path_rate")
 
 
@@ -38,12 +39,14 @@ class TaskPrompterCase(Case):
 
     def model(self) -> MultiTaskModel:
         c, backbone = self.config, self.config["backbone"]
+        if any(backbone.get(name, value) != value for name, value in FIXED.items()):
+            raise NotCovered(f"here a backbone has {', '.join(f'{name} {value}' for name, value in FIXED.items())}")
         backbone_kwargs = {name: backbone[name] for name in BACKBONE_OPTIONS if name in backbone}
         if "tap_after_blocks" in backbone:
             backbone_kwargs["taps"] = backbone["tap_after_blocks"]
         model = build_model(
             c["model"], backbone["type"], dict(zip(self.tasks, c["num_output"], strict=True)), tuple(c["image_size"]),
-            backbone_kwargs=backbone_kwargs, output_size=tuple(c["dd_label_map_size"] or c["image_size"]),
+            backbone_kwargs=backbone_kwargs, output_size=tuple(c.get("dd_label_map_size") or c["image_size"]),
             model_kwargs={name: c[name] for name in OPTIONS if name in c})
         return self.loaded(model)
 
