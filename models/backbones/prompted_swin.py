@@ -122,7 +122,7 @@ class PromptedSwin(SwinBackbone):
         if self.image_scale != 1:
             image = F.interpolate(image, scale_factor=self.image_scale, mode="bilinear", align_corners=False)
         feat, levels = self.patch_embed(image), []  # (B, H, W, C)
-        prompts = self.task_prompts.expand(len(image), -1, -1)
+        prompts = self.task_prompts.repeat(len(image), 1, 1)  # (B, T, C)
         for stage, (layer, branches) in enumerate(zip(self.layers, self.prompting, strict=True)):
             for block, branch in zip(layer.blocks, branches, strict=True):
                 feat, prompts, spatial, channel = self.run_block(block, branch, feat, prompts)
