@@ -261,7 +261,7 @@ def test_a_neck_is_refused():
 
 @pytest.mark.parametrize("options, message", [
     ({"prompt_len": 2}, "prompt_len = 2 is not valid, expected 1"), ({"embed_dim": 0}, "embed_dim = 0"),
-    ({"chan_nheads": 8}, "chan_nheads = 8 is not valid, expected a square"), ({"head": "mlp"}, "expected conv or deconv"),
+    ({"chan_nheads": 8}, "chan_nheads = 8 is not valid, expected a sq"), ({"head": "mlp"}, "expected conv or deconv"),
     ({"img_ds_ratio": 0}, "img_ds_ratio = 0"), ({"prompt_update": "softmax"}, "expected linear or attention"),
     ({"ignore_invalid_area_depth": False}, "expected true"), ({"extra_prompts": -1}, "extra_prompts = -1"),
     ({"extra_prompts": 1, "use_ctr": True}, "expected 0 with use_ctr")])
