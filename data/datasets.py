@@ -18,14 +18,15 @@ DATASETS: dict[str, type[MultiTaskDataset]] = {
 
 
 def build_transform(spec: DatasetSpec, training: bool, tasks: Mapping[str, Task],
-                    image_size: tuple[int, int] | None = None, **augmentation) -> Compose:
-    """Transform of a data set; `image_size` (H, W) replaces the spec's; the rest goes to `train_transform`.
+                    image_size: tuple[int, int] | None = None, label_size: tuple[int, int] | None = None,
+                    **augmentation) -> Compose:
+    """Transform of a data set; the sizes (H, W) replace the spec's; the rest goes to `train_transform`.
 
     A data set with a label size of its own (Cityscapes) is resized and never augmented.
     """
     size = image_size or spec.image_size
     if spec.label_size is not None:
-        return fixed_transform(size, tasks, spec.label_size)
+        return fixed_transform(size, tasks, label_size or spec.label_size)
     return train_transform(size, tasks, **augmentation) if training else eval_transform(size, tasks)
 
 

@@ -17,6 +17,7 @@ from models.decoders.invpt import InvPTDecoder
 from models.decoders.mtmamba import MTMambaDecoder
 from models.decoders.mtmamba_plus import MTMambaPlusDecoder
 from models.decoders.multi_scale import MultiScaleDecoder
+from models.decoders.taskprompter import TaskPrompterDecoder
 from models.model import MultiTaskModel
 
 DECODERS: dict[str, type[nn.Module]] = {
@@ -28,10 +29,11 @@ DECODERS: dict[str, type[nn.Module]] = {
     "mtmamba_plus": MTMambaPlusDecoder,
     "mtmamba++": MTMambaPlusDecoder,  # the paper's spelling
     "multi_scale": MultiScaleDecoder,
+    "taskprompter": TaskPrompterDecoder,
 }
 
 # Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("TaskPrompter", "MLoRE", "BridgeNet")
+NOT_YET = ("MLoRE", "BridgeNet")
 
 # The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
 SHARED_NAME = "TransformerNet"
@@ -60,24 +62,44 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     decoder_class = _decoder_class(name)
     if head not in ("default", *getattr(decoder_class, "head_names", ())):
         raise ValueError(f"head '{head}' is not available for model '{name}'; leave `head` out for the decoder's own")
-    config = decoder_config(name, model_kwargs or {})
-    encoder = build_backbone(backbone, image_size, **(backbone_kwargs or {}))
+    options = dict(model_kwargs or {})
+    if head != "default" and hasattr(decoder_class.Config, "head"):  # a decoder with several heads
+        options["head"] = head
+    config = decoder_config(name, options)
+    encoder, inner = _encoder(name, backbone, tasks, image_size, neck, config, backbone_kwargs or {})
     neck_module, channels, strides = None, encoder.channels, encoder.strides
     if neck == "pyramid":
         neck_module = SimplePyramid(channels, **(neck_kwargs or {}))
         channels, strides = neck_module.channels, neck_module.strides
     try:
-        decoder = decoder_class(dict(tasks), channels, strides, config)
+        decoder = decoder_class(dict(tasks), channels, strides, config, **inner)
     except ValueError as error:
-        plain_vit = neck == "none" and encoder.strides == encoder.strides[:1] * 4
+        plain_vit = neck == "none" and not inner and encoder.strides == encoder.strides[:1] * 4
         hint = "; `neck: pyramid` makes the four maps" if plain_vit else ""
         raise ValueError(f"model '{name}' on backbone '{backbone}': {error}{hint}") from error
     multiple = getattr(decoder, "input_multiple", max(strides))
     if any(side % multiple for side in image_size):
         raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{name}' "
                          f"on backbone '{backbone}'")
+    output_size = getattr(config, "dd_label_map_size", None) or output_size
     heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
     return MultiTaskModel(encoder, neck_module, decoder, heads, output_size)
+
+
+def _encoder(name: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], neck: str,
+             config: Any, backbone_kwargs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone, and what a decoder whose prompts run inside it must know besides its maps."""
+    prompting = getattr(_decoder_class(name), "prompting", None)
+    if prompting is None:
+        return build_backbone(backbone, image_size, **backbone_kwargs), {}
+    if neck != "none":
+        raise ValueError(f"model '{name}' works inside its backbone, there is no place for the neck '{neck}'; "
+                         "leave `neck` out")
+    try:
+        encoder = build_backbone(backbone, image_size, prompting=prompting(len(tasks), config), **backbone_kwargs)
+    except ValueError as error:
+        raise ValueError(f"model '{name}': {error}") from error
+    return encoder, {"num_heads": encoder.num_heads}
 
 
 def resolve_name(name: str, backbone: str, options: Mapping[str, Any]) -> str:

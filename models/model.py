@@ -30,8 +30,9 @@ class Predictions(NamedTuple):
 class MultiTaskModel(nn.Module):
     """Composes the parts. The parameter tree is `encoder.*`, `neck.*`, `decoder.*`, `heads.{task}.*`.
 
-    The decoder takes the list of feature maps, finest first, and returns a `DecoderOutput`. `output_size` is
-    (height, width) of the predictions; None means that of the image.
+    The decoder takes the encoder's list of feature maps, finest first, and returns a `DecoderOutput`; one whose
+    prompts run inside the encoder takes a list of `PromptedMap`. `output_size` is (height, width) of the
+    predictions; None means that of the image.
     """
 
     def __init__(self, encoder: nn.Module, neck: nn.Module | None, decoder: nn.Module,

@@ -104,7 +104,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
-    size = config.dataset.label_size or config.input_size
+    size = config.label_size or config.input_size
     batch = {"image": torch.randn(config.trBatch, 3, *config.input_size, device=device)}
     for task in config.tasks:
         batch[task] = torch.randint(0, 2, (config.trBatch, TASKS[task].label_channels, *size), device=device).float()

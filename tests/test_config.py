@@ -153,7 +153,9 @@ def test_every_shipped_file_builds(path):
     scans = {"d_state": 2}
     narrow = {"demt": {"dim": 8}, "fcn": {}, "multi_scale": {"channels": 8},
               "bim": scans, "mtmamba": scans, "mtmamba_plus": scans,
-              "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8}}[config.model.lower()]
+              "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8},
+              "taskprompter": {"embed_dim": 8, "level_embed_dim": 8, "final_embed_dim": 8, "img_ds_ratio": 1},
+              }[config.model.lower()]
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,
                         backbone_kwargs=tiny, neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, **narrow})

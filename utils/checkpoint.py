@@ -181,7 +181,9 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | P
 def convert_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """A recognised state dict under our keys, and the keys it loses: layers that no output depends on."""
     kind = RELEASED[recognise(state)]
-    return kind.convert(state, tuple(tasks_named(tasks_in(state)))), [key for key in state if kind.is_dead(key)]
+    dead = kind.dead_keys(state)
+    return (kind.convert(state, tuple(tasks_named(tasks_in(state)))),
+            [key for key in state if kind.is_dead(key) or key in dead])
 
 
 # ------------------------------------------------------------ file reading

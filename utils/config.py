@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import os
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -169,6 +169,12 @@ class Config:
         return self.image_size or self.dataset.image_size
 
     @property
+    def label_size(self) -> tuple[int, int] | None:
+        """(height, width) of labels and predictions where it is not that of the input."""
+        size = self.model_kwargs.get("dd_label_map_size")
+        return tuple(size) if size else self.dataset.label_size
+
+    @property
     def run_dir(self) -> Path:
         """Everything of this run lies here."""
         return Path(self.out_dir) / self.version_name
@@ -275,6 +281,18 @@ def _check_relations(c: Config, source: str) -> None:
         refuse(f"ema_decay must be in [0, 1), got {c.ema_decay}")
     if not 0 < c.augmentation.scale_range[0] <= c.augmentation.scale_range[1]:
         refuse(f"augmentation.scale_range must be two growing positive numbers, got {list(c.augmentation.scale_range)}")
+    _check_label_size(c, refuse)
+
+
+def _check_label_size(c: Config, refuse: Callable[[str], NoReturn]) -> None:
+    size = c.model_kwargs.get("dd_label_map_size")
+    if size is None:
+        return
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        refuse(f"model_kwargs.dd_label_map_size must be [height, width], got {size!r}")
+    if c.dataset.label_size is None and tuple(size) != c.input_size:
+        refuse(f"model_kwargs.dd_label_map_size {list(size)} must be the image size {list(c.input_size)}: labels "
+               f"of {c.train_db_name} have no size of their own")
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ def model_from_config(config: Config) -> MultiTaskModel:
     set_scan_backend(config.scan_backend)
     set_float32_arithmetic(config.precision)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
-    return build_model(config.model, config.backbone, outputs, config.input_size, output_size=config.dataset.label_size,
+    return build_model(config.model, config.backbone, outputs, config.input_size, output_size=config.label_size,
                        neck=config.neck, head=config.head, backbone_kwargs=config.backbone_kwargs,
                        neck_kwargs=config.neck_kwargs, model_kwargs=config.model_kwargs)
 
@@ -57,7 +57,7 @@ def build_split(config: Config, split: str) -> MultiTaskDataset:
     name = config.train_db_name if split == "train" else config.val_db_name
     a = config.augmentation
     tasks = tasks_named({*config.tasks, CROP_GUIDE} if split == "train" and a.always_guide_crop else config.tasks)
-    transform = build_transform(DATASETS[name].spec, split == "train", tasks, config.image_size,
+    transform = build_transform(DATASETS[name].spec, split == "train", tasks, config.image_size, config.label_size,
                                 scale_range=a.scale_range, flip=a.flip_prob, photometric=a.photometric)
     return build_dataset(name, config.db_root, split, tasks, transform)
 

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from models.backbones.hrnet import HRNetBackbone
+from models.backbones.prompted_swin import PromptedSwin
+from models.backbones.prompted_vit import PromptedViT
 from models.backbones.swin import SwinBackbone
 from models.backbones.vit import ViTBackbone
+from models.blocks.prompting import Prompting
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,19 @@ BACKBONES |= {
     }.items()
 }
 
+# Variants that carry task prompts through their blocks and return one `PromptedMap` per level.
+PROMPTED: dict[type[nn.Module], type[nn.Module]] = {ViTBackbone: PromptedViT, SwinBackbone: PromptedSwin}
+
 
 def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float | None = None,
-                   **sizes) -> nn.Module:
+                   prompting: Prompting | None = None, **sizes) -> nn.Module:
     """Builds a backbone with random weights (pretrained ones: `utils.checkpoint.load_pretrained`).
 
     Args:
         name: key of BACKBONES; `swin`, `hrnet` and `vit` have no default sizes.
         image_size: (height, width) of the training images; fixed for a ViT, irrelevant for the others.
         drop_path_rate: stochastic depth; None = the backbone's published default.
+        prompting: asks for the variant with task prompts inside.
         sizes: any other constructor argument, e.g. embed_dim, depths, num_heads, window_size.
     Raises:
         ValueError: unknown name or argument, or a size that is missing or does not fit.
@@ -118,9 +125,19 @@ def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float |
     if needed:
         raise ValueError(f"backbone '{name}' has no default for {', '.join(needed)}: "
                          "give them in the configuration")
-    backbone = entry.cls(**arguments)
+    if prompting is None:
+        backbone = entry.cls(**arguments)
+    else:
+        backbone = _prompted_class(name)(prompting, **{**arguments, "image_size": tuple(image_size)})
     backbone.pretrained_tag, backbone.pretrained_file = entry.pretrained_tag, entry.pretrained_file
     return backbone
+
+
+def _prompted_class(name: str) -> type[nn.Module]:
+    if BACKBONES[name].cls not in PROMPTED:
+        able = ", ".join(key for key, entry in BACKBONES.items() if entry.cls in PROMPTED)
+        raise ValueError(f"backbone '{name}' cannot carry task prompts inside its blocks; those that can: {able}")
+    return PROMPTED[BACKBONES[name].cls]
 
 
 def _nearest(word: str, choices) -> str:

@@ -76,16 +76,18 @@ class SwinBackbone(nn.Module):
     Args:
         embed_dim: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
         depths, num_heads: one entry per stage.
-        window_size: side of the square attention window, in tokens.
+        window_size: side of the square attention window, in tokens; one for all stages or one per stage.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 over all blocks.
         pad_before_roll: order of the original code; False is timm's (see `SwinBlock`).
+        patch_size: side of a patch in pixels; the stride of the finest map, 4 in all published models.
     """
 
     recomputed = (SwinBlock,)
     never_pretrained = ("norm0", "norm1", "norm2", "norm3")  # no such layers in a classifier
 
-    def __init__(self, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int], window_size: int,
-                 drop_path_rate: float = 0.1, pad_before_roll: bool = True):
+    def __init__(self, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int],
+                 window_size: int | Sequence[int], drop_path_rate: float = 0.1, pad_before_roll: bool = True,
+                 patch_size: int = 4):
         super().__init__()
         if len(depths) != 4 or len(num_heads) != 4:
             raise ValueError(f"Swin has 4 stages but got depths {tuple(depths)} "
@@ -94,13 +96,16 @@ class SwinBackbone(nn.Module):
         for dim, heads in zip(self.channels, num_heads, strict=True):
             if dim % heads:
                 raise ValueError(f"Swin stage of {dim} channels cannot be split into {heads} heads")
-        self.strides = (4, 8, 16, 32)
+        windows = (window_size,) * 4 if isinstance(window_size, int) else tuple(window_size)
+        if len(windows) != 4:
+            raise ValueError(f"Swin has 4 stages but got window_size {windows}")
+        self.strides = tuple(patch_size * 2**stage for stage in range(4))
         self.patch_embed = PatchEmbed(
-            img_size=None, patch_size=4, embed_dim=embed_dim, norm_layer=partial(nn.LayerNorm, eps=1e-5),
+            img_size=None, patch_size=patch_size, embed_dim=embed_dim, norm_layer=partial(nn.LayerNorm, eps=1e-5),
             output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.layers = nn.ModuleList(
-            SwinStage(dim, stage > 0, num_heads[stage], window_size, rates[stage].tolist(), pad_before_roll)
+            SwinStage(dim, stage > 0, num_heads[stage], windows[stage], rates[stage].tolist(), pad_before_roll)
             for stage, dim in enumerate(self.channels))
         self.apply(_init_linear)
         for stage, dim in enumerate(self.channels):

@@ -60,11 +60,7 @@ class ViTBackbone(VisionTransformer):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Normalised image (B, 3, H*patch, W*patch) -> one map (B, C, H, W) per tap, shallowest first."""
-        height, width = image.shape[-2:]
-        if (height, width) != self.image_size:
-            built_h, built_w = self.image_size
-            raise ValueError(f"ViT was built for images of {built_h}x{built_w} (height x width; its position "
-                             f"embedding has that grid) but got {height}x{width}")
+        self.check_size(image)
         tokens = self.patch_embed(image)  # (B, N, C), row-major
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, C)
         tokens = tokens + self.pos_embed
@@ -76,6 +72,14 @@ class ViTBackbone(VisionTransformer):
                 grid_h, _ = self.patch_embed.grid_size
                 maps.append(rearrange(tap[:, 1:], "b (h w) c -> b c h w", h=grid_h).contiguous())
         return maps
+
+    def check_size(self, image: Tensor) -> None:
+        """Raises ValueError unless the image has the size that the module was built for."""
+        height, width = image.shape[-2:]
+        if (height, width) != self.image_size:
+            built_h, built_w = self.image_size
+            raise ValueError(f"ViT was built for images of {built_h}x{built_w} (height x width; its position "
+                             f"embedding has that grid) but got {height}x{width}")
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """timm weights -> the same with the position embedding resized to this module's grid."""

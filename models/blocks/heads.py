@@ -1,5 +1,7 @@
 """Task heads: from a decoder's feature map to raw task outputs."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -24,18 +26,20 @@ class PatchExpandHead(nn.Module):
 
 
 class LiteHead(nn.Module):
-    """Head of MTMamba++: 3 x 3 convolution, batch norm, ReLU, then a linear layer per pixel.
+    """Head of MTMamba++ (and, with GELU, of TaskPrompter): 3 x 3 convolution, batch norm, ReLU, linear per pixel.
 
     (B, C, H, W) -> (B, num_outputs, H, W), without activation; the model resizes. Under several CUDA
     processes the batch statistics are synchronised.
     """
 
-    def __init__(self, in_channels: int, hidden_channels: int, num_outputs: int):
+    def __init__(self, in_channels: int, hidden_channels: int, num_outputs: int,
+                 activation: Callable[[Tensor], Tensor] = F.relu):
         super().__init__()
+        self.activation = activation
         self.conv = nn.Conv2d(in_channels, hidden_channels, kernel_size=3, padding=1)
         nn.init.trunc_normal_(self.conv.weight, std=0.02)
         self.norm = nn.BatchNorm2d(hidden_channels)
         self.proj = nn.Conv2d(hidden_channels, num_outputs, kernel_size=1)
 
     def forward(self, feat: Tensor) -> Tensor:
-        return self.proj(F.relu(self.norm(self.conv(feat))))
+        return self.proj(self.activation(self.norm(self.conv(feat))))

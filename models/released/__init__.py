@@ -4,12 +4,12 @@ A new kind is a module with these functions and a row of RELEASED. State dicts c
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from models.released import demt, invpt, mtmamba
+from models.released import demt, invpt, mtmamba, taskprompter
 
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+)"
                          r"|head\.final_logits\.(?P<c>\w+))\.weight")
@@ -19,12 +19,14 @@ class Released(NamedTuple):
     """One kind. `convert(state, tasks)`: the weights under our keys, `tasks` in the order of the task table.
 
     `is_dead(key)`: whether the layer never influenced an output of the original, so that `convert` leaves it
-    out. A key that is neither known nor dead keeps its name, and the strict load reports it.
+    out; `dead_keys(keys)`: those among all keys, where one key alone does not tell. A key that is neither known
+    nor dead keeps its name, and the strict load reports it.
     """
 
     recognises: Callable[[Iterable[str]], bool]
     convert: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
     is_dead: Callable[[str], bool] = lambda key: False
+    dead_keys: Callable[[Collection[str]], Collection[str]] = lambda keys: ()
 
 
 RELEASED: dict[str, Released] = {
@@ -32,6 +34,7 @@ RELEASED: dict[str, Released] = {
     "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
     "DeMT": Released(demt.recognises, demt.convert_demt, demt.is_dead),
     "FCN": Released(demt.recognises_baseline, demt.convert),      # the baselines of ATRC and DeMT
+    "TaskPrompter": Released(taskprompter.recognises, taskprompter.convert, dead_keys=taskprompter.dead_keys),
 }
 
 

@@ -17,6 +17,7 @@ from scripts.parity import (
     outputs,
     scan,
     ss2d,
+    taskprompter,
     transforms,
 )
 
@@ -34,4 +35,5 @@ FAMILIES = {
     "invpt_scores": invpt_scores.checks,
     "demt": demt.checks,
     "demt_scores": demt_scores.checks,
+    "taskprompter": taskprompter.checks,
 }

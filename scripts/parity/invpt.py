@@ -3,7 +3,8 @@
 A case is a configuration with "model": "InvPT", and beside it, under the same name up to the first dot, the
 original state dict, arrays "eval.*" / "train.*", and a table of gradient norms. The reference ran in float64
 and was stored in float32: in float64 an error counts from half a unit of the stored value's last place on.
-A manifest lists the keys of the full-size models with their shapes.
+A manifest lists the keys of the full-size models with their shapes. TaskPrompter's references have the same form;
+what differs is said by a class of cases of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from models.released.invpt import is_dead, recognises, rename
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error
 from utils.checkpoint import load_model
 
+NO_EFFECT = "no output depends on it, and it is not computed here"
 HALF_ULP = 2.0**-24                      # of float32, relative to the value
 SMALLEST = 2.0**-149                     # float32 above 0
 
@@ -33,6 +36,10 @@ SMALLEST = 2.0**-149                     # float32 above 0
 @dataclass(frozen=True)
 class Case:
     """One published model of toy size."""
+
+    family: ClassVar[str] = "InvPT"
+    recognises: ClassVar[Callable] = staticmethod(recognises)
+    tolerance: ClassVar[float] = 5e-5  # of single values, in float32
 
     config: dict
     state: Path
@@ -56,8 +63,28 @@ class Case:
             model_kwargs={"embed_dim": c["embed_dim"], "PRED_OUT_NUM_CONSTANT": c["pred_out_num_constant"],
                           "mtt_resolution_downsample_rate": c["mtt_resolution_downsample_rate"],
                           "num_heads": c.get("decoder_num_heads", (2,))[0]})
+        return self.loaded(model)
+
+    def loaded(self, model: MultiTaskModel) -> MultiTaskModel:
+        """The model with the reference's weights, in the arithmetic of this run."""
         load_model(model, load_file(self.state), self.state)
         return model.to(self.dtype)
+
+    def rename(self, key: str) -> str:
+        """Our name of a key of the original."""
+        return rename(key, self.tasks)
+
+    def is_dead(self, key: str) -> bool:
+        """Whether the key belongs to a layer that ours does not have."""
+        return is_dead(key)
+
+    def record_inside(self, model: MultiTaskModel) -> dict[str, Tensor]:
+        """A dict that holds the features inside, under the reference's names, after a forward pass."""
+        return record_inside(model)
+
+    def missing_inside(self, name: str) -> str:
+        """Why ours does not compute a feature, or nothing."""
+        return NO_EFFECT if name == "decoder.skip2" else ""
 
     def reference(self, prefix: str) -> dict[str, Tensor]:
         """Arrays below a prefix, without it."""
@@ -69,13 +96,15 @@ class Case:
 
 
 def checks(folder: Folder) -> Iterator[Check]:
-    yield from _cases(folder)
-    yield from _manifests(folder)
+    yield from cases(folder, Case, GROUPS)
+    yield from manifests(folder, recognises, _manifest)
 
 
-def _cases(folder: Folder) -> Iterator[Check]:
+def cases(folder: Folder, kind: type[Case], groups: dict[str, Callable]) -> Iterator[Check]:
+    """All groups of checks of every case of this kind."""
+    recognises = kind.recognises
     for path, config in folder.tables.items():
-        if not (isinstance(config, dict) and config.get("model") == "InvPT" and "backbone" in config):
+        if not (isinstance(config, dict) and config.get("model") == kind.family and "backbone" in config):
             continue
         name = path.name.partition(".")[0]
         arrays = {p: keys for p, keys in folder.arrays.items() if p.name.partition(".")[0] == name}
@@ -85,11 +114,11 @@ def _cases(folder: Folder) -> Iterator[Check]:
         norms = next((p for p, keys in tables.items() if isinstance(keys, dict) and recognises(keys)), path)
         if state is None or io is None:
             continue
-        for group, run in GROUPS.items():
-            if run is not _gradient_norms or norms != path:
+        for group, run in groups.items():
+            if run is not gradient_norms or norms != path:
                 yield Check(f"{name}/{group}", frozenset({path, state, io, norms}),
                             lambda options, c=(config, state, io, tables[norms]), run=run:
-                            run(Case(*c, options.dtype), options))
+                            run(kind(*c, options.dtype), options))
 
 
 def stored_error(got: Tensor, want: Tensor) -> float:
@@ -101,17 +130,17 @@ def stored_error(got: Tensor, want: Tensor) -> float:
     return ((got.detach() - want).abs() - rounding).clamp_min(0).max().item()
 
 
-def _value(name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
-    return Measure(name, stored_error(got, want), options.pick(1e-9, 5e-5))
+def _value(case: Case, name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
+    return Measure(name, stored_error(got, want), options.pick(1e-9, case.tolerance))
 
 
 def _predictions(case: Case, out: Predictions, mode: str, options: Options) -> Iterator[Measure]:
     for kind, maps in (("out", out.final), ("inter", out.intermediate)):
         for task, want in case.reference(f"{mode}.{kind}.").items():
-            yield _value(f"{mode}.{kind}.{task}", maps[task], want, options)
+            yield _value(case, f"{mode}.{kind}.{task}", maps[task], want, options)
 
 
-def _outputs(case: Case, options: Options) -> Iterator[Measure]:
+def outputs(case: Case, options: Options) -> Iterator[Measure]:
     with torch.no_grad():
         out = case.model().eval()(case.image())
     yield from (m for m in _predictions(case, out, "eval", options) if ".out." in m.name)
@@ -123,16 +152,16 @@ def _intermediate(case: Case, options: Options) -> Iterator[Measure]:
     yield from (m for m in _predictions(case, out, "eval", options) if ".inter." in m.name)
 
 
-def _inside(case: Case, options: Options) -> Iterator[Measure]:
+def inside(case: Case, options: Options) -> Iterator[Measure]:
     model = case.model().eval()
-    seen = record_inside(model)
+    seen = case.record_inside(model)
     with torch.no_grad():
         model(case.image())
     for name, want in case.reference("eval.mid.").items():
-        if name == "decoder.skip2":
-            yield Measure(name, uncovered="no output depends on it, and it is not computed here")
+        if reason := case.missing_inside(name):
+            yield Measure(name, uncovered=reason)
         else:
-            yield _value(name, seen[name], want, options)
+            yield _value(case, name, seen[name], want, options)
 
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
@@ -180,7 +209,7 @@ def _backward(case: Case) -> tuple[MultiTaskModel, Tensor, Predictions, Tensor]:
 
 
 # In float32 a ReLU whose input is nearly zero may switch: gradients move by up to 1e-3 of the largest entry.
-def _training(case: Case, options: Options) -> Iterator[Measure]:
+def training(case: Case, options: Options) -> Iterator[Measure]:
     model, image, out, loss = _backward(case)
     yield from _predictions(case, out, "train", options)
     want = case.reference("train.")["loss"]
@@ -188,21 +217,22 @@ def _training(case: Case, options: Options) -> Iterator[Measure]:
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     gradients["image"] = image.grad
     for key, want in case.reference("train.grad.").items():
-        error = stored_error(gradients[rename(key, case.tasks)], want)
+        error = stored_error(gradients[case.rename(key)], want)
         yield Measure(f"grad {key}", error / max(want.abs().max().item(), 1e-12), options.pick(1e-9, 1e-3))
     buffers = dict(model.named_buffers())
     for key, want in case.reference("train.after.").items():
-        yield _value(f"after {key}", buffers[rename(key, case.tasks)], want, options)
+        yield _value(case, f"after {key}", buffers[case.rename(key)], want, options)
 
 
-def _gradient_norms(case: Case, options: Options) -> Iterator[Measure]:
+def gradient_norms(case: Case, options: Options) -> Iterator[Measure]:
     """Relative, of every parameter; one that is zero but for rounding is compared with the norm of all."""
     model = _backward(case)[0]
     got = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
-    want = {rename(key, case.tasks): norm for key, norm in case.gradients.items() if norm is not None}
+    want = {case.rename(key): norm for key, norm in case.gradients.items()
+            if norm is not None and not case.is_dead(key)}
     yield Measure("parameters only here or only there", len(got.keys() ^ want.keys()), 0.0)
     unused = [key for key, norm in case.gradients.items() if norm is None]
-    yield Measure("unused there but not left out here", sum(not is_dead(key) for key in unused), 0.0)
+    yield Measure("unused there but not left out here", sum(not case.is_dead(key) for key in unused), 0.0)
     floor = options.pick(1e-6, 1e-3) * float(np.linalg.norm(list(want.values())))
     for name in got.keys() & want.keys():
         error = abs(got[name] - want[name]) / max(want[name], floor)
@@ -210,18 +240,18 @@ def _gradient_norms(case: Case, options: Options) -> Iterator[Measure]:
 
 
 GROUPS: dict[str, Callable[[Case, Options], Iterator[Measure]]] = {
-    "outputs": _outputs, "preliminary predictions": _intermediate, "features inside": _inside,
-    "training": _training, "gradient norms": _gradient_norms,
+    "outputs": outputs, "preliminary predictions": _intermediate, "features inside": inside,
+    "training": training, "gradient norms": gradient_norms,
 }
 
 
-def _manifests(folder: Folder) -> Iterator[Check]:
+def manifests(folder: Folder, recognises: Callable, run: Callable[[dict], Iterator[Measure]]) -> Iterator[Check]:
     """Full-size models, key by key: {name: {"state_dict": {key: shape}, ..}}."""
     for path, content in folder.tables.items():
         for name, entry in (content.items() if isinstance(content, dict) else ()):
             if isinstance(entry, dict) and recognises(entry.get("state_dict", ())):
                 yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
-                            lambda options, entry=entry: _manifest(entry))
+                            lambda options, entry=entry: run(entry))
 
 
 def full_size(entry: dict) -> MultiTaskModel:

@@ -1,0 +1,218 @@
+"""TaskPrompter: learned task prompts inside the backbone; the decoder reads its features off their scores.
+
+One prompt per task runs through the backbone among the patches. Its raw attention scores towards the positions
+multiply the backbone's map in groups of channels, its scores towards the channels multiply it window by window,
+and both products are fused to a feature of that task. Four levels are summed.
+Reference: Ye and Xu, "TaskPrompter: Spatial-Channel Multi-Task Prompting for Dense Scene Understanding", ICLR
+2023. Details follow the published models, not the text, wherever the two differ, so that released weights give
+the same numbers. The prompts live in `models.backbones.prompted_vit` and `prompted_swin`, which `build_model`
+takes in place of the plain backbone: the decoder runs on no other.
+
+Axes: B batch, T prompts (in the order of the tasks), C channels of the level, M heads of its attention, E
+branch width, F feature width, H W grid, n windows per side.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.blocks.heads import LiteHead
+from models.blocks.prompting import PromptedMap, Prompting, scale_groups, scale_windows
+from models.model import DecoderOutput, resize
+
+INIT_STD = 0.02
+
+
+@dataclass
+class TaskPrompterConfig:
+    """Options of the decoder and of the prompts in its backbone. All but the last two are published keys.
+
+    embed_dim (ViT), level_embed_dim (Swin): E. chan_nheads: n * n; the sides of every grid must be multiples of
+    n. use_ctr: cross-task reweighting, ViT only. chan_embed_dim: width of the channel branch of a Swin, a square
+    number. img_ds_ratio: resizes the image inside a Swin. dd_label_map_size: (height, width) of predictions and
+    labels, for data sets that have a label size of their own; None: that size. fea_ds_ratio is read by nothing
+    in the published program either. Only the published prompt_len of 1 exists, and depth pixels without a value
+    are always left out, which is what ignore_invalid_area_depth asks for.
+
+    prompt_update (ViT): `linear`, as in the published models, updates the prompts by a linear map of their
+    channel query; `attention`, as in the paper's text, by what they gather from the channels. Weights of one do
+    not fit the other.
+    extra_prompts: prompts behind those of the tasks, without a feature of their own. The released Cityscapes
+    model needs 1, for the 3D detection that this program leaves out: patches attend to all prompts.
+    """
+
+    embed_dim: int = 768
+    final_embed_dim: int = 768  # F
+    prompt_len: int = 1
+    chan_nheads: int = 1
+    use_ctr: bool = False
+    head: str = "conv"
+    level_embed_dim: int = 256
+    chan_embed_dim: int = 256
+    img_ds_ratio: float = 1.0
+    dd_label_map_size: tuple[int, int] | None = None
+    fea_ds_ratio: float | None = None
+    ignore_invalid_area_depth: bool = True
+    prompt_update: str = "linear"
+    extra_prompts: int = 0
+
+    def __post_init__(self):
+        for name in ("embed_dim", "final_embed_dim", "level_embed_dim"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
+        _require(self.prompt_len == 1, "prompt_len", self.prompt_len, "1, the published models have no other")
+        for name in ("chan_nheads", "chan_embed_dim"):
+            value = getattr(self, name)
+            _require(value >= 1 and math.isqrt(value) ** 2 == value, name, value, "a square number")
+        _require(self.head in TaskPrompterDecoder.head_names, "head", self.head,
+                 " or ".join(TaskPrompterDecoder.head_names))
+        _require(self.img_ds_ratio > 0, "img_ds_ratio", self.img_ds_ratio, "a positive number")
+        _require(self.ignore_invalid_area_depth is True, "ignore_invalid_area_depth",
+                 self.ignore_invalid_area_depth, "true, depth pixels without a value are never trained on")
+        _require(self.prompt_update in ("linear", "attention"), "prompt_update", self.prompt_update,
+                 "linear or attention")
+        _require(self.extra_prompts >= 0, "extra_prompts", self.extra_prompts, "at least 0")
+        _require(not (self.extra_prompts and self.use_ctr), "extra_prompts", self.extra_prompts,
+                 "0 with use_ctr, which weighs the features of all prompts")
+
+    @property
+    def num_windows(self) -> int:
+        """n."""
+        return math.isqrt(self.chan_nheads)
+
+
+def _require(condition: object, name: str, value: object, valid: str) -> None:
+    if not condition:
+        raise ValueError(f"TaskPrompter option {name} = {value!r} is not valid, expected {valid}")
+
+
+class TaskFeature(nn.Module):
+    """One task's feature of one level: its two score maps applied to the map, projected and fused.
+
+    `fine_kernel` is the side of the last convolution, `upscale` the factor of the grid.
+    """
+
+    def __init__(self, channels: int, embed_dim: int, out_channels: int, fine_kernel: int, upscale: int):
+        super().__init__()
+        self.upscale = upscale
+        self.spatial = nn.Conv2d(channels, embed_dim, kernel_size=1)
+        self.channel = nn.Conv2d(channels, embed_dim, kernel_size=1)
+        self.fuse = nn.Sequential(
+            nn.Conv2d(2 * embed_dim, out_channels, kernel_size=1),
+            nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1),
+            nn.BatchNorm2d(out_channels), nn.GELU(),
+            nn.Conv2d(out_channels, out_channels, fine_kernel, padding=fine_kernel // 2))
+
+    def forward(self, feat: Tensor, spatial: Tensor, channel: Tensor) -> Tensor:
+        """(B, C, H, W), (B, M, H, W), (B, C, n, n) -> (B, F, H * upscale, W * upscale)."""
+        by_position = self.spatial(scale_groups(feat, spatial) + feat)  # (B, E, H, W)
+        by_channel = self.channel(scale_windows(feat, channel) + feat)  # (B, E, H, W)
+        joint = torch.cat((by_position, by_channel), dim=1)
+        # A 1 x 1 convolution and a resize commute; the published order, resize first, costs four times as much.
+        return self.fuse(resize(joint, tuple(self.upscale * side for side in feat.shape[-2:])))
+
+
+class Reweighting(nn.Module):
+    """Cross-task reweighting: features of one level to weighted sums over the tasks, neither softmax nor residual."""
+
+    def __init__(self, tasks: Sequence[str], num_heads: int):
+        super().__init__()
+        self.gates = nn.ModuleDict({
+            task: nn.Sequential(nn.Conv2d(num_heads, num_heads, 1), nn.GELU(), nn.Conv2d(num_heads, 1, 1))
+            for task in tasks})
+
+    def forward(self, feats: dict[str, Tensor], mutual: Tensor) -> dict[str, Tensor]:
+        """{task: (B, F, H, W)}, prompts' scores towards prompts (B, M, T, T) -> {task: (B, F, H, W)}."""
+        stacked = torch.stack(tuple(feats.values()), dim=1)  # (B, T, F, H, W)
+        out = {}
+        for index, (task, gate) in enumerate(self.gates.items()):
+            weight = gate(mutual[:, :, index:index + 1])  # (B, 1, 1, T)
+            out[task] = torch.einsum("bu,bufhw->bfhw", weight[:, 0, 0], stacked)
+        return out
+
+
+class DeconvHead(nn.Module):
+    """The `deconv` head: the grid doubled by a transposed convolution, half the width, one more 3 x 3 convolution.
+
+    (B, F, H, W) -> (B, num_outputs, 2 H, 2 W), without activation; the model resizes.
+    """
+
+    def __init__(self, in_channels: int, num_outputs: int):
+        super().__init__()
+        width = in_channels // 2
+        self.conv = nn.ConvTranspose2d(in_channels, width, kernel_size=2, stride=2)
+        self.norm = nn.BatchNorm2d(width)
+        self.refine = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.refine_norm = nn.BatchNorm2d(width)
+        self.proj = nn.Conv2d(width, num_outputs, kernel_size=1)
+        for layer in (self.conv, self.refine, self.proj):
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        fine = F.gelu(self.norm(self.conv(feat)))  # (B, F / 2, 2 H, 2 W)
+        return self.proj(F.gelu(self.refine_norm(self.refine(fine))))
+
+
+class TaskPrompterDecoder(nn.Module):
+    """Levels of a prompted backbone to one map per task.
+
+    `tasks` maps every task to its number of output channels and fixes the order of the prompts. Levels of one
+    stride (ViT) are summed and enlarged four times, a pyramid (Swin) is summed at twice its finest grid.
+    `num_heads` holds M of every level.
+    """
+
+    Config = TaskPrompterConfig
+    head_names = ("conv", "deconv")
+    input_multiple = 1  # the backbone itself checks that its grids fit the windows
+
+    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
+                 config: TaskPrompterConfig, num_heads: Sequence[int]):
+        super().__init__()
+        if not tasks:
+            raise ValueError("decoder 'taskprompter' needs one or more tasks, got none")
+        pyramid = len(set(strides)) > 1
+        if pyramid and config.use_ctr:
+            raise ValueError("option use_ctr needs a ViT, whose prompts all meet in one sequence; set it to false")
+        self.channels, self.head = config.final_embed_dim, config.head
+        embed, kernel, upscale = (config.level_embed_dim, 3, 2) if pyramid else (config.embed_dim, 1, 1)
+        self.upscale = 1 if pyramid else 4
+        self.levels = nn.ModuleList(
+            nn.ModuleDict({task: TaskFeature(width, embed, self.channels, kernel, upscale) for task in tasks})
+            for width in in_channels)
+        self.reweighting = nn.ModuleList(
+            Reweighting(list(tasks), heads) for heads in num_heads if config.use_ctr)
+        self.merge = nn.ModuleDict({
+            task: nn.Conv2d(self.channels, self.channels, kernel_size=3, padding=1) for task in tasks if pyramid})
+
+    @staticmethod
+    def prompting(num_tasks: int, config: TaskPrompterConfig) -> Prompting:
+        """What the backbone must know; its presence makes `build_model` ask for a prompted backbone."""
+        return Prompting(num_tasks + config.extra_prompts, config.num_windows, config.chan_embed_dim,
+                         config.img_ds_ratio, config.prompt_update == "attention")
+
+    def forward(self, maps: Sequence[PromptedMap]) -> DecoderOutput:
+        outputs = [self.run_level(index, level) for index, level in enumerate(maps)]
+        height, width = next(iter(outputs[0].values())).shape[-2:]
+        total = {task: sum(resize(feats[task], (height, width)) for feats in outputs) for task in outputs[0]}
+        if self.merge:
+            total = {task: self.merge[task](feat) for task, feat in total.items()}
+        size = (self.upscale * height, self.upscale * width)
+        return DecoderOutput({task: resize(feat, size) for task, feat in total.items()})
+
+    def run_level(self, index: int, level: PromptedMap) -> dict[str, Tensor]:
+        """One level's features, {task: (B, F, h, w)}."""
+        spatial = rearrange(level.spatial, "b m t h w -> t b m h w")
+        channel = rearrange(level.channel, "b t c i j -> t b c i j")
+        feats = {task: feature(level.feat, spatial[number], channel[number])
+                 for number, (task, feature) in enumerate(self.levels[index].items())}
+        return self.reweighting[index](feats, level.mutual) if self.reweighting else feats
+
+    def make_head(self, num_outputs: int) -> nn.Module:
+        """The head that the option `head` names."""
+        if self.head == "deconv":
+            return DeconvHead(self.channels, num_outputs)
+        return LiteHead(self.channels, self.channels, num_outputs, activation=F.gelu)
