@@ -1,5 +1,6 @@
 """From a `Config` to the objects it describes; what training, evaluation and prediction have in common."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from utils.checkpoint import load_model, read_checkpoint
 from utils.config import Config
 from utils.precision import set_float32_arithmetic
 
+log = logging.getLogger(__name__)
+
 
 def model_from_config(config: Config) -> MultiTaskModel:
     """The configured model with fresh weights."""
@@ -32,9 +35,13 @@ def model_from_config(config: Config) -> MultiTaskModel:
 def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
     """Memory format, activation checkpointing and compilation, in place; weights and their names stay as they are."""
     parts = {"backbone": model.encoder, "decoder": model.decoder}
-    for name, part in parts.items():
-        if config.activation_checkpointing in (name, "all"):
-            recompute_blocks(part)
+    if config.activation_checkpointing != "none":
+        counts = {name: recompute_blocks(part) for name, part in parts.items()
+                  if config.activation_checkpointing in (name, "all")}
+        if not any(counts.values()):
+            raise ValueError(f"activation_checkpointing {config.activation_checkpointing}: model '{config.model}' on "
+                             f"backbone '{config.backbone}' names no blocks for it; set it to none")
+        log.info("activation checkpointing of %s", ", ".join(f"{n} blocks ({name})" for name, n in counts.items()))
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.compile:

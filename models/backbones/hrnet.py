@@ -10,6 +10,7 @@ Letters: B batch, C channels of a branch, H W its size, i the finer and j the co
 from collections.abc import Mapping, Sequence
 
 from timm.models.hrnet import HighResolutionModule, HighResolutionNet
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from models.model import resize
@@ -27,6 +28,7 @@ class HRNetBackbone(HighResolutionNet):
         stem_blocks: bottleneck blocks before the first branching.
     """
 
+    recomputed = (BasicBlock, Bottleneck)
     never_pretrained = ()
 
     def __init__(self, width: int, num_blocks: int, num_modules: Sequence[int], stem_blocks: int):

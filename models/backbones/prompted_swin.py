@@ -84,6 +84,7 @@ class PromptedSwin(SwinBackbone):
     the grids fit neither the merging nor the windows.
     """
 
+    recomputed = ("run_block",)
     never_pretrained = ("task_prompts", "prompting", "merging")
 
     def __init__(self, prompting: Prompting, image_size: Sequence[int], embed_dim: int, depths: Sequence[int],

@@ -53,6 +53,7 @@ class ChannelBranch(nn.Module):
 class PromptedViT(ViTBackbone):
     """ViT that returns a `PromptedMap` per tap. Arguments as `ViTBackbone`'s; ValueError where windows do not fit."""
 
+    recomputed = ("run_block",)
     never_pretrained = ("task_prompts", "prompting")
 
     def __init__(self, prompting: Prompting, **arguments):

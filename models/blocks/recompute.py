@@ -1,7 +1,8 @@
 """Activation checkpointing: a block's activations are computed again in the backward pass instead of being kept.
 
-Backbones and decoders say which of their blocks that pays for, in a class attribute `recomputed`. A block keeps its
-parameters, its keys and its place in the tree; only its class is replaced by a subclass.
+Backbones and decoders say what that pays for in a class attribute `recomputed`: classes of their blocks, or names of
+their own methods. A module keeps its parameters, its keys and its place in the tree; only its class is replaced by a
+subclass.
 Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
@@ -16,23 +17,22 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_blocks(part: nn.Module) -> int:
-    """Switches it on for the blocks of a backbone or decoder; returns their number.
-
-    Raises ValueError for a part that names no blocks.
-    """
-    kinds = tuple(getattr(part, "recomputed", ()))
-    blocks = [module for module in part.modules() if isinstance(module, kinds)]
-    if not blocks:
-        raise ValueError(f"{type(part).__name__} names no blocks for activation checkpointing")
-    for block in blocks:
-        block.__class__ = _recomputed(type(block))
-    return len(blocks)
+    """Switches it on for the blocks of a backbone or decoder; returns their number, 0 if the part names none."""
+    named = tuple(getattr(part, "recomputed", ()))
+    kinds = tuple(entry for entry in named if not isinstance(entry, str))
+    targets = [(module, "forward") for module in part.modules() if isinstance(module, kinds)]
+    targets += [(part, entry) for entry in named if isinstance(entry, str)]
+    for module, method in targets:
+        module.__class__ = _recomputed(type(module), method)
+    return len(targets)
 
 
 @functools.cache
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(self, *args):
-        run = functools.partial(kind.forward, self)
+def _recomputed(kind: type[nn.Module], method: str) -> type[nn.Module]:
+    original = getattr(kind, method)
+
+    def recomputed(self, *args):
+        run = functools.partial(original, self)
         if not (self.training and torch.is_grad_enabled()):
             return run(*args)
         norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
@@ -40,7 +40,7 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
             return checkpoint(run, *args, use_reentrant=False)
         return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(norms)))
 
-    return type(f"Recomputed{kind.__name__}", (kind,), {"forward": forward, "__doc__": kind.__doc__})
+    return type(f"Recomputed{kind.__name__}", (kind,), {method: recomputed, "__doc__": kind.__doc__})
 
 
 @contextmanager

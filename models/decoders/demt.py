@@ -182,6 +182,7 @@ class DeMTDecoder(nn.Module):
     """
 
     Config = DeMTConfig
+    recomputed = (MixerBlock, TaskInteraction, TaskQuery)
     requires = "one or more maps of 8 or more channels together"
     input_multiple = 1  # every size the backbone takes
 

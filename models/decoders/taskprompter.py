@@ -166,6 +166,7 @@ class TaskPrompterDecoder(nn.Module):
     """
 
     Config = TaskPrompterConfig
+    recomputed = (TaskFeature,)
     head_names = ("conv", "deconv")
     input_multiple = 1  # the backbone itself checks that its grids fit the windows
 
