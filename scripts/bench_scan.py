@@ -1,6 +1,8 @@
-"""Speed, memory and precision of the selective scan on a CPU, every contender in one process.
+"""Speed, memory and precision of the selective scan, every contender in one process.
 
-    python scripts/bench_scan.py [--json FILE] [--repeats 10] [--only PART]
+    python scripts/bench_scan.py [--json FILE] [--repeats 10] [--only PART] [--device cuda]
+
+On a CPU, the default (for CUDA see bench_scan_cuda.py):
 
 Contenders take turns, so that a busy machine slows all of them. Times are medians: "ms" by the clock, "CPU ms" what
 the process was given, which other programs disturb less; on one thread of an idle machine they agree, and ratios are
@@ -172,24 +174,24 @@ def bench_threads(repeats: int) -> list[Row]:
 
 # ---- orders ----
 
-def usual_ss2d(x: Tensor, weights: S6Weights) -> Tensor:
+def usual_ss2d(x: Tensor, weights: S6Weights, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
     """(B, H, W, D) -> (B, H, W, D), by copies in scan order, channels first."""
     height, width = x.shape[1:3]
     rows, columns = rearrange(x, "b h w d -> b d (h w)"), rearrange(x, "b h w d -> b d (w h)")
     forward = torch.stack((rows, columns), dim=1)  # (B, 2, D, L)
-    y = usual_scan(torch.cat((forward, forward.flip(-1)), dim=1), weights)
+    y = usual_scan(torch.cat((forward, forward.flip(-1)), dim=1), weights, scan)
     rows, columns = (y[:, :2] + y[:, 2:].flip(-1)).unbind(1)
     return rearrange(rows, "b d (h w) -> b h w d", h=height) + rearrange(columns, "b d (w h) -> b h w d", h=height)
 
 
-def usual_scan(sequences: Tensor, weights: S6Weights) -> Tensor:
+def usual_scan(sequences: Tensor, weights: S6Weights, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
     """(B, K, D, L) -> (B, K, D, L): projections and one grouped scan over sequences."""
     state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
     features = weights.x_proj @ sequences
     step_features, in_maps, out_maps = features.split((rank, state, state), dim=2)
     delta = weights.dt_proj_weight @ step_features
-    y = selective_scan(sequences.flatten(1, 2), delta.flatten(1, 2), -torch.exp(weights.A_log).flatten(0, 1), in_maps,
-                       out_maps, weights.D.flatten(), None, weights.dt_proj_bias.flatten(), True)
+    y = scan(sequences.flatten(1, 2), delta.flatten(1, 2), -torch.exp(weights.A_log).flatten(0, 1), in_maps, out_maps,
+             weights.D.flatten(), None, weights.dt_proj_bias.flatten(), True)
     return y.unflatten(1, sequences.shape[1:3])
 
 
@@ -208,14 +210,14 @@ def usual_ss2d_channels_last(x: Tensor, weights: S6Weights) -> Tensor:
     return rows.unflatten(1, (height, width)) + columns.unflatten(1, (width, height)).transpose(1, 2)
 
 
-def usual_bi_scan(module: BIScan, feat: Tensor) -> Tensor:
+def usual_bi_scan(module: BIScan, feat: Tensor, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
     """(B, T, H, W, D) -> (B, T, H, W, D), by copies in scan order."""
     tasks, height = feat.shape[1:3]
     forward, backward = rearrange(feat, "b t h w d -> b d (t h w)").chunk(2, dim=1)
     halves = torch.stack((forward, backward.flip(-1)), dim=1)  # (B, 2, D / 2, T L)
-    halves = usual_scan(halves, _pair(module.fwd_tf, module.bwd_tf))
+    halves = usual_scan(halves, _pair(module.fwd_tf, module.bwd_tf), scan)
     halves = rearrange(halves, "b k d (t q) -> b k d (q t)", t=tasks)
-    halves = usual_scan(halves, _pair(module.fwd_pf, module.bwd_pf))
+    halves = usual_scan(halves, _pair(module.fwd_pf, module.bwd_pf), scan)
     both = torch.cat((halves[:, 0], halves[:, 1].flip(-1)), dim=1)
     return rearrange(both, "b d (h w t) -> b t h w d", h=height, t=tasks)
 
@@ -336,12 +338,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", choices=PARTS, help="one part of the benchmark")
+    parser.add_argument("--only", metavar="PART", help="one part of the benchmark")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
+    parts, about = PARTS, machine()
+    if args.device == "cuda":
+        from scripts import bench_scan_cuda
+        parts, about = bench_scan_cuda.PARTS, about | bench_scan_cuda.machine()
+    if args.only not in (None, *parts):
+        parser.error(f"--only {args.only}: on {args.device} the parts are {', '.join(parts)}")
     torch.set_num_threads(1)
-    report: dict[str, object] = {"machine": machine()}
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    for name, part in PARTS.items():
+    report: dict[str, object] = {"machine": about}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for name, part in parts.items():
         if args.only in (None, name):
             gc.collect()
             rows = part(args.repeats)

@@ -2,14 +2,17 @@
 
     python scripts/benchmark.py --config_exp configs/bim_nyud.yml --count_only
     python scripts/benchmark.py --config_exp configs/example/bim_nyud.yml --repeats 10 [key=value ...]
+    python scripts/benchmark.py --config_exp configs/bim_nyud.yml --profile precision=bf16 compile=true
+    python scripts/benchmark.py --compare configs/bim_nyud.yml configs/mtmamba_nyud.yml --set backbone=swin_tiny
 
 GMACs: one unit per multiply-add of matrix products, convolutions and attention; a scan over L tokens of D channels
 with state size N counts 9 L D N + L D, the convention of the Mamba decoders' papers. Counting runs on the meta
 device and needs no memory. Times are medians; on CPU they compare two configurations on one machine and mean
-little else.
+little else. --compare prints one table of several experiments, ratios to the first on a CPU, times on a GPU.
 """
 
 import argparse
+import gc
 import math
 import statistics
 import sys
@@ -31,8 +34,10 @@ from utils.config import Config, load_config
 from utils.distributed import pick_device
 from utils.precision import autocast
 from utils.schedule import build_optimizer
-from utils.setup import build_split, model_from_config
+from utils.setup import build_split, model_from_config, prepare_for_training
 from utils.train import build_criterion
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def count(config: Config) -> list[tuple[str, str]]:
@@ -58,34 +63,101 @@ def _deform_conv_flops(feat: tuple, weight: tuple, *_, out_shape: tuple, **__) -
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
+class Step:
+    """A configured model with random data: what a forward pass and a training step run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.device = config, pick_device(config.device)
+        torch.manual_seed(0)
+        self.model = model_from_config(config).to(self.device)
+        prepare_for_training(self.model, config)
+        self.optimizer, self.criterion = build_optimizer(config, self.model), build_criterion(config)
+        self.batch = _random_batch(config, self.device)
+
+    @torch.inference_mode()
+    def forward(self) -> None:
+        self.model.eval()
+        with autocast(self.device, self.config.precision):
+            self.model(self.batch["image"])
+
+    def train(self) -> None:
+        self.model.train()
+        with autocast(self.device, self.config.precision):
+            out = self.model(self.batch["image"])
+        self.criterion(out.final, self.batch, out.intermediate, out.extra)["total"].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 def measure(config: Config, repeats: int) -> list[tuple[str, str]]:
     """Median forward and training-step time, and peak memory, at trBatch images."""
-    device = pick_device(config.device)
-    torch.manual_seed(0)
-    model = model_from_config(config).to(device)
-    optimizer, criterion = build_optimizer(config, model), build_criterion(config)
-    batch = _random_batch(config, device)
-
-    def forward() -> None:
-        with torch.inference_mode(), autocast(device, config.precision):
-            model(batch["image"])
-
-    def step() -> None:
-        with autocast(device, config.precision):
-            out = model(batch["image"])
-        criterion(out.final, batch, None, out.extra)["total"].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    rows = [("device", f"{_device_name(device)}, {config.precision}, {config.trBatch} image(s) of "
+    step = Step(config)
+    on_gpu = step.device.type == "cuda"
+    options = {"compiled": config.compile, "channels last": config.channels_last,
+               f"{config.activation_checkpointing} recomputed": config.activation_checkpointing != "none"}
+    used = ", ".join([config.precision, *(name for name, on in options.items() if on)])
+    rows = [("device", f"{_device_name(step.device)}, {used}, {config.trBatch} image(s) of "
              f"{config.input_size[0]} x {config.input_size[1]}, {torch.get_num_threads()} thread(s)")]
-    for name, run, training in (("forward", forward, False), ("training step", step, True)):
-        model.train(training)
-        seconds, peak = _median_time(run, repeats, device)
+    for name, run in (("forward", step.forward), ("training step", step.train)):
+        seconds, peak = _median_time(run, repeats, step.device)
         rows += [(f"{name}, ms (median of {repeats})", f"{seconds * 1e3:.1f}"),
                  (f"{name}, images/s", f"{config.trBatch / seconds:.2f}"),
-                 (f"{name}, peak memory GiB" + ("" if device.type == "cuda" else " (process)"), f"{peak / 2**30:.2f}")]
+                 (f"{name}, peak memory GiB" + ("" if on_gpu else " (process)"), f"{peak / 2**30:.2f}")]
     return rows
+
+
+def profile(config: Config, steps: int = 3) -> str:
+    """Where the time of a training step goes: PyTorch's table of operators, by their own time."""
+    step = Step(config)
+    step.train()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if step.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(steps):
+            step.train()
+    return found.key_averages().table(sort_by=f"self_{step.device.type}_time_total", row_limit=20)
+
+
+# GMACs which their authors or, for BIM, TaskPrompter, MLoRE and BridgeNet, the specification's counts of the original
+# systems state for these experiments.
+PUBLISHED_GMACS = {
+    "bim_nyud": 452.9, "bim_pascal": 522.5, "mtmamba_plus_nyud": 524, "mtmamba_plus_pascal": 609,
+    "invpt_nyud": 597.5, "invpt_pascal": 668.1, "invpt_nyud_vit_base": 341, "invpt_pascal_vit_base": 405,
+    "taskprompter_nyud": 839.7, "taskprompter_pascal": 496.6, "taskprompter_pascal_vit_base": 1153.4,
+    "taskprompter_cityscapes": 1943.6, "demt_nyud": 100.7, "demt_pascal": 94.5, "demt_nyud_swin_small": 121.05,
+    "demt_pascal_swin_small": 112.3, "demt_nyud_swin_base": 153.65, "demt_pascal_swin_base": 143.0,
+    "demt_nyud_hrnet18": 22.07, "mlore_nyud": 1405.8, "mlore_pascal": 826.6,
+    "bridgenet_nyud_vit_base": 369.2, "bridgenet_nyud": 627.6, "bridgenet_pascal_vit_base": 427.7,
+    "bridgenet_pascal": 692.0,
+}
+
+
+def compare(paths: list[Path], overrides: list[str], repeats: int, count_only: bool) -> str:
+    """A markdown table: size and cost of each experiment beside the published figure, time and memory of its step."""
+    table, first = [], None
+    for path in paths:
+        config = load_config(path, overrides)
+        cost = dict(count(config))
+        official = path.resolve().parent in (CONFIGS, CONFIGS / "backbones") and not overrides
+        published = PUBLISHED_GMACS.get(path.stem, "") if official else ""
+        row = {"experiment": path.stem, "backbone": config.backbone, "parameters": cost["parameters, total"],
+               "GMACs": cost["GMACs, total"], "published": str(published)}
+        if not count_only:
+            step = Step(config)
+            times = {name: _median_time(run, repeats, step.device)
+                     for name, run in (("forward", step.forward), ("step", step.train))}
+            del step
+            gc.collect()
+            first = first or times
+            for name, (seconds, peak) in times.items():
+                if pick_device(config.device).type == "cuda":
+                    row |= {f"{name}, ms": f"{seconds * 1e3:.1f}", f"{name}, GiB": f"{peak / 2**30:.2f}"}
+                else:
+                    row |= {f"{name}, times the first": f"{seconds / first[name][0]:.2f}"}
+        table.append(row)
+    lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def measure_loader(config: Config, batches: int) -> list[tuple[str, str]]:
@@ -137,14 +209,24 @@ def _device_name(device: torch.device) -> str:
 def main() -> None:
     """Prints one two-column table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_exp", required=True, metavar="YAML")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config_exp", metavar="YAML")
+    what.add_argument("--compare", nargs="+", type=Path, metavar="YAML", help="one table of these experiments")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides for --compare")
     parser.add_argument("--count_only", action="store_true", help="parameters and GMACs only; nothing is run")
+    parser.add_argument("--profile", action="store_true", help="where the time of a training step goes, by operator")
     parser.add_argument("--loader", action="store_true", help="also time the data loader (needs the data)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     try:
+        if args.compare:
+            print(compare(args.compare, [*args.set, *args.overrides], args.repeats, args.count_only))
+            return
         config = load_config(args.config_exp, args.overrides)
+        if args.profile:
+            print(profile(config))
+            return
         rows: list[tuple[str, str]] = count(config)
         if not args.count_only:
             rows += measure(config, args.repeats)

@@ -1,0 +1,148 @@
+"""The scan on a GPU: our Triton kernels beside mamba-ssm's, and both beside what the card can do.
+
+    python scripts/bench_scan.py --device cuda [--json FILE] [--repeats 20] [--only PART]
+
+Times are medians between CUDA events, memory is the peak of the allocator beyond what was held before. mamba-ssm's
+users stack, transpose and flip the map, scan, and undo it; that belongs to their time, as our index rules do to ours.
+A contender that is not installed is left out and named.
+"""
+
+import functools
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.blocks.s6 import S6
+from models.decoders.bim import BIScan
+from models.ops import set_scan_backend, ss2d_core
+from models.ops.scan_mamba import find_mamba_kernel
+from models.ops.scan_triton import find_triton
+from scripts.bench_scan import Row, scan_inputs, scan_with, usual_bi_scan, usual_ss2d, with_gradients, without_gradients
+
+HEIGHT, WIDTH, CHANNELS, TASKS, STATE = 112, 144, 384, 4, 16  # the finest maps of BIM on NYUD
+EXP_ROUNDS = 512
+Contenders = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
+
+
+def measure(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median milliseconds and peak MiB of a call."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - held) / 2**20
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times), peak
+
+
+@triton.jit
+def _exponentials(out, ROUNDS: tl.constexpr, SIZE: tl.constexpr):
+    offset = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x = offset.to(tl.float32) * 1e-9
+    for _ in range(ROUNDS):
+        x = tl.exp2(-x)
+    tl.store(out + offset, x)
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """What the card reaches: bytes per second of a copy (read and written), exponentials per second in registers."""
+    source = torch.zeros(2**28, device="cuda")
+    copy_ms, _ = measure(source.clone, 10)
+    out = torch.empty(2**22, device="cuda")
+    exp_ms, _ = measure(lambda: _exponentials[out.numel() // 256,](out, ROUNDS=EXP_ROUNDS, SIZE=256), 10)
+    return {"TB/s copied": 2 * 4 * source.numel() / copy_ms / 1e9, "T exp/s": out.numel() * EXP_ROUNDS / exp_ms / 1e9}
+
+
+def bench_ceilings(_: int) -> list[Row]:
+    """What the card reaches."""
+    return [{"what": "ceiling", **ceilings()}]
+
+
+def bench_one_scan(repeats: int) -> list[Row]:
+    """One scan over a contiguous sequence, as long as the finest maps of all tasks, and of one."""
+    rows = []
+    for length in (HEIGHT * WIDTH, TASKS * HEIGHT * WIDTH):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = [x.cuda().to(dtype if i in (0, 1, 3, 4) else torch.float32)
+                      for i, x in enumerate(scan_inputs(length, CHANNELS))]
+            sequence = [x.squeeze(2).mT.contiguous() if x.dim() == 4 else x.squeeze(0) for x in inputs]
+            contenders: Contenders = {"triton": (scan_with("triton"), inputs)}
+            if kernel := _mamba():
+                contenders["mamba_ssm"] = (lambda u, s, A, B, C, D, bias, f=kernel: f(u, s, A, B.unsqueeze(1),
+                                           C.unsqueeze(1), D, None, bias, True), sequence)
+            name = f"L = {length}, {str(dtype).removeprefix('torch.')}"
+            exponentials = length * CHANNELS * STATE
+            rows += _compare(f"scan, {name}", contenders, repeats, exponentials, _bytes(inputs))
+    return rows
+
+
+def bench_orders(repeats: int) -> list[Row]:
+    """SS2D and BI-Scan with their projections, copies included."""
+    torch.manual_seed(0)
+    four, bi = S6(CHANNELS, rank=12, routes=4).cuda(), BIScan(CHANNELS, rank=12, state=STATE).cuda()
+    rows, kernel = [], _mamba()
+    set_scan_backend("triton")
+    for batch in (1, 4):
+        x = torch.randn(batch, HEIGHT, WIDTH, CHANNELS, device="cuda")
+        feat = torch.randn(batch, TASKS, HEIGHT, WIDTH, CHANNELS, device="cuda")
+        parts = {"SS2D": (x, four, lambda x, *_: ss2d_core(x, four.weights),
+                          lambda x, *_: usual_ss2d(x, four.weights, kernel)),
+                 "BI-Scan": (feat, bi, lambda x, *_: bi(x), lambda x, *_: usual_bi_scan(bi, x, kernel))}
+        for what, (given, module, ours, usual) in parts.items():
+            inputs = [given, *module.parameters()]
+            contenders = {"triton, routes": (ours, inputs)} | ({"mamba_ssm, usual": (usual, inputs)} if kernel else {})
+            scans = given[..., 0].numel() * CHANNELS * STATE * (4 if what == "SS2D" else 2)
+            rows += _compare(f"{what}, batch {batch}", contenders, repeats, scans, _bytes([given] * 2))
+    set_scan_backend("auto")
+    return rows
+
+
+PARTS = {"ceilings": bench_ceilings, "scan": bench_one_scan, "orders": bench_orders}
+
+
+def _compare(what: str, contenders: Contenders, repeats: int, exponentials: int, moved: int) -> list[Row]:
+    """Rows of both directions; "floor": the larger of the time to move inputs and results once, and to take the
+    exponentials of the recurrence once (three times with gradients), at the card's measured rates."""
+    rows = []
+    for name, prepare, passes in (("forward", without_gradients, 1), ("forward + backward", with_gradients, 3)):
+        found = {key: measure(prepare(f, inputs), repeats) for key, (f, inputs) in contenders.items()}
+        ours = found[next(iter(found))]
+        floor = max(passes * moved / ceilings()["TB/s copied"], passes * exponentials / ceilings()["T exp/s"]) / 1e9
+        rows += [{"what": f"{what}, {name}", "contender": key, "ms": ms, "MiB": mib, "times our time": ms / ours[0],
+                  "our memory": ours[1] / mib, "times the floor": ms / floor} for key, (ms, mib) in found.items()]
+    return rows
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@functools.cache
+def _mamba() -> Callable[..., Tensor] | None:
+    kernel, reason = find_mamba_kernel()
+    if kernel is None:
+        print(f"mamba_ssm is left out: {reason}", file=sys.stderr)
+    return kernel
+
+
+def machine() -> dict[str, str]:
+    """The card and its software; ends the program where the kernels do not run."""
+    if refusal := find_triton("cuda"):
+        sys.exit(f"error: {refusal}")
+    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": triton.__version__}
