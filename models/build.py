@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from models.backbones import build_backbone
+from models.backbones import build_backbone, default_options
 from models.blocks.pyramid import SimplePyramid
 from models.decoders.bim import BIMDecoder
 from models.decoders.invpt import InvPTDecoder
+from models.decoders.mlore import MLoREDecoder
 from models.decoders.mtmamba import MTMambaDecoder
 from models.decoders.mtmamba_plus import MTMambaPlusDecoder
 from models.model import MultiTaskModel
@@ -19,13 +20,14 @@ from models.model import MultiTaskModel
 DECODERS: dict[str, type[nn.Module]] = {
     "bim": BIMDecoder,
     "invpt": InvPTDecoder,
+    "mlore": MLoREDecoder,
     "mtmamba": MTMambaDecoder,
     "mtmamba_plus": MTMambaPlusDecoder,
     "mtmamba++": MTMambaPlusDecoder,  # the paper's spelling
 }
 
 # Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
+NOT_YET = ("TaskPrompter", "BridgeNet", "DeMT")
 
 # The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
 SHARED_NAME = "TransformerNet"
@@ -55,13 +57,15 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     if head not in ("default", *getattr(decoder_class, "head_names", ())):
         raise ValueError(f"head '{head}' is not available for model '{name}'; leave `head` out for the decoder's own")
     config = decoder_config(name, model_kwargs or {})
-    encoder = build_backbone(backbone, image_size, **(backbone_kwargs or {}))
+    options = default_options(backbone, getattr(decoder_class, "backbone_options", {}))
+    encoder = build_backbone(backbone, image_size, **{**options, **(backbone_kwargs or {})})
     neck_module, channels, strides = None, encoder.channels, encoder.strides
     if neck == "pyramid":
         neck_module = SimplePyramid(channels, **(neck_kwargs or {}))
         channels, strides = neck_module.channels, neck_module.strides
     try:
-        decoder = decoder_class(dict(tasks), channels, strides, config)
+        sized = {"image_size": image_size} if getattr(decoder_class, "needs_image_size", False) else {}
+        decoder = decoder_class(dict(tasks), channels, strides, config, **sized)
     except ValueError as error:
         plain_vit = neck == "none" and encoder.strides == encoder.strides[:1] * 4
         hint = "; `neck: pyramid` makes the four maps" if plain_vit else ""

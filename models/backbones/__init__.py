@@ -11,8 +11,9 @@ A new backbone is one file and one row of BACKBONES.
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -109,6 +110,12 @@ def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float |
     backbone = entry.cls(**arguments)
     backbone.pretrained_tag, backbone.pretrained_file = entry.pretrained_tag, entry.pretrained_file
     return backbone
+
+
+def default_options(name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a decoder's preferences those that this backbone knows: the others mean another kind of backbone."""
+    known = inspect.signature(BACKBONES[name].cls).parameters if name in BACKBONES else ()
+    return {key: value for key, value in wanted.items() if key in known}
 
 
 def _nearest(word: str, choices) -> str:
