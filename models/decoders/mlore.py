@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
 from models.blocks.low_rank import LowRankExperts
-from models.model import DecoderOutput, resize
+from models.blocks.upsampled_conv import UpsampledConv
+from models.model import DecoderOutput
 
 INIT_STD = 0.02
 HEAD_SCALE = 4  # the head works at a quarter of the ViT's stride
@@ -41,6 +42,7 @@ class MLoREConfig:
     with_feat: part of the published files, without effect there: only False.
     rank_list: one rank per expert; empty takes those of the published model of this width.
     load_balancing_weight: factor of the balancing loss, summed over all modules.
+    fold: whether `infer` and `predict` fold the modules, which takes room for 9 C^2 (E + T + 1) numbers per module.
     """
 
     final_embed_dim: int = 640  # C
@@ -50,6 +52,7 @@ class MLoREConfig:
     with_feat: bool = False
     rank_list: tuple[int, ...] = ()
     load_balancing_weight: float = 1e-4
+    fold: bool = True
 
     def __post_init__(self):
         self.rank_list = tuple(self.rank_list) or PUBLISHED_RANKS.get(self.final_embed_dim, PAPER_RANKS)
@@ -132,12 +135,24 @@ class MLoREModule(nn.Module):
         self.mixture_norm = nn.ModuleDict({task: nn.BatchNorm2d(channels) for task in tasks})
         self.norm = nn.ModuleDict({task: nn.BatchNorm2d(channels) for task in tasks})
         self.proj_out = nn.ModuleDict({task: nn.Conv2d(channels, channels, 1) for task in tasks})
+        self.folded: FoldedPaths | None = None
+        self.register_load_state_dict_post_hook(MLoREModule._unfold)
+
+    def train(self, mode: bool = True) -> "MLoREModule":
+        if mode:
+            self._unfold()
+        return super().train(mode)
+
+    def _unfold(self, *_) -> None:
+        """Folded kernels belong to the weights they were made of."""
+        self.folded = None
 
     def forward(self, maps: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         inner = {task: self.proj_in[task](feat) for task, feat in maps.items()}
         routes = {task: self.router[task](feat) for task, feat in inner.items()}
         gates = {task: gate for task, (gate, _) in routes.items()}
-        summed = self._three_paths(inner, routes)
+        paths = self._three_paths if self.folded is None else self.folded
+        summed = paths(inner, routes)
         return {task: self.proj_out[task](F.gelu(feat)) for task, feat in summed.items()}, gates
 
     def _three_paths(self, inner: dict[str, Tensor], routes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -151,21 +166,74 @@ class MLoREModule(nn.Module):
         return out
 
 
+class FoldedPaths(nn.Module):
+    """The three paths of a module and both norms as one 3 x 3 convolution per image and task, in eval mode.
+
+    A kernel is a weighted sum of E + T + 1 kernels: experts, own experts, generic path. Both norms only scale its
+    output channels, so one product over that sum, for each output channel, makes the kernels of all tasks and images.
+    Dropped experts have weight 0. The tensors here follow from the weights and are not part of the state dict.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: MLoREModule):
+        super().__init__()
+        pairs = [module.experts.kernels(), *(own.kernels() for own in module.own_expert.values()),
+                 (module.generic.weight[None], module.generic.bias[None])]
+        kernels, biases = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        self._keep("kernels", rearrange(kernels, "n o c u v -> o n (c u v)").contiguous())  # n = E + T + 1
+        self._keep("biases", rearrange(biases, "n o -> o n"))
+        norms = [(_affine(module.mixture_norm[task]), _affine(module.norm[task])) for task in module.norm]
+        self._keep("mixture_scale", torch.stack([inside[0] * after[0] for inside, after in norms]))  # (T, C)
+        self._keep("scale", torch.stack([after[0] for _, after in norms]))
+        self._keep("shift", torch.stack([inside[1] * after[0] + after[1] for inside, after in norms]))
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def forward(self, inner: dict[str, Tensor], routes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        kernels, biases = self.mixed(list(routes.values()))
+        samples = torch.cat(list(inner.values())).split(1)  # T B maps (1, C, h, w): all of task 0, then task 1, ...
+        maps = [F.conv2d(sample, kernel, bias.to(kernel.dtype), padding=1)
+                for sample, kernel, bias in zip(samples, kernels, biases, strict=True)]
+        return dict(zip(inner, torch.cat(maps).chunk(len(inner)), strict=True))
+
+    def mixed(self, routes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """[(gates (B, E), factor (B, 1)) per task] -> kernels (T B, C, C, 3, 3), biases (T B, C)."""
+        weights = torch.cat([self._weights(index, *route) for index, route in enumerate(routes)], dim=1)
+        shift = self.shift.repeat_interleave(len(routes[0][0]), dim=0)  # (T B, C)
+        with torch.autocast(weights.device.type, enabled=False):
+            kernels = weights @ self.kernels  # (C, T B, 9 C)
+            biases = einsum(weights, self.biases, "o b n, o n -> b o") + shift
+        return rearrange(kernels, "o b (c u v) -> b o c u v", u=3, v=3), biases
+
+    def _weights(self, index: int, gates: Tensor, factor: Tensor) -> Tensor:
+        """(C, B, E + T + 1): the share of every kernel in the output channels of this task."""
+        others = factor.new_zeros(len(factor), len(self.scale) + 1)  # (B, T + 1)
+        others[:, index], others[:, -1] = factor[:, 0], 1
+        parts = (einsum(self.mixture_scale[index], gates, "o, b e -> o b e"),
+                 einsum(self.scale[index], others, "o, b n -> o b n"))
+        return torch.cat(parts, dim=2).to(self.kernels.dtype)
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(C,) scale and shift that the norm applies in eval mode."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 class MLoREHead(nn.Module):
     """(B, C, h, w) -> (B, num_outputs, 4 h, 4 w), without activation; the model resizes."""
 
     def __init__(self, channels: int, num_outputs: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv = UpsampledConv(channels, channels, HEAD_SCALE)
         self.norm = nn.BatchNorm2d(channels)
         self.proj = nn.Conv2d(channels, num_outputs, kernel_size=1)
         nn.init.trunc_normal_(self.conv.weight, std=INIT_STD)
         nn.init.normal_(self.proj.bias, std=INIT_STD)
 
     def forward(self, feat: Tensor) -> Tensor:
-        height, width = feat.shape[-2:]
-        fine = resize(feat, (HEAD_SCALE * height, HEAD_SCALE * width))
-        return self.proj(F.gelu(self.norm(self.conv(fine))))
+        return self.proj(F.gelu(self.norm(self.conv(feat))))
 
 
 class MLoREDecoder(nn.Module):
@@ -188,7 +256,8 @@ class MLoREDecoder(nn.Module):
             raise ValueError(f"decoder 'mlore' needs {self.requires}; got strides {tuple(strides)}")
         if not tasks:
             raise ValueError("decoder 'mlore' needs one or more tasks, got none")
-        self.channels, self.stride, self.weight = config.final_embed_dim, strides[0], config.load_balancing_weight
+        self.channels, self.stride = config.final_embed_dim, strides[0]
+        self.weight, self.fold = config.load_balancing_weight, config.fold
         positions = (image_size[0] // self.stride) * (image_size[1] // self.stride)
         self.tap_proj = nn.ModuleList(nn.Conv2d(width, self.channels, 1) for width in in_channels)
         self.first, self.second = (nn.ModuleList(MLoREModule(list(tasks), config, positions) for _ in in_channels)
@@ -215,6 +284,15 @@ class MLoREDecoder(nn.Module):
             fused[task] = sum(share[:, i:i + 1] * feat for i, feat in enumerate(maps))
         balance = load_balancing_loss([list(layer.values()) for layer in gates])
         return DecoderOutput(fused, extra={"load_balancing": self.weight * balance})
+
+    def reparameterise(self) -> None:
+        """Folds every module for inference: the same outputs in eval mode, fewer products.
+
+        Only with the option `fold`. Loading weights or changing to training mode undoes it.
+        """
+        assert not self.training, "reparameterise() folds running statistics: call eval() first"
+        for module in (*self.first, *self.second) if self.fold else ():
+            module.folded = FoldedPaths(module)
 
     def make_head(self, num_outputs: int) -> MLoREHead:
         """The head that belongs to this decoder: convolution, norm, GELU, linear layer at a quarter of the stride."""

@@ -11,6 +11,7 @@ from scripts.parity import (
     loaders,
     losses,
     metrics,
+    mlore,
     mtmamba,
     outputs,
     scan,
@@ -29,5 +30,6 @@ FAMILIES = {
     "boundary": boundary.checks,
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
+    "mlore": mlore.checks,
     "invpt_scores": invpt_scores.checks,
 }

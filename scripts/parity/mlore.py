@@ -1,0 +1,333 @@
+"""MLoRE as published: outputs, features inside, gates, losses, gradients and folded kernels of whole models.
+
+A case is a table with the options of the model, and beside it, under the same name up to the first dot, the original
+state dict and arrays: "eval.*", "train.*" (router noise zero), "train_noise.*" with the noise used, and results of
+both gate modes with and without folding. Most references ran in float32 and are compared as such in any
+arithmetic; "eval64" and "train64" ran in float64. A manifest lists the keys of the full-size models with their shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.tasks import TASKS, VOID, TaskContext, tasks_named
+from losses.schemes import MultiTaskLoss
+from models.build import build_model
+from models.model import MultiTaskModel, Predictions, resize
+from models.released.mlore import is_dead, locate, recognises, reshaped
+from scripts.parity.base import Check, Folder, Measure, Options, scaled_error
+from utils.checkpoint import convert_released, load_model
+
+OPTIONS = ("final_embed_dim", "rank_list", "topk", "spe_rank", "pre_softmax")
+GATE_MODES = {"mask_then_softmax": True, "softmax_then_mask": False}
+BALANCE = "load_balancing"
+SINGLE, SINGLE_GRADIENT = 2e-5, 1e-4  # relative to the largest entry: references that ran in float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One published model of toy size."""
+
+    config: dict
+    files: tuple[Path, ...]
+    dtype: torch.dtype
+
+    def model(self, **options) -> MultiTaskModel:
+        """With the reference's weights, loaded as a released checkpoint is; the balancing loss has the weight 1."""
+        arrays = [load_file(path) for path in self.files]
+        [state] = [tensors for tensors in arrays if recognises(tensors)]
+        model = build(self.config, self.config["tasks"], load_balancing_weight=1.0, **options)
+        load_model(model, state, self.files[0])
+        return model.to(self.dtype)
+
+    def reference(self, prefix: str) -> dict[str, Tensor]:
+        """Arrays below a prefix, without it."""
+        return {key.removeprefix(prefix): value for path in self.files for key, value in load_file(path).items()
+                if key.startswith(prefix)}
+
+    def image(self) -> Tensor:
+        return self.reference("input")[""].to(self.dtype)
+
+
+def build(config: Mapping, tasks: Mapping[str, int], **options) -> MultiTaskModel:
+    """The model of a table of options, without stochastic depth. `tasks` in any order."""
+    sizes = {key: config[key] for key in ("embed_dim", "depth", "num_heads", "patch_size")}
+    taps = (*config["select_list"], config["depth"])
+    return build_model("MLoRE", "vit", {task: tasks[task] for task in tasks_named(tasks)}, tuple(config["img_size"]),
+                       backbone_kwargs={**sizes, "taps": taps, "drop_path_rate": 0.0},
+                       model_kwargs={**{key: config[key] for key in OPTIONS}, **options})
+
+
+def checks(folder: Folder) -> Iterator[Check]:
+    for path, config in folder.tables.items():
+        if isinstance(config, dict) and "tasks" in config and config.keys() >= set(OPTIONS):
+            yield from _case(folder, path, config)
+        elif isinstance(config, dict):
+            for name, entry in config.items():
+                if isinstance(entry, dict) and recognises(entry.get("state_dict", ())):
+                    yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
+                                lambda options, entry=entry: _manifest(entry))
+
+
+def _case(folder: Folder, path: Path, config: dict) -> Iterator[Check]:
+    name = path.name.partition(".")[0]
+    arrays = {p: keys for p, keys in folder.arrays.items() if p.name.partition(".")[0] == name}
+    if not any(recognises(keys) for keys in arrays.values()):
+        return
+    stored = frozenset(key for keys in arrays.values() for key in keys)
+    for group, (prefix, run) in GROUPS.items():
+        if any(key.startswith(prefix) for key in stored):
+            yield Check(f"{name}/{group}", frozenset({path, *arrays}),
+                        lambda options, run=run: run(Case(config, tuple(arrays), options.dtype), options))
+
+
+def _value(name: str, got: Tensor, want: Tensor, options: Options, gradient: bool = False) -> Measure:
+    """Relative to the largest entry. A reference in float64 tells nothing new in float32."""
+    if want.dtype == torch.float64:
+        return Measure(name, scaled_error(got, want), options.pick(1e-9, SINGLE_GRADIENT if gradient else SINGLE))
+    return Measure(name, scaled_error(got, want), SINGLE_GRADIENT if gradient else SINGLE)
+
+
+def _outputs(case: Case, options: Options) -> Iterator[Measure]:
+    with torch.no_grad():
+        out = case.model().eval()(case.image())
+    for prefix in ("eval", "eval64"):
+        for task, want in case.reference(f"{prefix}.out.").items():
+            yield _value(f"{prefix}.out.{task}", out.final[task], want, options)
+    yield _value("eval.cv", out.extra[BALANCE], case.reference("eval.cv")[""], options)
+
+
+def _inside(case: Case, options: Options) -> Iterator[Measure]:
+    model = case.model().eval()
+    seen = record_inside(model)
+    with torch.no_grad():
+        model(case.image())
+    for name, want in case.reference("eval.mid.").items():
+        name_here = name.removeprefix("detail.")
+        yield _value(name, seen[name_here].reshape(want.shape), want, options)
+
+
+def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
+    """Hooks an MLoRE; after a forward pass the dict holds the features under the reference's names."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, read: Callable[[tuple, object], dict[str, Tensor]]) -> None:
+        module.register_forward_hook(lambda _, inputs, output: seen.update(read(inputs, output)))
+
+    def keep_output(module: nn.Module, name: str) -> None:
+        keep(module, lambda _, output: {name: output})
+
+    encoder, decoder = model.encoder, model.decoder
+    keep_output(encoder.patch_embed, "tokens.patch")
+    keep(encoder.blocks[0], lambda inputs, _: {"tokens.pos": inputs[0]})
+    keep_output(encoder.norm, "tokens.norm")
+    for number, block in enumerate(encoder.blocks, start=1):
+        keep_output(block, f"tokens.block{number}")
+    for tap, proj in enumerate(decoder.tap_proj):
+        keep_output(proj, f"fea_fuse.{tap}")
+    for stage, modules in (("MLoRE_1", decoder.first), ("MLoRE_2", decoder.second)):
+        for tap, module in enumerate(modules):
+            _record_module(module, f"{stage}.{tap}", keep, keep_output)
+    for task, head in model.heads.items():
+        keep_output(decoder.mix[task], f"task_mask.{task}.logits")
+        keep(head, lambda inputs, out, task=task: {f"head_quarter.{task}": out,
+                                                   f"head_in.{task}": resize(inputs[0], out.shape[-2:])})
+    return seen
+
+
+def _record_module(module: nn.Module, name: str, keep: Callable, keep_output: Callable) -> None:
+    keep(module, lambda _, out: {f"{name}.{task}.out": feat for task, feat in out[0].items()})
+    keep(module, lambda _, out: {f"{name}.{task}.gate": gate for task, gate in out[1].items()})
+    for task, router in module.router.items():
+        here = f"{name}.{task}"
+        keep_output(module.proj_in[task], f"{here}.conv1")
+        keep_output(router.pool, f"{here}.convsp")
+        keep(router.logits, lambda inputs, out, here=here: {f"{here}.route_feat": inputs[0],
+                                                            f"{here}.router_logits": out})
+        keep(module.mixture_norm[task], lambda inputs, out, here=here: {f"{here}.gated_sum": inputs[0],
+                                                                       f"{here}.bn_all": out})
+        keep(module.own_expert[task], lambda inputs, out, here=here:
+             {f"{here}.task_lora": out / inputs[1][..., None, None]})
+        keep_output(module.norm[task], f"{here}.bn")
+
+
+def _train(case: Case, noise: Mapping[str, Tensor]) -> tuple[MultiTaskModel, Tensor, Predictions, dict[str, Tensor]]:
+    """Model, image, predictions and gates after a forward pass with batch statistics; no noise where none is given."""
+    model, image = case.model().train(), case.image().requires_grad_()
+    seen = record_inside(model)
+    for stage, modules in (("MLoRE_1", model.decoder.first), ("MLoRE_2", model.decoder.second)):
+        for tap, module in enumerate(modules):
+            for task, router in module.router.items():
+                drawn = noise.get(f"{stage}.{tap}.{task}")
+                router.draw_noise = lambda scores, drawn=drawn: (
+                    torch.zeros_like(scores) if drawn is None else drawn.to(scores))
+    return model, image, model(image), seen
+
+
+def _quiet(case: Case, options: Options) -> Iterator[Measure]:
+    yield from _training(case, "train", {}, options)
+
+
+def _noisy(case: Case, options: Options) -> Iterator[Measure]:
+    yield from _training(case, "train_noise", case.reference("noise."), options)
+
+
+def _training(case: Case, kind: str, noise: Mapping[str, Tensor], options: Options) -> Iterator[Measure]:
+    """Outputs, gates, buffers, and gradients of L = sum over tasks of mean(output * fixed) and of the balancing term."""
+    model, image, out, seen = _train(case, noise)
+    for task, want in case.reference(f"{kind}.out.").items():
+        yield _value(f"{kind}.out.{task}", out.final[task], want, options)
+    for name, want in case.reference(f"{kind}.gate.").items():
+        yield _value(f"{kind}.gate.{name}", seen[f"{name}.gate"], want, options)
+    buffers = dict(model.named_buffers())
+    for key, want in case.reference(f"{kind}.buffer_after.").items():
+        yield _value(f"after {key}", buffers[locate(key)[0]], want, options)
+    fixed = case.reference("loss_weight_tensor.")
+    total = torch.stack([(logits * fixed[task]).mean() for task, logits in out.final.items()]).sum()
+    kinds = (kind,) if kind != "train" else ("train", "train64")
+    for name, value, part in (("L", total, "grad."), ("cv", out.extra[BALANCE], "grad_cv.")):
+        gradients = _gradients(model, image, value)
+        for prefix in kinds:
+            for want in case.reference(f"{prefix}.{name}").values():
+                yield _value(f"{prefix}.{name}", value, want, options)
+            for key, want in case.reference(f"{prefix}.{part}").items():
+                yield _value(f"{prefix}.{part}{key}", *_same_part(key, gradients, want, case), options, gradient=True)
+
+
+def _gradients(model: MultiTaskModel, image: Tensor, value: Tensor) -> dict[str, Tensor]:
+    tensors = {"input": image, **dict(model.named_parameters())}
+    found = torch.autograd.grad(value, list(tensors.values()), retain_graph=True, allow_unused=True)
+    return {name: torch.zeros_like(tensor) if grad is None else grad
+            for (name, tensor), grad in zip(tensors.items(), found, strict=True)}
+
+
+def _same_part(key: str, tensors: Mapping[str, Tensor], want: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    """The reference tensor in our shape, and the part of ours that belongs to it."""
+    name, place = locate(key)
+    ours = tensors[name]
+    if ".experts." in name:
+        sizes = [1] * len(case.config["rank_list"]) if name.endswith("up_bias") else case.config["rank_list"]
+        ours = ours.split(list(sizes), dim=1 if name.endswith(".up") else 0)[place]
+    return ours, reshaped(name, want)
+
+
+def _losses(case: Case, options: Options) -> Iterator[Measure]:
+    """The published losses with their weights on fixed labels."""
+    *_, out, _ = _train(case, {})
+    config, labels = case.config, case.reference("gt.")
+    weights = dict(config["loss_weights"])
+    if "depth" in labels:
+        labels["depth"] = torch.where(labels["depth"] == 0, VOID, labels["depth"])  # the original's void is 0
+    contexts = {task: TaskContext(channels, edge_w=config["edge_pos_weight"]) for task, channels
+                in config["tasks"].items()}
+    criterion = MultiTaskLoss({task: TASKS[task].loss(context) for task, context in contexts.items()}, weights)
+    got = criterion(out.final, labels, extra={BALANCE: weights[BALANCE] * out.extra[BALANCE]})
+    got["cv"] = out.extra[BALANCE]
+    for name, want in case.reference("train.loss.").items():
+        yield _value(f"loss.{name}", got[name], want, options)
+
+
+def _folding(case: Case, options: Options) -> Iterator[Measure]:
+    """Both gate modes: unfolded and folded against the reference and against each other; single kernels."""
+    for mode, mask_first in GATE_MODES.items():
+        plain, folded = (case.model(pre_softmax=mask_first).eval() for _ in range(2))
+        folded.prepare_for_inference()
+        results = {}
+        for form, model in (("unfolded", plain), ("folded", folded)):
+            seen = record_inside(model)
+            with torch.no_grad():
+                results[form] = model(case.image()).final
+            for task, want in case.reference(f"{mode}.{form}.out.").items():
+                yield _value(f"{mode}.{form}.out.{task}", results[form][task], want, options)
+            for name, want in case.reference(f"{mode}.{form}.mid.").items():
+                yield _value(f"{mode}.{form}.mid.{name}", seen[name], want, options)
+        for task, want in results["unfolded"].items():
+            error = scaled_error(results["folded"][task], want)
+            yield Measure(f"{mode}: folded - unfolded, {task}", error, options.pick(1e-10, SINGLE))
+    yield from _single_kernels(case, options)
+    yield from _mixed_kernels(case, options)
+
+
+def _single_kernels(case: Case, options: Options) -> Iterator[Measure]:
+    model = case.model().eval()
+    modules = dict(model.named_modules())
+    for key, want in case.reference("folded_kernel.").items():
+        prefix, kind = key.rsplit(".", 1)
+        name, place = locate(f"{prefix}.M.weight")
+        with torch.no_grad():
+            kernels, biases = modules[name.removesuffix(".up")].kernels()
+        yield _value(key, kernels[place] if kind == "weight" else biases[place], want, options)
+
+
+def _mixed_kernels(case: Case, options: Options) -> Iterator[Measure]:
+    """Kernels per image and task; the reference's lack the last norm."""
+    model = case.model().eval().prepare_for_inference()
+    wanted, seen = case.reference("dynamic_kernel."), {}
+    for stage, modules in (("MLoRE_1", model.decoder.first), ("MLoRE_2", model.decoder.second)):
+        for tap, module in enumerate(modules):
+            module.folded.register_forward_hook(
+                lambda paths, inputs, _, key=f"{stage}.{tap}": seen.update({key: (paths, *inputs)}))
+    with torch.no_grad():
+        model(case.image())
+        for key, want in wanted.items():
+            place, task, sample, kind = key.rsplit(".", 3)
+            paths, inner, routes = seen[place]
+            index, number = list(inner).index(task), int(sample.removeprefix("sample"))
+            stage, tap = place.split(".")
+            norm = getattr(model.decoder, "first" if stage == "MLoRE_1" else "second")[int(tap)].norm[task]
+            kernels, biases = paths.mixed(list(routes.values()))
+            kernel, bias = (x[index * len(kernels) // len(inner) + number] for x in (kernels, biases))
+            before = (kernel / paths.scale[index][:, None, None, None],
+                      (bias - norm.bias) / paths.scale[index] + norm.running_mean)
+            yield _value(key, before[kind == "bias"], want, options)
+
+
+GROUPS: dict[str, tuple[str, Callable[[Case, Options], Iterator[Measure]]]] = {
+    "outputs": ("eval.out.", _outputs), "features inside": ("eval.mid.", _inside), "training": ("train.", _quiet),
+    "training with noise": ("train_noise.", _noisy), "losses": ("train.loss.", _losses),
+    "folding": ("folded_kernel.", _folding),
+}
+
+
+def full_size(entry: dict) -> MultiTaskModel:
+    """The model of a manifest's entry, without memory."""
+    tasks = {key.split(".")[1]: shape[0] for key, shape in entry["state_dict"].items()
+             if key.startswith("heads.") and key.endswith(".linear_pred.weight")}
+    with torch.device("meta"):
+        return build(entry["config"], tasks)
+
+
+def _manifest(entry: dict) -> Iterator[Measure]:
+    model = full_size(entry)
+    shapes = entry["state_dict"]
+    converted, dead = convert_released({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    own = model.state_dict()
+    yield Measure("keys only here or only there", len(own.keys() ^ converted.keys()), 0.0)
+    yield Measure("other shapes", sum(own[key].shape != converted[key].shape for key in own.keys() & converted), 0.0)
+    unused = {key for key in shapes if is_dead(key)}
+    yield Measure("keys without effect that are not named as such", len(unused ^ set(dead)), 0.0)
+    left_out = sum(math.prod(shapes[key]) for key in unused if "running" not in key and "num_batches" not in key)
+    yield Measure("parameters without effect", abs(left_out - entry["params_never_used_in_forward"]), 0.0)
+    row = shapes["backbone.pos_embed"][-1]  # of the class token
+    count = sum(parameter.numel() for parameter in model.parameters())
+    yield Measure("parameters", abs(count + left_out + row - entry["total_params"]), 0.0)
+    for form, want in entry["gmacs_batch1"].items():
+        yield Measure(f"multiply-adds, {form}", abs(_gmacs(model, entry, form == "folded") / want - 1), 0.01)
+
+
+def _gmacs(model: MultiTaskModel, entry: dict, folded: bool) -> float:
+    """With the heads' convolutions on the enlarged maps, as the reference computes them."""
+    for head in model.heads.values():
+        head.conv.forward = head.conv.plain
+    model.prepare_for_inference() if folded else model.train().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, *entry["config"]["img_size"], device="meta"))
+    return counter.get_total_flops() / 2e9
