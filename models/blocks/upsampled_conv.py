@@ -38,7 +38,7 @@ class UpsampledConv(nn.Module):
         return F.conv2d(fine, self.weight, self.bias, padding=1)
 
     def _interpolation(self, length: int, like: Tensor) -> Tensor:
-        """(3 * length, scale * length): entry [(u, i), p] is the weight of small pixel i in enlarged pixel p + u - 1."""
+        """(3 * length, scale * length): at [(u, i), p] the weight of small pixel i in enlarged pixel p + u - 1."""
         unit = torch.eye(length, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         weights = F.interpolate(unit[None], scale_factor=self.scale, mode="linear", align_corners=False)[0]
         size = self.scale * length

@@ -13,6 +13,7 @@ Axes: B batch, T tasks, C `final_embed_dim`, h w grid of the ViT, N = h w, E exp
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -201,7 +202,8 @@ class FoldedPaths(nn.Module):
         """[(gates (B, E), factor (B, 1)) per task] -> kernels (T B, C, C, 3, 3), biases (T B, C)."""
         weights = torch.cat([self._weights(index, *route) for index, route in enumerate(routes)], dim=1)
         shift = self.shift.repeat_interleave(len(routes[0][0]), dim=0)  # (T B, C)
-        with torch.autocast(weights.device.type, enabled=False):
+        # In mixed precision too the sum is exact; the meta device knows no autocast.
+        with nullcontext() if weights.is_meta else torch.autocast(weights.device.type, enabled=False):
             kernels = weights @ self.kernels  # (C, T B, 9 C)
             biases = einsum(weights, self.biases, "o b n, o n -> b o") + shift
         return rearrange(kernels, "o b (c u v) -> b o c u v", u=3, v=3), biases

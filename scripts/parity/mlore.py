@@ -11,25 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.tasks import TASKS, VOID, TaskContext, tasks_named
 from losses.schemes import MultiTaskLoss
 from models.build import build_model
-from models.model import MultiTaskModel, Predictions, resize
+from models.model import MultiTaskModel, Predictions
 from models.released.mlore import is_dead, locate, recognises, reshaped
 from scripts.parity.base import Check, Folder, Measure, Options, scaled_error
+from scripts.parity.mlore_inside import record_inside
 from utils.checkpoint import convert_released, load_model
 
 OPTIONS = ("final_embed_dim", "rank_list", "topk", "spe_rank", "pre_softmax")
 GATE_MODES = {"mask_then_softmax": True, "softmax_then_mask": False}
 BALANCE = "load_balancing"
-SINGLE, SINGLE_GRADIENT = 2e-5, 1e-4  # relative to the largest entry: references that ran in float32
+SINGLE, SINGLE_LOOSE = 2e-5, 1e-4  # relative to the largest entry: references that ran in float32
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,20 @@ class Case:
     files: tuple[Path, ...]
     dtype: torch.dtype
 
+    @cached_property
+    def arrays(self) -> list[dict[str, Tensor]]:
+        return [load_file(path) for path in self.files]
+
     def model(self, **options) -> MultiTaskModel:
         """With the reference's weights, loaded as a released checkpoint is; the balancing loss has the weight 1."""
-        arrays = [load_file(path) for path in self.files]
-        [state] = [tensors for tensors in arrays if recognises(tensors)]
+        [state] = [tensors for tensors in self.arrays if recognises(tensors)]
         model = build(self.config, self.config["tasks"], load_balancing_weight=1.0, **options)
         load_model(model, state, self.files[0])
         return model.to(self.dtype)
 
     def reference(self, prefix: str) -> dict[str, Tensor]:
         """Arrays below a prefix, without it."""
-        return {key.removeprefix(prefix): value for path in self.files for key, value in load_file(path).items()
+        return {key.removeprefix(prefix): value for tensors in self.arrays for key, value in tensors.items()
                 if key.startswith(prefix)}
 
     def image(self) -> Tensor:
@@ -86,77 +91,34 @@ def _case(folder: Folder, path: Path, config: dict) -> Iterator[Check]:
     for group, (prefix, run) in GROUPS.items():
         if any(key.startswith(prefix) for key in stored):
             yield Check(f"{name}/{group}", frozenset({path, *arrays}),
-                        lambda options, run=run: run(Case(config, tuple(arrays), options.dtype), options))
+                        lambda options, run=run, prefix=prefix:
+                        run(Case(config, tuple(arrays), options.dtype), options, prefix))
 
 
-def _value(name: str, got: Tensor, want: Tensor, options: Options, gradient: bool = False) -> Measure:
-    """Relative to the largest entry. A reference in float64 tells nothing new in float32."""
-    if want.dtype == torch.float64:
-        return Measure(name, scaled_error(got, want), options.pick(1e-9, SINGLE_GRADIENT if gradient else SINGLE))
-    return Measure(name, scaled_error(got, want), SINGLE_GRADIENT if gradient else SINGLE)
+def _value(name: str, got: Tensor, want: Tensor, options: Options, loose: bool = False) -> Measure:
+    """Relative to the largest entry; `loose` for gradients and sums that cancel."""
+    single = SINGLE_LOOSE if loose else SINGLE
+    tolerance = options.pick(1e-9, single) if want.dtype == torch.float64 else single
+    return Measure(name, scaled_error(got, want), tolerance)
 
 
-def _outputs(case: Case, options: Options) -> Iterator[Measure]:
+def _outputs(case: Case, options: Options, prefix: str) -> Iterator[Measure]:
     with torch.no_grad():
         out = case.model().eval()(case.image())
-    for prefix in ("eval", "eval64"):
-        for task, want in case.reference(f"{prefix}.out.").items():
-            yield _value(f"{prefix}.out.{task}", out.final[task], want, options)
-    yield _value("eval.cv", out.extra[BALANCE], case.reference("eval.cv")[""], options)
+    for task, want in case.reference(f"{prefix}out.").items():
+        yield _value(f"{prefix}out.{task}", out.final[task], want, options)
+    for want in case.reference(f"{prefix}cv").values():
+        yield _value(f"{prefix}cv", out.extra[BALANCE], want, options)
 
 
-def _inside(case: Case, options: Options) -> Iterator[Measure]:
+def _inside(case: Case, options: Options, prefix: str) -> Iterator[Measure]:
     model = case.model().eval()
     seen = record_inside(model)
     with torch.no_grad():
         model(case.image())
-    for name, want in case.reference("eval.mid.").items():
+    for name, want in case.reference(prefix).items():
         name_here = name.removeprefix("detail.")
         yield _value(name, seen[name_here].reshape(want.shape), want, options)
-
-
-def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
-    """Hooks an MLoRE; after a forward pass the dict holds the features under the reference's names."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(module: nn.Module, read: Callable[[tuple, object], dict[str, Tensor]]) -> None:
-        module.register_forward_hook(lambda _, inputs, output: seen.update(read(inputs, output)))
-
-    def keep_output(module: nn.Module, name: str) -> None:
-        keep(module, lambda _, output: {name: output})
-
-    encoder, decoder = model.encoder, model.decoder
-    keep_output(encoder.patch_embed, "tokens.patch")
-    keep(encoder.blocks[0], lambda inputs, _: {"tokens.pos": inputs[0]})
-    keep_output(encoder.norm, "tokens.norm")
-    for number, block in enumerate(encoder.blocks, start=1):
-        keep_output(block, f"tokens.block{number}")
-    for tap, proj in enumerate(decoder.tap_proj):
-        keep_output(proj, f"fea_fuse.{tap}")
-    for stage, modules in (("MLoRE_1", decoder.first), ("MLoRE_2", decoder.second)):
-        for tap, module in enumerate(modules):
-            _record_module(module, f"{stage}.{tap}", keep, keep_output)
-    for task, head in model.heads.items():
-        keep_output(decoder.mix[task], f"task_mask.{task}.logits")
-        keep(head, lambda inputs, out, task=task: {f"head_quarter.{task}": out,
-                                                   f"head_in.{task}": resize(inputs[0], out.shape[-2:])})
-    return seen
-
-
-def _record_module(module: nn.Module, name: str, keep: Callable, keep_output: Callable) -> None:
-    keep(module, lambda _, out: {f"{name}.{task}.out": feat for task, feat in out[0].items()})
-    keep(module, lambda _, out: {f"{name}.{task}.gate": gate for task, gate in out[1].items()})
-    for task, router in module.router.items():
-        here = f"{name}.{task}"
-        keep_output(module.proj_in[task], f"{here}.conv1")
-        keep_output(router.pool, f"{here}.convsp")
-        keep(router.logits, lambda inputs, out, here=here: {f"{here}.route_feat": inputs[0],
-                                                            f"{here}.router_logits": out})
-        keep(module.mixture_norm[task], lambda inputs, out, here=here: {f"{here}.gated_sum": inputs[0],
-                                                                       f"{here}.bn_all": out})
-        keep(module.own_expert[task], lambda inputs, out, here=here:
-             {f"{here}.task_lora": out / inputs[1][..., None, None]})
-        keep_output(module.norm[task], f"{here}.bn")
 
 
 def _train(case: Case, noise: Mapping[str, Tensor]) -> tuple[MultiTaskModel, Tensor, Predictions, dict[str, Tensor]]:
@@ -172,34 +134,24 @@ def _train(case: Case, noise: Mapping[str, Tensor]) -> tuple[MultiTaskModel, Ten
     return model, image, model(image), seen
 
 
-def _quiet(case: Case, options: Options) -> Iterator[Measure]:
-    yield from _training(case, "train", {}, options)
-
-
-def _noisy(case: Case, options: Options) -> Iterator[Measure]:
-    yield from _training(case, "train_noise", case.reference("noise."), options)
-
-
-def _training(case: Case, kind: str, noise: Mapping[str, Tensor], options: Options) -> Iterator[Measure]:
-    """Outputs, gates, buffers, and gradients of L = sum over tasks of mean(output * fixed) and of the balancing term."""
-    model, image, out, seen = _train(case, noise)
-    for task, want in case.reference(f"{kind}.out.").items():
-        yield _value(f"{kind}.out.{task}", out.final[task], want, options)
-    for name, want in case.reference(f"{kind}.gate.").items():
-        yield _value(f"{kind}.gate.{name}", seen[f"{name}.gate"], want, options)
+def _training(case: Case, options: Options, prefix: str) -> Iterator[Measure]:
+    """Outputs, gates, buffers, gradients of L (sum of mean(output * fixed) over tasks) and of the balancing term."""
+    model, image, out, seen = _train(case, case.reference("noise.") if prefix == "train_noise." else {})
+    for task, want in case.reference(f"{prefix}out.").items():
+        yield _value(f"{prefix}out.{task}", out.final[task], want, options)
+    for name, want in case.reference(f"{prefix}gate.").items():
+        yield _value(f"{prefix}gate.{name}", seen[f"{name}.gate"], want, options)
     buffers = dict(model.named_buffers())
-    for key, want in case.reference(f"{kind}.buffer_after.").items():
+    for key, want in case.reference(f"{prefix}buffer_after.").items():
         yield _value(f"after {key}", buffers[locate(key)[0]], want, options)
     fixed = case.reference("loss_weight_tensor.")
     total = torch.stack([(logits * fixed[task]).mean() for task, logits in out.final.items()]).sum()
-    kinds = (kind,) if kind != "train" else ("train", "train64")
     for name, value, part in (("L", total, "grad."), ("cv", out.extra[BALANCE], "grad_cv.")):
+        for want in case.reference(f"{prefix}{name}").values():
+            yield _value(f"{prefix}{name}", value, want, options, loose=True)
         gradients = _gradients(model, image, value)
-        for prefix in kinds:
-            for want in case.reference(f"{prefix}.{name}").values():
-                yield _value(f"{prefix}.{name}", value, want, options)
-            for key, want in case.reference(f"{prefix}.{part}").items():
-                yield _value(f"{prefix}.{part}{key}", *_same_part(key, gradients, want, case), options, gradient=True)
+        for key, want in case.reference(f"{prefix}{part}").items():
+            yield _value(f"{prefix}{part}{key}", *_same_part(key, gradients, want, case), options, loose=True)
 
 
 def _gradients(model: MultiTaskModel, image: Tensor, value: Tensor) -> dict[str, Tensor]:
@@ -219,7 +171,7 @@ def _same_part(key: str, tensors: Mapping[str, Tensor], want: Tensor, case: Case
     return ours, reshaped(name, want)
 
 
-def _losses(case: Case, options: Options) -> Iterator[Measure]:
+def _losses(case: Case, options: Options, prefix: str) -> Iterator[Measure]:
     """The published losses with their weights on fixed labels."""
     *_, out, _ = _train(case, {})
     config, labels = case.config, case.reference("gt.")
@@ -231,37 +183,44 @@ def _losses(case: Case, options: Options) -> Iterator[Measure]:
     criterion = MultiTaskLoss({task: TASKS[task].loss(context) for task, context in contexts.items()}, weights)
     got = criterion(out.final, labels, extra={BALANCE: weights[BALANCE] * out.extra[BALANCE]})
     got["cv"] = out.extra[BALANCE]
-    for name, want in case.reference("train.loss.").items():
+    for name, want in case.reference(prefix).items():
         yield _value(f"loss.{name}", got[name], want, options)
 
 
-def _folding(case: Case, options: Options) -> Iterator[Measure]:
-    """Both gate modes: unfolded and folded against the reference and against each other; single kernels."""
-    for mode, mask_first in GATE_MODES.items():
-        plain, folded = (case.model(pre_softmax=mask_first).eval() for _ in range(2))
-        folded.prepare_for_inference()
-        results = {}
-        for form, model in (("unfolded", plain), ("folded", folded)):
+def _folding(case: Case, options: Options, prefix: str) -> Iterator[Measure]:
+    """Both gate modes: unfolded and folded against the reference."""
+    for mode in GATE_MODES:
+        for form, model in _forms(case, mode).items():
             seen = record_inside(model)
             with torch.no_grad():
-                results[form] = model(case.image()).final
+                out = model(case.image()).final
             for task, want in case.reference(f"{mode}.{form}.out.").items():
-                yield _value(f"{mode}.{form}.out.{task}", results[form][task], want, options)
+                yield _value(f"{mode}.{form}.out.{task}", out[task], want, options)
             for name, want in case.reference(f"{mode}.{form}.mid.").items():
                 yield _value(f"{mode}.{form}.mid.{name}", seen[name], want, options)
-        for task, want in results["unfolded"].items():
-            error = scaled_error(results["folded"][task], want)
-            yield Measure(f"{mode}: folded - unfolded, {task}", error, options.pick(1e-10, SINGLE))
-    yield from _single_kernels(case, options)
+    yield from _single_kernels(case, options, prefix)
     yield from _mixed_kernels(case, options)
 
 
-def _single_kernels(case: Case, options: Options) -> Iterator[Measure]:
-    model = case.model().eval()
-    modules = dict(model.named_modules())
-    for key, want in case.reference("folded_kernel.").items():
-        prefix, kind = key.rsplit(".", 1)
-        name, place = locate(f"{prefix}.M.weight")
+def _folded_or_not(case: Case, options: Options, prefix: str) -> Iterator[Measure]:
+    """Folded against unfolded, both of this program."""
+    for mode in GATE_MODES:
+        with torch.no_grad():
+            plain, folded = (model(case.image()).final for model in _forms(case, mode).values())
+        for task, want in plain.items():
+            yield Measure(f"{mode} {task}", scaled_error(folded[task], want), options.pick(1e-10, SINGLE))
+
+
+def _forms(case: Case, mode: str) -> dict[str, MultiTaskModel]:
+    plain, folded = (case.model(pre_softmax=GATE_MODES[mode]) for _ in range(2))
+    return {"unfolded": plain.eval(), "folded": folded.prepare_for_inference()}
+
+
+def _single_kernels(case: Case, options: Options, prefix: str) -> Iterator[Measure]:
+    modules = dict(case.model().named_modules())
+    for key, want in case.reference(prefix).items():
+        path, kind = key.rsplit(".", 1)
+        name, place = locate(f"{path}.M.weight")
         with torch.no_grad():
             kernels, biases = modules[name.removesuffix(".up")].kernels()
         yield _value(key, kernels[place] if kind == "weight" else biases[place], want, options)
@@ -290,10 +249,13 @@ def _mixed_kernels(case: Case, options: Options) -> Iterator[Measure]:
             yield _value(key, before[kind == "bias"], want, options)
 
 
-GROUPS: dict[str, tuple[str, Callable[[Case, Options], Iterator[Measure]]]] = {
-    "outputs": ("eval.out.", _outputs), "features inside": ("eval.mid.", _inside), "training": ("train.", _quiet),
-    "training with noise": ("train_noise.", _noisy), "losses": ("train.loss.", _losses),
-    "folding": ("folded_kernel.", _folding),
+# Name -> what its arrays begin with, and the comparison, which receives that prefix.
+GROUPS: dict[str, tuple[str, Callable[[Case, Options, str], Iterator[Measure]]]] = {
+    "outputs": ("eval.", _outputs), "outputs of float64": ("eval64.", _outputs),
+    "features inside": ("eval.mid.", _inside), "training": ("train.", _training),
+    "training of float64": ("train64.", _training),
+    "training with noise": ("train_noise.", _training), "losses": ("train.loss.", _losses),
+    "folding": ("folded_kernel.", _folding), "folded = unfolded": ("folded_kernel.", _folded_or_not),
 }
 
 
