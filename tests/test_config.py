@@ -152,7 +152,8 @@ def test_every_shipped_file_builds(path):
     neck_kwargs = {"embed_dim": 8} if config.neck == "pyramid" else {}
     scans = {"d_state": 2}
     narrow = {"bim": scans, "mtmamba": scans, "mtmamba_plus": scans,
-              "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8}}[config.model.lower()]
+              "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8},
+              "mlore": {"final_embed_dim": 8, "rank_list": (1, 2), "topk": 1}}[config.model.lower()]
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,
                         backbone_kwargs=tiny, neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, **narrow})
