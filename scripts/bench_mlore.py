@@ -3,8 +3,9 @@
     python scripts/bench_mlore.py --config_exp configs/backbones/mlore_nyud_vit_base.yml [--repeats 5] [key=value ...]
 
 Every row computes the same function of one image with the same random weights and differs from the row above in one
-thing. Times are medians in float32; the forms take turns, so that other programs slow all of them alike. The
-difference is the largest one of any output from the first row's, in float64, relative to the largest entry.
+thing; gains are over that row. Times are medians in float32; the forms take turns, so that other programs slow all of
+them alike, and processor time (of all threads) leaves out the waiting for them: on a shared CPU it is what to compare.
+The difference is the largest one of any output from the first row's, in float64, relative to the largest entry.
 """
 
 import argparse
@@ -57,13 +58,13 @@ FORMS: dict[str, Callable[[MultiTaskModel], object]] = {
 
 
 @torch.inference_mode()
-def measure(config: Config, repeats: int) -> dict[str, float]:
-    """Median seconds of a forward pass of one image, form by form; the first round is not counted."""
+def measure(config: Config, repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds and processor seconds of a forward pass of one image; the first round is not counted."""
     device = pick_device(config.device)
     model = random_model(config).to(device).prepare_for_inference()
     image = torch.randn(1, 3, *config.input_size, device=device)
     folded = [(module, module.folded) for module in (*model.decoder.first, *model.decoder.second)]
-    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
     for _ in range(repeats + 1):
         for name, change in FORMS.items():
             if change is MultiTaskModel.prepare_for_inference:  # folding is done once, not per image
@@ -72,7 +73,7 @@ def measure(config: Config, repeats: int) -> dict[str, float]:
             else:
                 change(model)
             times[name].append(_seconds(lambda: model(image), device))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: tuple(map(statistics.median, zip(*values[1:], strict=True))) for name, values in times.items()}
 
 
 @torch.inference_mode()
@@ -104,14 +105,14 @@ def random_model(config: Config) -> MultiTaskModel:
     return model.eval()
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def main() -> None:
@@ -129,12 +130,12 @@ def main() -> None:
     height, width = config.input_size
     print(f"{' '.join((args.config_exp, *args.overrides))}: one image of {height} x {width}, "
           f"{torch.get_num_threads()} thread(s), median of {args.repeats}")
-    print(f"{'form':<46}{'ms':>8}  {'to the row above':>16}  {'difference':>10}")
-    above = None
-    for name, value in seconds.items():
-        ratio = "-" if above is None else f"{above / value:.2f} x faster"
-        print(f"{name:<46}{value * 1e3:>8.0f}  {ratio:>16}  {errors[name]:>10.1e}")
-        above = value
+    print(f"{'form':<46}{'ms':>8}{'gain':>7}{'CPU ms':>9}{'gain':>7}{'difference':>12}")
+    above = next(iter(seconds.values()))
+    for name, (wall, processor) in seconds.items():
+        print(f"{name:<46}{wall * 1e3:>8.0f}{above[0] / wall:>7.2f}{processor * 1e3:>9.0f}"
+              f"{above[1] / processor:>7.2f}{errors[name]:>12.1e}")
+        above = wall, processor
 
 
 if __name__ == "__main__":
