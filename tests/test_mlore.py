@@ -15,6 +15,7 @@ from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
 from models.build import build_model
 from models.decoders.mlore import PAPER_RANKS, MLoREConfig
+from scripts.bench_mlore import differences, measure
 from scripts.check_parity import main as check_parity
 from tests.shared import ROOT, golden
 from tests.test_train import rows
@@ -199,6 +200,14 @@ def test_folding_in_mixed_precision():
         with torch.autocast("cpu", torch.bfloat16):
             got = model.prepare_for_inference()(image).final
     assert all(close(got[task].float(), want[task], 0.1) for task in TASKS)
+
+
+def test_the_forms_that_are_timed_agree(tiny):
+    config = load_config(NYUD, [*tiny, *SMALL, "backbone_kwargs.taps=[4]"])
+    assert max(differences(config).values()) < 1e-12
+    assert all(wall > 0 for wall, _ in measure(config, repeats=1).values())
+    with pytest.raises(ValueError, match="'bim' is not an MLoRE"):
+        measure(load_config(str(ROOT / "configs" / "bim_nyud.yml"), tiny), repeats=1)
 
 
 # ------------------------------------------------------------ gates
