@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from models.backbones import build_backbone
+from models.backbones import build_backbone, default_options
 from models.blocks.pyramid import SimplePyramid
 from models.decoders.bim import BIMDecoder
 from models.decoders.demt import DeMTDecoder
 from models.decoders.fcn import FCNDecoder
 from models.decoders.invpt import InvPTDecoder
+from models.decoders.mlore import MLoREDecoder
 from models.decoders.mtmamba import MTMambaDecoder
 from models.decoders.mtmamba_plus import MTMambaPlusDecoder
 from models.decoders.multi_scale import MultiScaleDecoder
@@ -25,6 +26,7 @@ DECODERS: dict[str, type[nn.Module]] = {
     "demt": DeMTDecoder,
     "fcn": FCNDecoder,
     "invpt": InvPTDecoder,
+    "mlore": MLoREDecoder,
     "mtmamba": MTMambaDecoder,
     "mtmamba_plus": MTMambaPlusDecoder,
     "mtmamba++": MTMambaPlusDecoder,  # the paper's spelling
@@ -33,7 +35,7 @@ DECODERS: dict[str, type[nn.Module]] = {
 }
 
 # Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("MLoRE", "BridgeNet")
+NOT_YET = ("BridgeNet",)
 
 # The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
 SHARED_NAME = "TransformerNet"
@@ -66,7 +68,10 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     if head != "default" and hasattr(decoder_class.Config, "head"):  # a decoder with several heads
         options["head"] = head
     config = decoder_config(name, options)
-    encoder, inner = _encoder(name, backbone, tasks, image_size, neck, config, backbone_kwargs or {})
+    preferred = default_options(backbone, getattr(decoder_class, "backbone_options", {}))
+    encoder, inner = _encoder(name, backbone, tasks, image_size, neck, config, {**preferred, **(backbone_kwargs or {})})
+    if getattr(decoder_class, "needs_image_size", False):
+        inner["image_size"] = image_size
     neck_module, channels, strides = None, encoder.channels, encoder.strides
     if neck == "pyramid":
         neck_module = SimplePyramid(channels, **(neck_kwargs or {}))

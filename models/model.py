@@ -55,6 +55,13 @@ class MultiTaskModel(nn.Module):
         intermediate = {task: resize(logits, size) for task, logits in out.intermediate.items()}
         return Predictions(final, intermediate, out.extra)
 
+    def prepare_for_inference(self) -> "MultiTaskModel":
+        """In eval mode, with the layers that the decoder can merge merged (its `reparameterise`); returns itself."""
+        self.eval()
+        if hasattr(self.decoder, "reparameterise"):
+            self.decoder.reparameterise()
+        return self
+
 
 def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, align_corners False; (B, n, h, w) -> (B, n, *size). Nothing happens at equal size."""

@@ -27,7 +27,7 @@ LINEAGE_MODEL_KEYS = frozenset({
     "embed_dim", "PRED_OUT_NUM_CONSTANT", "mtt_resolution_downsample_rate",                       # InvPT, BridgeNet
     "prompt_len", "chan_nheads", "use_ctr", "final_embed_dim", "level_embed_dim", "chan_embed_dim",
     "img_ds_ratio", "fea_ds_ratio", "dd_label_map_size", "ignore_invalid_area_depth",             # TaskPrompter
-    "topk", "pre_softmax", "spe_rank", "with_feat",                                               # MLoRE
+    "topk", "pre_softmax", "spe_rank", "with_feat", "rank_list",                                  # MLoRE
 })
 
 

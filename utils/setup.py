@@ -50,13 +50,13 @@ def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
 
 
 def trained_model(config: Config, path: Path, device: torch.device) -> MultiTaskModel:
-    """The configured model with a checkpoint's weights (its moving average where it has one), in eval mode."""
+    """The configured model with a checkpoint's weights (its moving average where it has one), ready for inference."""
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("ema") or checkpoint["model"]
     state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
     model = model_from_config(config)
     load_model(model, state, path, file_config=checkpoint.get("config"), yaml_config=config.to_dict())
-    return model.to(device).eval()
+    return model.to(device).prepare_for_inference()
 
 
 def build_split(config: Config, split: str) -> MultiTaskDataset:

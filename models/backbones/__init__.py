@@ -11,8 +11,9 @@ A new backbone is one file and one row of BACKBONES.
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -138,6 +139,12 @@ def _prompted_class(name: str) -> type[nn.Module]:
         able = ", ".join(key for key, entry in BACKBONES.items() if entry.cls in PROMPTED)
         raise ValueError(f"backbone '{name}' cannot carry task prompts inside its blocks; those that can: {able}")
     return PROMPTED[BACKBONES[name].cls]
+
+
+def default_options(name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a decoder's preferences those that this backbone knows: the others mean another kind of backbone."""
+    known = inspect.signature(BACKBONES[name].cls).parameters if name in BACKBONES else ()
+    return {key: value for key, value in wanted.items() if key in known}
 
 
 def _nearest(word: str, choices) -> str:

@@ -35,13 +35,15 @@ class ViTBackbone(VisionTransformer):
         taps: blocks (counted from 1) after which to read the tokens; default the four quarters of the depth.
             A tap on the last block is read after the final LayerNorm, the others are not normalised.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        class_token: False leaves it out, with its row of the position embedding, as some multi-task models do.
     """
 
     recomputed = (Block,)
     never_pretrained = ()
 
     def __init__(self, image_size: Sequence[int], embed_dim: int, depth: int, num_heads: int,
-                 patch_size: int = 16, taps: Sequence[int] | None = None, drop_path_rate: float = 0.15):
+                 patch_size: int = 16, taps: Sequence[int] | None = None, drop_path_rate: float = 0.15,
+                 class_token: bool = True):
         height, width = image_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"ViT needs an image size of multiples of {patch_size} but got {height}x{width}")
@@ -52,7 +54,8 @@ class ViTBackbone(VisionTransformer):
             raise ValueError(f"ViT taps must rise within 1..{depth} (its depth) but got {taps}")
         super().__init__(
             img_size=(height, width), patch_size=patch_size, embed_dim=embed_dim, depth=depth,
-            num_heads=num_heads, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
+            num_heads=num_heads, num_classes=0, global_pool="", class_token=class_token,
+            drop_path_rate=drop_path_rate)
         self.image_size = (height, width)
         self.taps = taps
         self.channels = (embed_dim,) * len(taps)
@@ -62,7 +65,8 @@ class ViTBackbone(VisionTransformer):
         """Normalised image (B, 3, H*patch, W*patch) -> one map (B, C, H, W) per tap, shallowest first."""
         self.check_size(image)
         tokens = self.patch_embed(image)  # (B, N, C), row-major
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, C)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, C)
         tokens = tokens + self.pos_embed
         maps = []
         for number, block in enumerate(self.blocks, start=1):
@@ -70,7 +74,7 @@ class ViTBackbone(VisionTransformer):
             if number in self.taps:
                 tap = self.norm(tokens) if number == len(self.blocks) else tokens
                 grid_h, _ = self.patch_embed.grid_size
-                maps.append(rearrange(tap[:, 1:], "b (h w) c -> b c h w", h=grid_h).contiguous())
+                maps.append(rearrange(tap[:, self.num_prefix_tokens:], "b (h w) c -> b c h w", h=grid_h).contiguous())
         return maps
 
     def check_size(self, image: Tensor) -> None:
@@ -82,10 +86,17 @@ class ViTBackbone(VisionTransformer):
                              f"embedding has that grid) but got {height}x{width}")
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """timm weights -> the same with the position embedding resized to this module's grid."""
-        state = dict(state)
-        if "pos_embed" in state:
-            state["pos_embed"] = resize_position_embedding(state["pos_embed"], self.patch_embed.grid_size)
+        """timm weights -> the same with the position embedding resized to this module's grid.
+
+        Without a class token that of the file is dropped.
+        """
+        state, own = dict(state), self.pos_embed.shape
+        has_class_row = own[1] > self.patch_embed.num_patches
+        if "pos_embed" in state and (has_class_row or state["pos_embed"].shape != own):
+            embedding = resize_position_embedding(state["pos_embed"], self.patch_embed.grid_size)  # (1, 1+N, C)
+            state["pos_embed"] = embedding[:, -own[1]:]
+        if self.cls_token is None:
+            state.pop("cls_token", None)
         return state
 
     def read_npz(self, path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from models.released import demt, invpt, mtmamba, taskprompter
+from models.released import demt, invpt, mlore, mtmamba, taskprompter
 
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+)"
                          r"|head\.final_logits\.(?P<c>\w+))\.weight")
@@ -31,6 +31,7 @@ class Released(NamedTuple):
 
 RELEASED: dict[str, Released] = {
     "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
+    "MLoRE": Released(mlore.recognises, mlore.convert, mlore.is_dead),
     "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
     "DeMT": Released(demt.recognises, demt.convert_demt, demt.is_dead),
     "FCN": Released(demt.recognises_baseline, demt.convert),      # the baselines of ATRC and DeMT

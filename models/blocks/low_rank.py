@@ -1,0 +1,61 @@
+"""Convolutions of low rank, many at once: the experts of MLoRE (Yang et al., CVPR 2024).
+
+Expert i is a 3 x 3 convolution C -> r_i directly followed by a 1 x 1 convolution r_i -> C. Their gated sum needs no
+loop over experts: all first convolutions are one convolution to R = sum r_i channels, scaling those by the gates
+commutes with the second ones, and these sum up in one product. It also avoids holding E full maps.
+
+Axes: B batch, C channels, E experts, R all ranks together, h w grid.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor, nn
+
+
+class LowRankExperts(nn.Module):
+    """sum_i g_i (M_i (W_i * feat + b_i) + m_i): feat (B, C, h, w), gates (B, E) -> (B, C, h, w).
+
+    The experts lie one behind the other: W and b in `down`, M in the columns of `up`, m in the rows of `up_bias`.
+    With `zero_bias` False the biases start as those of ordinary convolutions.
+    """
+
+    def __init__(self, channels: int, ranks: Sequence[int], zero_bias: bool = True):
+        super().__init__()
+        self.ranks = tuple(ranks)
+        self.down = nn.Conv2d(channels, sum(ranks), kernel_size=3, padding=1)
+        self.up = nn.Parameter(torch.empty(channels, sum(ranks)))
+        self.up_bias = nn.Parameter(torch.empty(len(ranks), channels))
+        owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+        self.register_buffer("owner", torch.tensor(owner), persistent=False)  # (R,): the expert of each rank
+        for up, bias, rank in zip(self.up.split(self.ranks, dim=1), self.up_bias, self.ranks, strict=True):
+            for values in (up, bias):
+                nn.init.uniform_(values, -rank**-0.5, rank**-0.5)  # of an ordinary 1 x 1 convolution
+        if zero_bias:
+            nn.init.zeros_(self.down.bias)
+            nn.init.zeros_(self.up_bias)
+
+    def forward(self, feat: Tensor, gates: Tensor) -> Tensor:
+        hidden = self.down(feat)  # (B, R, h, w)
+        gates = gates.to(hidden.dtype)
+        hidden = hidden * gates[:, self.owner, None, None]
+        return F.conv2d(hidden, self.up[:, :, None, None]) + (gates @ self.up_bias)[..., None, None]
+
+    def one_by_one(self, feat: Tensor, gates: Tensor) -> Tensor:
+        """The same as the definition reads: E full maps, then their weighted sum. For tests and time measurements."""
+        parts = zip(self.down.weight.split(self.ranks), self.down.bias.split(self.ranks),
+                    self.up.split(self.ranks, dim=1), self.up_bias, strict=True)
+        maps = [F.conv2d(F.conv2d(feat, w, b, padding=1), m[:, :, None, None], c) for w, b, m, c in parts]
+        return (torch.stack(maps, dim=1) * gates[..., None, None, None]).sum(dim=1)  # (B, E, C, h, w) -> (B, C, h, w)
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """Every expert as one 3 x 3 convolution with padding 1: kernels (E, C, C, 3, 3) and biases (E, C).
+
+        Exact at the border too, since padding acts before W.
+        """
+        parts = list(zip(self.up.split(self.ranks, dim=1), self.down.weight.split(self.ranks),
+                         self.down.bias.split(self.ranks), strict=True))
+        kernels = torch.stack([einsum(up, down, "o r, r c u v -> o c u v") for up, down, _ in parts])
+        return kernels, torch.stack([up @ bias for up, _, bias in parts]) + self.up_bias

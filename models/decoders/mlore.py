@@ -1,0 +1,302 @@
+"""MLoRE: task features from a mixture of low-rank experts that all tasks share, chosen per image and task.
+
+Every tap of a plain ViT goes through two MLoRE modules in sequence. A module adds three linear paths per task: the
+gated sum of shared low-rank convolutions, one low-rank convolution of the task's own, and one full convolution
+common to all tasks, which models their global relation. As all of it is linear between the gates and the
+activation, the three paths and two norms fold into one 3 x 3 convolution per image and task for inference
+(`reparameterise`). The maps of the taps are then mixed per pixel.
+Reference: Yang et al., "Multi-Task Dense Prediction via Mixture of Low-Rank Experts", CVPR 2024.
+Where the published models differ from the text (a learned, unbounded factor of the task's own expert; order of norm,
+GELU and 1 x 1 convolution) this follows the models, so that released weights give the same numbers.
+
+Axes: B batch, T tasks, C `final_embed_dim`, h w grid of the ViT, N = h w, E experts, k kept ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from losses.load_balancing import load_balancing_loss
+from models.blocks.low_rank import LowRankExperts
+from models.blocks.upsampled_conv import UpsampledConv
+from models.model import DecoderOutput
+
+INIT_STD = 0.02
+HEAD_SCALE = 4  # the head works at a quarter of the ViT's stride
+
+# Ranks of the published models by their width; those of the paper for any other.
+PUBLISHED_RANKS = {192: tuple(range(8, 65, 4)), 768: tuple(range(16, 241, 16))}
+PAPER_RANKS = tuple(range(16, 129, 8))
+
+
+@dataclass
+class MLoREConfig:
+    """Options of the decoder. Those up to `with_feat` are keys of the published experiment files.
+
+    pre_softmax: True drops experts before the softmax, so that the gates of the kept ones sum to 1 (published for
+    NYUD-v2); False drops them after it, without normalising again (published for PASCAL-Context).
+    with_feat: part of the published files, without effect there: only False.
+    rank_list: one rank per expert; empty takes those of the published model of this width.
+    load_balancing_weight: factor of the balancing loss, summed over all modules.
+    fold: whether `infer` and `predict` fold the modules, which takes room for 9 C^2 (E + T + 1) numbers per module.
+    """
+
+    final_embed_dim: int = 640  # C
+    topk: int = 9  # k
+    spe_rank: int = 64  # rank of the task's own expert
+    pre_softmax: bool = False
+    with_feat: bool = False
+    rank_list: tuple[int, ...] = ()
+    load_balancing_weight: float = 1e-4
+    fold: bool = True
+
+    def __post_init__(self):
+        self.rank_list = tuple(self.rank_list) or PUBLISHED_RANKS.get(self.final_embed_dim, PAPER_RANKS)
+        _require(self.final_embed_dim >= 4 and self.final_embed_dim % 4 == 0, "final_embed_dim",
+                 self.final_embed_dim, "a multiple of 4")
+        _require(len(self.rank_list) >= 2 and min(self.rank_list) >= 1, "rank_list", self.rank_list,
+                 "two or more ranks of at least 1")
+        _require(1 <= self.topk <= len(self.rank_list), "topk", self.topk,
+                 f"1 to {len(self.rank_list)}, the number of experts in rank_list")
+        _require(self.spe_rank >= 1, "spe_rank", self.spe_rank, "a rank of at least 1")
+        _require(not self.with_feat, "with_feat", self.with_feat, "false, the published models have no such path")
+        _require(self.load_balancing_weight >= 0, "load_balancing_weight", self.load_balancing_weight, "at least 0")
+
+
+def _require(condition: object, name: str, value: object, valid: str) -> None:
+    if not condition:
+        raise ValueError(f"MLoRE option {name} = {value!r} is not valid, expected {valid}")
+
+
+class Router(nn.Module):
+    """From a task's map to its gates: (B, C, h, w) -> gates (B, E), factor of the task's own expert (B, 1).
+
+    Two summaries of the map, the mean of projected pixels and a learned sum over the N positions, give E logits,
+    E scales of the noise that training adds to them, and the factor. Scales and factor are used as they are: no
+    activation, any sign.
+    """
+
+    def __init__(self, config: MLoREConfig, positions: int):
+        super().__init__()
+        channels, quarter, self.num_experts = config.final_embed_dim, config.final_embed_dim // 4, len(config.rank_list)
+        self.keep, self.mask_first = config.topk, config.pre_softmax
+        self.pixel_in = nn.Linear(channels, quarter)
+        self.pixel_norm = nn.LayerNorm(quarter)
+        self.pixel_out = nn.Linear(quarter, quarter)
+        self.pool = nn.Linear(positions, 1)
+        nn.init.trunc_normal_(self.pool.weight, std=INIT_STD)
+        nn.init.zeros_(self.pool.bias)
+        self.pool_norm = nn.LayerNorm(channels)
+        self.pool_out = nn.Linear(channels, quarter)
+        self.logits = nn.Linear(2 * quarter, 2 * self.num_experts + 1)
+
+    def forward(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = rearrange(feat, "b c h w -> b (h w) c")
+        mean = F.gelu(self.pixel_norm(self.pixel_in(pixels))).mean(dim=1)  # (B, C/4): before the linear layer, cheaper
+        pooled = self.pool(rearrange(feat, "b c h w -> b c (h w)")).squeeze(-1)  # (B, C)
+        summary = torch.cat((self.pixel_out(mean), self.pool_out(F.gelu(self.pool_norm(pooled)))), dim=1)  # (B, C/2)
+        logits = self.logits(summary)  # (B, 2E + 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores, noise_scale, factor = logits.split((self.num_experts, self.num_experts, 1), dim=1)
+        if self.training:
+            scores = scores + self.draw_noise(scores) * noise_scale
+        return self._gates(scores), factor
+
+    def draw_noise(self, scores: Tensor) -> Tensor:
+        """Standard normal numbers (B, E)."""
+        return torch.randn_like(scores)
+
+    def _gates(self, scores: Tensor) -> Tensor:
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(self.keep, dim=1).indices, True)
+        if self.mask_first:
+            return scores.masked_fill(~kept, -torch.inf).softmax(dim=1)
+        return scores.softmax(dim=1) * kept
+
+
+class MLoREModule(nn.Module):
+    """One mixture: {task: (B, C, h, w)} -> the same shapes, and {task: gates (B, E)}.
+
+    The common convolution `generic` learns from the tasks' maps but sends no gradient back into them.
+    """
+
+    def __init__(self, tasks: Sequence[str], config: MLoREConfig, positions: int):
+        super().__init__()
+        channels = config.final_embed_dim
+        self.proj_in = nn.ModuleDict({task: nn.Conv2d(channels, channels, 1) for task in tasks})
+        self.router = nn.ModuleDict({task: Router(config, positions) for task in tasks})
+        self.experts = LowRankExperts(channels, config.rank_list)
+        self.own_expert = nn.ModuleDict(
+            {task: LowRankExperts(channels, (config.spe_rank,), zero_bias=False) for task in tasks})
+        self.generic = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.mixture_norm = nn.ModuleDict({task: nn.BatchNorm2d(channels) for task in tasks})
+        self.norm = nn.ModuleDict({task: nn.BatchNorm2d(channels) for task in tasks})
+        self.proj_out = nn.ModuleDict({task: nn.Conv2d(channels, channels, 1) for task in tasks})
+        self.folded: FoldedPaths | None = None
+        self.register_load_state_dict_post_hook(MLoREModule._unfold)
+
+    def train(self, mode: bool = True) -> "MLoREModule":
+        if mode:
+            self._unfold()
+        return super().train(mode)
+
+    def _unfold(self, *_) -> None:
+        """Folded kernels belong to the weights they were made of."""
+        self.folded = None
+
+    def forward(self, maps: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        inner = {task: self.proj_in[task](feat) for task, feat in maps.items()}
+        routes = {task: self.router[task](feat) for task, feat in inner.items()}
+        gates = {task: gate for task, (gate, _) in routes.items()}
+        paths = self._three_paths if self.folded is None else self.folded
+        summed = paths(inner, routes)
+        return {task: self.proj_out[task](F.gelu(feat)) for task, feat in summed.items()}, gates
+
+    def _three_paths(self, inner: dict[str, Tensor], routes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        stacked = torch.cat(list(inner.values()))  # (T B, C, h, w): all of task 0, then task 1, ...
+        mixture = self.experts(stacked, torch.cat([gate for gate, _ in routes.values()])).chunk(len(inner))
+        generic = self.generic(stacked.detach()).chunk(len(inner))
+        out = {}
+        for (task, feat), mixed, common in zip(inner.items(), mixture, generic, strict=True):
+            own = self.own_expert[task](feat, routes[task][1])
+            out[task] = self.norm[task](self.mixture_norm[task](mixed) + own + common)
+        return out
+
+
+class FoldedPaths(nn.Module):
+    """The three paths of a module and both norms as one 3 x 3 convolution per image and task, in eval mode.
+
+    A kernel is a weighted sum of E + T + 1 kernels: experts, own experts, generic path. Both norms only scale its
+    output channels, so one product over that sum, for each output channel, makes the kernels of all tasks and images.
+    Dropped experts have weight 0. The tensors here follow from the weights and are not part of the state dict.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: MLoREModule):
+        super().__init__()
+        pairs = [module.experts.kernels(), *(own.kernels() for own in module.own_expert.values()),
+                 (module.generic.weight[None], module.generic.bias[None])]
+        kernels, biases = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        self._keep("kernels", rearrange(kernels, "n o c u v -> o n (c u v)").contiguous())  # n = E + T + 1
+        self._keep("biases", rearrange(biases, "n o -> o n"))
+        norms = [(_affine(module.mixture_norm[task]), _affine(module.norm[task])) for task in module.norm]
+        self._keep("mixture_scale", torch.stack([inside[0] * after[0] for inside, after in norms]))  # (T, C)
+        self._keep("scale", torch.stack([after[0] for _, after in norms]))
+        self._keep("shift", torch.stack([inside[1] * after[0] + after[1] for inside, after in norms]))
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def forward(self, inner: dict[str, Tensor], routes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        kernels, biases = self.mixed(list(routes.values()))
+        samples = torch.cat(list(inner.values())).split(1)  # T B maps (1, C, h, w): all of task 0, then task 1, ...
+        maps = [F.conv2d(sample, kernel, bias.to(kernel.dtype), padding=1)
+                for sample, kernel, bias in zip(samples, kernels, biases, strict=True)]
+        return dict(zip(inner, torch.cat(maps).chunk(len(inner)), strict=True))
+
+    def mixed(self, routes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """[(gates (B, E), factor (B, 1)) per task] -> kernels (T B, C, C, 3, 3), biases (T B, C)."""
+        weights = torch.cat([self._weights(index, *route) for index, route in enumerate(routes)], dim=1)
+        shift = self.shift.repeat_interleave(len(routes[0][0]), dim=0)  # (T B, C)
+        # In mixed precision too the sum is exact; the meta device knows no autocast.
+        with nullcontext() if weights.is_meta else torch.autocast(weights.device.type, enabled=False):
+            kernels = weights @ self.kernels  # (C, T B, 9 C)
+            biases = einsum(weights, self.biases, "o b n, o n -> b o") + shift
+        return rearrange(kernels, "o b (c u v) -> b o c u v", u=3, v=3), biases
+
+    def _weights(self, index: int, gates: Tensor, factor: Tensor) -> Tensor:
+        """(C, B, E + T + 1): the share of every kernel in the output channels of this task."""
+        others = factor.new_zeros(len(factor), len(self.scale) + 1)  # (B, T + 1)
+        others[:, index], others[:, -1] = factor[:, 0], 1
+        parts = (einsum(self.mixture_scale[index], gates, "o, b e -> o b e"),
+                 einsum(self.scale[index], others, "o, b n -> o b n"))
+        return torch.cat(parts, dim=2).to(self.kernels.dtype)
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(C,) scale and shift that the norm applies in eval mode."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+class MLoREHead(nn.Module):
+    """(B, C, h, w) -> (B, num_outputs, 4 h, 4 w), without activation; the model resizes."""
+
+    def __init__(self, channels: int, num_outputs: int):
+        super().__init__()
+        self.conv = UpsampledConv(channels, channels, HEAD_SCALE)
+        self.norm = nn.BatchNorm2d(channels)
+        self.proj = nn.Conv2d(channels, num_outputs, kernel_size=1)
+        nn.init.trunc_normal_(self.conv.weight, std=INIT_STD)
+        nn.init.normal_(self.proj.bias, std=INIT_STD)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.norm(self.conv(feat))))
+
+
+class MLoREDecoder(nn.Module):
+    """Maps of one stride, one per tap, to one map (B, C, h, w) per task.
+
+    `tasks` fixes the order of the tasks. The routers weigh every position, so that the module belongs to images of
+    `image_size` (height, width). Raises ValueError when the encoder's maps do not fit.
+    """
+
+    Config = MLoREConfig
+    recomputed = (MLoREModule,)
+    requires = "maps of one stride, as a plain ViT gives"
+    head_names = ("conv", "mlp")  # names in the lineage's files; the published models have one kind of head
+    needs_image_size = True
+    backbone_options = {"class_token": False}  # the published ViT has none
+
+    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
+                 config: MLoREConfig, image_size: tuple[int, int]):
+        super().__init__()
+        if not strides or len(set(strides)) != 1:
+            raise ValueError(f"decoder 'mlore' needs {self.requires}; got strides {tuple(strides)}")
+        if not tasks:
+            raise ValueError("decoder 'mlore' needs one or more tasks, got none")
+        self.channels, self.stride = config.final_embed_dim, strides[0]
+        self.weight, self.fold = config.load_balancing_weight, config.fold
+        positions = (image_size[0] // self.stride) * (image_size[1] // self.stride)
+        self.tap_proj = nn.ModuleList(nn.Conv2d(width, self.channels, 1) for width in in_channels)
+        self.first, self.second = (nn.ModuleList(MLoREModule(list(tasks), config, positions) for _ in in_channels)
+                                   for _ in range(2))
+        self.mix = nn.ModuleDict({task: self._tap_weights(len(in_channels)) for task in tasks})
+
+    def _tap_weights(self, taps: int) -> nn.Sequential:
+        """(B, taps * C, h, w) -> logits (B, taps, h, w)."""
+        return nn.Sequential(nn.Conv2d(taps * self.channels, self.channels, kernel_size=1),
+                             nn.BatchNorm2d(self.channels), nn.GELU(),
+                             nn.Conv2d(self.channels, taps, kernel_size=3, padding=1))
+
+    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
+        levels, gates = [], []
+        for proj, first, second, feat in zip(self.tap_proj, self.first, self.second, feats, strict=True):
+            maps, first_gates = first(dict.fromkeys(self.mix, proj(feat)))
+            maps, second_gates = second(maps)
+            levels.append(maps)
+            gates += [first_gates, second_gates]
+        fused = {}
+        for task, mix in self.mix.items():
+            maps = [level[task] for level in levels]
+            share = mix(torch.cat(maps, dim=1)).softmax(dim=1)  # (B, taps, h, w)
+            fused[task] = sum(share[:, i:i + 1] * feat for i, feat in enumerate(maps))
+        balance = load_balancing_loss([list(layer.values()) for layer in gates])
+        return DecoderOutput(fused, extra={"load_balancing": self.weight * balance})
+
+    def reparameterise(self) -> None:
+        """Folds every module for inference: the same outputs in eval mode, fewer products.
+
+        Only with the option `fold`. Loading weights or changing to training mode undoes it.
+        """
+        assert not self.training, "reparameterise() folds running statistics: call eval() first"
+        for module in (*self.first, *self.second) if self.fold else ():
+            module.folded = FoldedPaths(module)
+
+    def make_head(self, num_outputs: int) -> MLoREHead:
+        """The head that belongs to this decoder: convolution, norm, GELU, linear layer at a quarter of the stride."""
+        return MLoREHead(self.channels, num_outputs)
