@@ -11,6 +11,7 @@ from torch import nn
 from models.backbones import build_backbone
 from models.blocks.pyramid import SimplePyramid
 from models.decoders.bim import BIMDecoder
+from models.decoders.bridgenet import BridgeNetDecoder
 from models.decoders.invpt import InvPTDecoder
 from models.decoders.mtmamba import MTMambaDecoder
 from models.decoders.mtmamba_plus import MTMambaPlusDecoder
@@ -18,6 +19,7 @@ from models.model import MultiTaskModel
 
 DECODERS: dict[str, type[nn.Module]] = {
     "bim": BIMDecoder,
+    "bridgenet": BridgeNetDecoder,
     "invpt": InvPTDecoder,
     "mtmamba": MTMambaDecoder,
     "mtmamba_plus": MTMambaPlusDecoder,
@@ -25,7 +27,7 @@ DECODERS: dict[str, type[nn.Module]] = {
 }
 
 # Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("TaskPrompter", "MLoRE", "BridgeNet", "DeMT")
+NOT_YET = ("TaskPrompter", "MLoRE", "DeMT")
 
 # The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
 SHARED_NAME = "TransformerNet"

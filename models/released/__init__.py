@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from models.released import invpt, mtmamba
+from models.released import bridgenet, invpt, mtmamba
 
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+))\.weight")
 
@@ -27,6 +27,7 @@ class Released(NamedTuple):
 
 
 RELEASED: dict[str, Released] = {
+    "BridgeNet": Released(bridgenet.recognises, bridgenet.convert, bridgenet.is_dead),
     "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
     "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
 }

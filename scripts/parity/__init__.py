@@ -6,6 +6,7 @@ A new kind is a new module and a row.
 
 from scripts.parity import (
     boundary,
+    dcnv3,
     invpt,
     invpt_scores,
     loaders,
@@ -27,6 +28,7 @@ FAMILIES = {
     "transforms": transforms.checks,
     "loaders": loaders.checks,
     "boundary": boundary.checks,
+    "dcnv3": dcnv3.checks,
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
     "invpt_scores": invpt_scores.checks,
