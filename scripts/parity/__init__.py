@@ -6,6 +6,7 @@ A new kind is a new module and a row.
 
 from scripts.parity import (
     boundary,
+    bridgenet,
     dcnv3,
     invpt,
     invpt_scores,
@@ -32,4 +33,5 @@ FAMILIES = {
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
     "invpt_scores": invpt_scores.checks,
+    "bridgenet": bridgenet.checks,
 }
