@@ -146,14 +146,17 @@ def test_the_lineages_files_load(tmp_path, name):
 def test_every_shipped_file_builds(path):
     """Parses, and its decoder builds on a tiny backbone of the same kind."""
     config = load_config(path)
-    kind = "vit" if config.backbone.startswith("vit") else "swin"
     tiny = {"swin": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4},
-            "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2}}[kind]
+            "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2},
+            "internimage": {"embed_dim": 8, "depths": (1, 1, 1, 1), "groups": (1, 1, 2, 2)}}
+    kind = next(kind for kind in tiny if config.backbone.startswith(kind))
     neck_kwargs = {"embed_dim": 8} if config.neck == "pyramid" else {}
     scans = {"d_state": 2}
     narrow = {"bim": scans, "mtmamba": scans, "mtmamba_plus": scans,
-              "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8}}[config.model.lower()]
+              "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8},
+              "bridgenet": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8, "refine_depth": (1, 1, 1)}}
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,
-                        backbone_kwargs=tiny, neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, **narrow})
+                        backbone_kwargs=tiny[kind], neck_kwargs=neck_kwargs,
+                        model_kwargs={**config.model_kwargs, **narrow[config.model.lower()]})
     assert list(model.heads) == list(config.tasks)

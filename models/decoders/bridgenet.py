@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
@@ -210,7 +210,7 @@ class BridgeStage(nn.Module):
             for index, rate in enumerate(rates))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                trunc_normal_(module.weight, std=LINEAR_STD if isinstance(module, nn.Linear) else CONV_STD)
+                nn.init.trunc_normal_(module.weight, std=LINEAR_STD if isinstance(module, nn.Linear) else CONV_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -273,7 +273,7 @@ class BridgeNetDecoder(nn.Module):
         self.aggregate = MultiScaleSum(list(tasks), widths)
         self.project = nn.ModuleDict({task: conv_bn_relu(widths[0], widths[0], bias=True) for task in tasks})
         for conv, *_ in self.project.values():
-            trunc_normal_(conv.weight, std=LINEAR_STD)
+            nn.init.trunc_normal_(conv.weight, std=LINEAR_STD)
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         _, fine, middle, deep = feats

@@ -27,8 +27,8 @@ class Released(NamedTuple):
 
 
 RELEASED: dict[str, Released] = {
-    "BridgeNet": Released(bridgenet.recognises, bridgenet.convert, bridgenet.is_dead),
     "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
+    "BridgeNet": Released(bridgenet.recognises, bridgenet.convert, bridgenet.is_dead),
     "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
 }
 
