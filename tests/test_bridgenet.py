@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from data.tasks import TASKS, TaskContext
 from models.build import build_model
 from models.decoders.bridgenet import BridgeNetConfig
-from models.released import recognise
+from models.released import describe, recognise
 from models.released.bridgenet import is_dead
 from scripts.check_parity import main as check_parity
 from scripts.convert_checkpoint import main as convert_checkpoint
@@ -138,6 +138,11 @@ def test_a_released_checkpoint_loads_as_it_is(released, tmp_path, caplog, capsys
         assert torch.equal(value, model.state_dict()[key])
 
 
+def test_a_released_file_says_its_backbone():
+    state = load_file(golden("bridgenet") / "pascal_intern.state.safetensors")
+    assert describe(state).endswith("; InternImage of 1 + 1 + 2 + 1 blocks and 8 channels")
+
+
 def test_a_wrong_pairing_says_what_the_file_holds(released):
     config, path, state = released
     with pytest.raises(ValueError, match=r"holds the released BridgeNet \(tasks .*semseg 40; ViT of 4 blocks .* "
@@ -223,7 +228,8 @@ def test_parts_that_do_not_fit(backbone, arguments, message):
 
 @pytest.mark.parametrize("options, message", [
     ({"mtt_resolution_downsample_rate": 3}, "mtt_resolution_downsample_rate = 3 is not valid, expected 1, 2, 4"),
-    ({"refine_depth": (3, 3)}, r"refine_depth = \(3, 3\)"), ({"refine_depth": (3, 0, 3)}, "refine_depth"),
+    ({"refine_depth": (3, 3)}, r"refine_depth = \(3, 3\)"), ({"refine_depth": 18}, "refine_depth = 18"),
+    ({"refine_depth": (3, 0, 3)}, "refine_depth"),
     ({"dilations": ()}, r"dilations = \(\)"), ({"squeeze_ratio": 0}, "squeeze_ratio = 0"),
     ({"attention_scale": "full"}, "attention_scale = 'full' is not valid, expected width or head"),
     ({"refine_from": "ttp"}, "refine_from = 'ttp' is not valid, expected preliminary or tpp"),

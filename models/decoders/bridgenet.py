@@ -63,8 +63,8 @@ class BridgeNetConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
         _require(self.PRED_OUT_NUM_CONSTANT >= 0, "PRED_OUT_NUM_CONSTANT", self.PRED_OUT_NUM_CONSTANT, "at least 0")
         _require(rate is None or rate in (1, 2, 4), "mtt_resolution_downsample_rate", rate, "1, 2, 4 or nothing")
-        _require(depth is None or len(depth) == NUM_STAGES and min(depth) >= 1, "refine_depth", depth,
-                 "three whole numbers of at least 1 or nothing")
+        _require(depth is None or isinstance(depth, Sequence) and len(depth) == NUM_STAGES and min(depth) >= 1,
+                 "refine_depth", depth, "three whole numbers of at least 1 or nothing")
         _require(self.dilations and min(self.dilations) >= 1, "dilations", self.dilations, "numbers of at least 1")
         _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "a positive number")
         _require(self.attention_scale in ("width", "head"), "attention_scale", self.attention_scale, "width or head")

@@ -98,7 +98,9 @@ class _WeightedSamples(torch.autograd.Function):
         ctx.save_for_backward(maps, grid, mask)
         out = maps.new_zeros(*maps.shape[:2], *grid.shape[2:4])
         for points in _portions(maps, grid):
-            out += (_sample(maps, grid[:, points]) * mask[:, :, points]).sum(dim=2)
+            sampled = _sample(maps, grid[:, points])  # (N, c, k, h, w)
+            for one, weight in zip(sampled.unbind(2), mask[:, :, points].unbind(2), strict=True):
+                out.addcmul_(one, weight)  # in place: the sum of a product would write three more maps
         return out
 
     @staticmethod

@@ -105,7 +105,7 @@ def checks(folder: Folder) -> Iterator[Check]:
             yield from _case(folder, path, config)
     for path, content in folder.tables.items():
         for name, entry in (content.items() if isinstance(content, dict) else ()):
-            if isinstance(entry, dict) and recognises(entry.get("keys", ())):
+            if isinstance(entry, dict) and isinstance(entry.get("keys"), dict) and recognises(entry["keys"]):
                 yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
                             lambda options, entry=entry: _manifest(entry))
 
@@ -115,7 +115,8 @@ def _case(folder: Folder, path: Path, config: dict) -> Iterator[Check]:
     tests = {"state": recognises, "io": lambda keys: "image" in keys, "train": lambda keys: "train.loss" in keys,
              "target": lambda keys: any(key.startswith("target.") for key in keys),
              "norms": recognises, "scores": lambda keys: {"losses", "metrics"} <= set(keys)}
-    beside = {p: keys for p, keys in (folder.arrays | folder.tables).items() if p.name.partition(".")[0] == name}
+    beside = {p: keys for p, keys in (folder.arrays | folder.tables).items()
+              if p.name.partition(".")[0] == name and not isinstance(keys, list)}
     files = {kind: p for kind, test in tests.items() for p, keys in beside.items()
              if (p.suffix == ".json") == (kind in ("norms", "scores")) and test(keys)}
     case = Case(config, files, {kind: folder.tables[p] for kind, p in files.items() if p in folder.tables})
@@ -129,18 +130,14 @@ def _run(run: Callable, case: Case, options: Options) -> Iterator[Measure]:
     return run(replace(case, dtype=options.dtype), options)
 
 
-def _evaluated(name: str, got: Tensor, want: Tensor) -> Measure:
-    return Measure(name, absolute_error(got, want), EVALUATED)
-
-
 def _outputs(case: Case, options: Options) -> Iterator[Measure]:
     with torch.no_grad():
         out = case.model().eval()(case.image())
     for task, want in case.arrays("io", "out.").items():
-        yield _evaluated(f"out.{task}", out.final[task], want)
+        yield Measure(f"out.{task}", absolute_error(out.final[task], want), EVALUATED)
     for task, low in case.arrays("io", "inter_low.").items():
         want = resize(low, tuple(case.config["image_size"]))
-        yield _evaluated(f"inter.{task}", out.intermediate[task], want)
+        yield Measure(f"inter.{task}", absolute_error(out.intermediate[task], want), EVALUATED)
 
 
 def _inside(case: Case, options: Options) -> Iterator[Measure]:
@@ -152,12 +149,8 @@ def _inside(case: Case, options: Options) -> Iterator[Measure]:
         if name == "scale_embed.0":
             yield Measure(name, uncovered=UNUSED)
         elif name != "image" and not name.startswith("out."):
-            got = seen[name]
-            yield _evaluated(name, _tokens(got) if got.ndim > want.ndim else got, want)
-
-
-def _tokens(feat: Tensor) -> Tensor:
-    return rearrange(feat, "b c h w -> b (h w) c")
+            got = seen[name] if want.ndim == seen[name].ndim else rearrange(seen[name], "b c h w -> b (h w) c")
+            yield Measure(name, absolute_error(got, want), EVALUATED)
 
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:

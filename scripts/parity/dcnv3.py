@@ -36,7 +36,7 @@ def checks(folder: Folder) -> Iterator[Check]:
 def _kind(settings: object) -> Callable | None:
     if not isinstance(settings, dict):
         return None
-    return _operator if "group_channels" in settings else KINDS.get(settings.get("kind"))
+    return _operator if "group_channels" in settings else KINDS.get(str(settings.get("kind")))
 
 
 def _arrays(case: str, path: Path) -> dict[str, Tensor]:
