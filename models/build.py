@@ -108,6 +108,11 @@ def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"model_kwargs of model '{name}': {error}") from error
 
 
+def intermediate_weight(name: str, backbone: str, options: Mapping[str, Any]) -> float:
+    """Published factor of the losses of a model's preliminary predictions; the files of the lineage do not hold it."""
+    return getattr(_decoder_class(resolve_name(name, backbone, options)), "intermediate_weight", 1.0)
+
+
 def _decoder_class(name: str) -> type[nn.Module]:
     if name.lower() in DECODERS:
         return DECODERS[name.lower()]

@@ -269,6 +269,13 @@ def test_options_act():
         assert same == ("attention_scale" not in options)     # the other two act after the rough predictions
 
 
+def test_the_published_weight_of_preliminary_losses_needs_no_key():
+    lineage = ["model=TransformerNet", "backbone=intern_b", "loss_kwargs.intermediate_weight=null"]
+    for file, overrides, weight in ((NYUD, lineage, 0.5), (NYUD, ["loss_kwargs.intermediate_weight=0.2"], 0.2),
+                                    (ROOT / "configs" / "invpt_nyud.yml", [], 1.0)):
+        assert build_criterion(load_config(file, overrides)).intermediate_weight == weight
+
+
 def test_the_lineages_name_means_bridgenet_on_internimage(without_values, caplog):
     own = {"embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64, "mtt_resolution_downsample_rate": 1}
     tasks = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}

@@ -243,6 +243,7 @@ class BridgeNetDecoder(nn.Module):
     Config = BridgeNetConfig
     requires = "four maps, of one stride as a plain ViT gives or of strides that double"
     head_names = ("mlp",)  # the published name of this decoder's head
+    intermediate_weight = 0.5  # of the preliminary predictions' losses, where the configuration says nothing
 
     def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
                  config: BridgeNetConfig):
