@@ -193,7 +193,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
         "edge", 1,
         loss=lambda c: BalancedBCELoss(c.edge_w, c.ignore_index),
         meter=lambda c: EdgeLossMeter(c.edge_w, c.ignore_index),
-        score=Score("loss", "edge loss", False, decimals=4),
+        score=Score("loss", "boundary loss", False, decimals=4),
         decode=torch.sigmoid, export=save_edge_maps,
         benchmark=BoundaryBenchmark, benchmark_score=Score("odsF", "odsF", True, scale=100, unit="%"),
         colourise=lambda x, c: colour_probability(x[..., 0]), legend="probability",

@@ -11,6 +11,7 @@ from torch import nn
 from models.backbones import build_backbone, default_options
 from models.blocks.pyramid import SimplePyramid
 from models.decoders.bim import BIMDecoder
+from models.decoders.bridgenet import BridgeNetDecoder
 from models.decoders.demt import DeMTDecoder
 from models.decoders.fcn import FCNDecoder
 from models.decoders.invpt import InvPTDecoder
@@ -23,6 +24,7 @@ from models.model import MultiTaskModel
 
 DECODERS: dict[str, type[nn.Module]] = {
     "bim": BIMDecoder,
+    "bridgenet": BridgeNetDecoder,
     "demt": DeMTDecoder,
     "fcn": FCNDecoder,
     "invpt": InvPTDecoder,
@@ -33,9 +35,6 @@ DECODERS: dict[str, type[nn.Module]] = {
     "multi_scale": MultiScaleDecoder,
     "taskprompter": TaskPrompterDecoder,
 }
-
-# Names which experiment files of the lineage use; their decoders are not in this version.
-NOT_YET = ("BridgeNet",)
 
 # The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
 SHARED_NAME = "TransformerNet"
@@ -139,11 +138,14 @@ def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"model_kwargs of model '{name}': {error}") from error
 
 
+def intermediate_weight(name: str, backbone: str, options: Mapping[str, Any]) -> float:
+    """Published factor of the losses of a model's preliminary predictions; the files of the lineage do not hold it."""
+    return getattr(_decoder_class(resolve_name(name, backbone, options)), "intermediate_weight", 1.0)
+
+
 def _decoder_class(name: str) -> type[nn.Module]:
     if name.lower() in DECODERS:
         return DECODERS[name.lower()]
-    if name.lower() in (n.lower() for n in NOT_YET):
-        raise ValueError(f"model '{name}' is not yet available; available: {', '.join(DECODERS)}")
-    near = difflib.get_close_matches(name, [*DECODERS, *NOT_YET, SHARED_NAME], n=1)
+    near = difflib.get_close_matches(name.lower(), [*DECODERS, SHARED_NAME], n=1)
     raise ValueError(f"unknown model '{name}'; " + (f"did you mean '{near[0]}'? " if near else "")
                      + f"available: {', '.join(DECODERS)}")

@@ -274,7 +274,7 @@ def test_the_boundary_score_stands_for_the_task_where_it_was_run():
     assert delta_m_against(both, {"edge": 0.04}) == pytest.approx(-25)
     assert delta_m_against(loss_only, {"edge/odsF": 0.7}) is None
     lines = format_table({"a": both, "b": loss_only}).splitlines()
-    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["edge edge loss v", "edge odsF % ^"]
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["edge boundary loss v", "edge odsF % ^"]
     assert [cell.strip() for cell in lines[2].split("|")[2:-1]] == ["0.0500", "75.00"]
     assert [cell.strip() for cell in lines[3].split("|")[2:-1]] == ["0.0500", "-"]
 

@@ -109,7 +109,7 @@ def test_predict_names_the_pictures_it_could_not_read(monkeypatch, trained, tmp_
     ("max_itr=3", "did you mean 'max_iter'"),
     ("db_root=/nowhere", "data folder not found: /nowhere"),
     ("model=bmi", "did you mean 'bim'"),
-    ("model=MLoRE", "not yet available"),
+    ("model=MLoRA", "did you mean 'mlore'"),
     ("backbone=swin_larg", "did you mean 'swin_large'"),
     ("model_kwargs.msst_dept=1", "did you mean 'msst_depth'"),
     ("image_size=[70,96]", "must be multiples of 32"),

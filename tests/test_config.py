@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.build import NOT_YET, build_model, decoder_config, resolve_name
+from models.build import build_model, decoder_config, resolve_name
 from tests.shared import ROOT
 from utils.config import ConfigError, config_from_dict, load_config, save_config
 
@@ -135,20 +135,17 @@ def test_the_lineages_files_load(tmp_path, name):
     assert config.optimizer_kwargs.lr in (2e-5, 6e-5)
     decoder = resolve_name(config.model, config.backbone, config.model_kwargs)
     assert decoder == name
-    if decoder in NOT_YET:
-        with pytest.raises(ValueError, match="not yet available; available: bim"):
-            decoder_config(decoder, config.model_kwargs)
-    else:
-        decoder_config(decoder, config.model_kwargs)
+    decoder_config(decoder, config.model_kwargs)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_file_builds(path):
     """Parses, and its decoder builds on a tiny backbone of the same kind."""
     config = load_config(path)
-    kind = "vit" if config.backbone.startswith("vit") else "swin"
     tiny = {"swin": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 4},
-            "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2}}[kind]
+            "vit": {"embed_dim": 16, "depth": 4, "num_heads": 2},
+            "internimage": {"embed_dim": 8, "depths": (1, 1, 1, 1), "groups": (1, 1, 2, 2)}}
+    kind = next((kind for kind in tiny if config.backbone.startswith(kind)), "swin")
     neck_kwargs = {"embed_dim": 8} if config.neck == "pyramid" else {}
     scans = {"d_state": 2}
     narrow = {"demt": {"dim": 8}, "fcn": {}, "multi_scale": {"channels": 8},
@@ -156,8 +153,9 @@ def test_every_shipped_file_builds(path):
               "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8},
               "mlore": {"final_embed_dim": 8, "rank_list": (1, 2), "topk": 1},
               "taskprompter": {"embed_dim": 8, "level_embed_dim": 8, "final_embed_dim": 8, "img_ds_ratio": 1},
-              }[config.model.lower()]
+              "bridgenet": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8, "refine_depth": (1, 1, 1)}}
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,
-                        backbone_kwargs=tiny, neck_kwargs=neck_kwargs, model_kwargs={**config.model_kwargs, **narrow})
+                        backbone_kwargs=tiny[kind], neck_kwargs=neck_kwargs,
+                        model_kwargs={**config.model_kwargs, **narrow[config.model.lower()]})
     assert list(model.heads) == list(config.tasks)

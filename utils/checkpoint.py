@@ -46,8 +46,8 @@ def load_pretrained(backbone: nn.Module, source: bool | str | Path,
         backbone: see the contract in `models.backbones`.
         source: True = the backbone's own ImageNet weights (a file in pretrained_ckpts/ if there, else
             downloaded); a timm model name = those weights; a path = .pth/.pt/.pth.tar/.safetensors in timm,
-            official Swin or OpenMMLab keys, with or without wrappers and `module.`/`backbone.` prefixes, or
-            an AugReg .npz for a ViT.
+            official Swin or InternImage, or OpenMMLab keys, with or without wrappers and `module.`/`backbone.`
+            prefixes, or an AugReg .npz for a ViT.
         allow_missing: names of submodules or parameters that the file need not hold.
     Raises:
         ValueError: a layer the file lacks or holds in another shape, or a file of a deeper model.
@@ -89,11 +89,14 @@ def download_weights(tag: str) -> dict[str, Tensor]:
 def _pretrained_weights(backbone: nn.Module, source: bool | str | Path) -> tuple[dict[str, Tensor], str]:
     """Weights under their published keys and the words that name their origin in messages."""
     if source is True:
-        tag = backbone.pretrained_tag
-        if tag is None:
+        tag, file = backbone.pretrained_tag, backbone.pretrained_file
+        if tag is None and file is not None and not (PRETRAINED_DIR / file).is_file():
+            raise FileNotFoundError(f"no {file} in {PRETRAINED_DIR}: fetch it from {backbone.pretrained_home}, or set "
+                                    "pretrained to a file or false")
+        if tag is None and file is None:
             raise ValueError(f"this {type(backbone).__name__} has no ImageNet weights of its own; set "
                              "pretrained to a file, a timm name or false")
-        names = (f"{tag}.safetensors", backbone.pretrained_file)
+        names = (f"{tag}.safetensors", file)
         source = next((PRETRAINED_DIR / name for name in names if (PRETRAINED_DIR / name).is_file()), tag)
     path = Path(source)
     if not path.is_file() and path.suffix not in SUFFIXES and os.sep not in str(source):

@@ -65,13 +65,14 @@ class LossKwargs:
 
     `loss_scope: process` takes every loss over the mini-batch of one process, as the lineage does; then the result
     depends on the number of processes. `image` takes each image by itself and averages, which does not, and equals
-    the lineage's recipes of one image per process.
+    the lineage's recipes of one image per process. `intermediate_weight`: factor of the preliminary predictions'
+    losses; empty: the published one of the decoder, 1 or (BridgeNet) 0.5.
     """
 
     loss_scheme: Literal["weighted_sum", "log"] = "weighted_sum"
     loss_weights: dict[str, float] = field(default_factory=dict)
     loss_scope: Literal["process", "image"] = "process"
-    intermediate_weight: float = 1.0
+    intermediate_weight: float | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from data.tasks import TASKS
 from evaluation.evaluate import evaluate
 from evaluation.results import format_table, save_results, selection_score, unscored
 from losses.schemes import MultiTaskLoss
+from models.build import intermediate_weight
 from utils import distributed
 from utils.batches import batches_on
 from utils.config import Config
@@ -107,7 +108,10 @@ def build_criterion(config: Config) -> MultiTaskLoss:
     k = config.loss_kwargs
     losses = {task: TASKS[task].loss(config.task_context(task)) for task in config.tasks}
     weights = {task: k.loss_weights.get(task, 1.0) for task in config.tasks}
-    return MultiTaskLoss(losses, weights, k.loss_scheme, k.intermediate_weight, k.loss_scope,
+    inter = k.intermediate_weight
+    if inter is None:
+        inter = intermediate_weight(config.model, config.backbone, config.model_kwargs)
+    return MultiTaskLoss(losses, weights, k.loss_scheme, inter, k.loss_scope,
                          use_intermediate=config.intermediate_supervision)
 
 

@@ -5,7 +5,8 @@ A backbone is an nn.Module with
     channels, strides: one entry per map;
     never_pretrained: names of submodules no published file holds;
     convert_state_dict(state): published key layouts -> own keys;
-    pretrained_tag, pretrained_file: ImageNet weights: timm's name and the name of the original file, or None.
+    pretrained_tag, pretrained_file: ImageNet weights: timm's name and the name of the original file, or None;
+    pretrained_home: where that file is published, of a backbone that timm does not have.
 A new backbone is one file and one row of BACKBONES.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from models.backbones.hrnet import HRNetBackbone
+from models.backbones.internimage import InternImageBackbone
 from models.backbones.prompted_swin import PromptedSwin
 from models.backbones.prompted_vit import PromptedViT
 from models.backbones.swin import SwinBackbone
@@ -51,6 +53,12 @@ def _vit(embed_dim: int, depth: int, num_heads: int, tag: str, file: str) -> Bac
     return BackboneEntry(ViTBackbone, sizes, tag, file)
 
 
+def _internimage(embed_dim: int, depths: tuple, file: str, **others) -> BackboneEntry:
+    groups = tuple(embed_dim * 2**level // 16 for level in range(4))  # of 16 channels
+    return BackboneEntry(InternImageBackbone, {"embed_dim": embed_dim, "depths": depths, "groups": groups, **others},
+                         None, file)
+
+
 BACKBONES: dict[str, BackboneEntry] = {
     "swin": BackboneEntry(SwinBackbone),  # sizes from the YAML
     "swin_tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, "swin_tiny_patch4_window7_224.ms_in1k",
@@ -79,6 +87,12 @@ BACKBONES: dict[str, BackboneEntry] = {
     "vit_large": _vit(1024, 24, 16, "vit_large_patch16_384.augreg_in21k_ft_in1k",
                       "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1"
                       "--imagenet2012-steps_20k-lr_0.01-res_384.npz"),
+    "internimage": BackboneEntry(InternImageBackbone),  # sizes from the YAML
+    "internimage_t": _internimage(64, (4, 4, 18, 4), "internimage_t_1k_224.pth", post_norm=False,
+                                  drop_path_rate=0.2),
+    "internimage_s": _internimage(80, (4, 4, 21, 4), "internimage_s_1k_224.pth", drop_path_rate=0.3),
+    "internimage_b": _internimage(112, (4, 4, 21, 4), "internimage_b_1k_224.pth"),
+    "internimage_l": _internimage(160, (5, 5, 22, 5), "internimage_l_22k_192to384.pth", offset_scale=2.0),
 }
 # Short names used by the configurations of InvPT and its successors.
 BACKBONES |= {
@@ -86,6 +100,8 @@ BACKBONES |= {
     for short, name in {
         "swinT": "swin_tiny", "swinS": "swin_small", "swinB": "swin_base", "swinL": "swin_large",
         "vitS": "vit_small", "vitB": "vit_base", "vitL": "vit_large",
+        "intern_t": "internimage_t", "intern_s": "internimage_s", "intern_b": "internimage_b",
+        "intern_l": "internimage_l",
     }.items()
 }
 

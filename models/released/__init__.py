@@ -4,12 +4,13 @@ A new kind is a module with these functions and a row of RELEASED. State dicts c
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from models.released import demt, invpt, mlore, mtmamba, taskprompter
+from models.released import bridgenet, demt, invpt, mlore, mtmamba, taskprompter
 
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+)"
                          r"|head\.final_logits\.(?P<c>\w+))\.weight")
@@ -32,6 +33,7 @@ class Released(NamedTuple):
 RELEASED: dict[str, Released] = {
     "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
     "MLoRE": Released(mlore.recognises, mlore.convert, mlore.is_dead),
+    "BridgeNet": Released(bridgenet.recognises, bridgenet.convert, bridgenet.is_dead),
     "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
     "DeMT": Released(demt.recognises, demt.convert_demt, demt.is_dead),
     "FCN": Released(demt.recognises_baseline, demt.convert),      # the baselines of ATRC and DeMT
@@ -51,10 +53,16 @@ def tasks_in(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """What a released checkpoint holds, for messages: tasks with their channels, size of the ViT."""
+    """What a released checkpoint holds, for messages: tasks with their channels, size of the backbone."""
     words = ["tasks " + ", ".join(f"{task} {channels}" for task, channels in tasks_in(state).items())]
     if "backbone.pos_embed" in state:
         blocks = {key.split(".")[2] for key in state if key.startswith("backbone.blocks.")}
         _, entries, width = state["backbone.pos_embed"].shape
         words.append(f"ViT of {len(blocks)} blocks and {width} channels for {entries - 1} patches")
+    if "backbone.patch_embed.conv2.weight" in state:
+        blocks = {tuple(key.split(".")[2:5:2]) for key in state if key.startswith("backbone.levels.")
+                  and ".blocks." in key}
+        depths = Counter(level for level, _ in sorted(blocks))
+        width = len(state["backbone.patch_embed.conv2.weight"])
+        words.append(f"InternImage of {' + '.join(map(str, depths.values()))} blocks and {width} channels")
     return "; ".join(words)

@@ -6,6 +6,8 @@ A new kind is a new module and a row.
 
 from scripts.parity import (
     boundary,
+    bridgenet,
+    dcnv3,
     demt,
     demt_scores,
     invpt,
@@ -31,6 +33,7 @@ FAMILIES = {
     "transforms": transforms.checks,
     "loaders": loaders.checks,
     "boundary": boundary.checks,
+    "dcnv3": dcnv3.checks,
     "mtmamba": mtmamba.checks,
     "invpt": invpt.checks,
     "mlore": mlore.checks,
@@ -38,4 +41,5 @@ FAMILIES = {
     "demt": demt.checks,
     "demt_scores": demt_scores.checks,
     "taskprompter": taskprompter.checks,
+    "bridgenet": bridgenet.checks,
 }
