@@ -8,7 +8,8 @@
 GMACs: one unit per multiply-add of matrix products, convolutions and attention; a scan over L tokens of D channels
 with state size N counts 9 L D N + L D, the convention of the Mamba decoders' papers. Counting runs on the meta
 device and needs no memory. Times are medians; on CPU they compare two configurations on one machine and mean
-little else. --compare prints one table of several experiments, ratios to the first on a CPU, times on a GPU.
+little else. --compare prints one table of several experiments: on a GPU times, on a CPU the
+ratios of processor time to the first; memory is the peak beyond the weights.
 """
 
 import argparse
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.loader import build_train_loader
 from data.tasks import TASKS
 from models.ops import count_scan_flops
+from scripts import bench_scan
 from utils.config import Config, load_config
 from utils.distributed import pick_device
 from utils.precision import autocast
@@ -147,16 +149,18 @@ def compare(paths: list[Path], overrides: list[str], repeats: int, count_only: b
                "GMACs": cost["GMACs, total"], "the original": str(original)}
         if not count_only:
             step = Step(config)
-            times = {name: _median_time(run, repeats, step.device)
-                     for name, run in (("forward", step.forward), ("step", step.train))}
-            del step
+            runs = {"forward": step.forward, "step": step.train}
+            if step.device.type == "cuda":
+                times = {name: _median_time(run, repeats, step.device) for name, run in runs.items()}
+                row |= {f"{name}, ms": f"{seconds * 1e3:.1f}" for name, (seconds, _) in times.items()}
+                row |= {f"{name}, GiB": f"{peak / 2**30:.2f}" for name, (_, peak) in times.items()}
+            else:
+                costs = bench_scan.measure(runs, repeats)
+                first = first or costs
+                row |= {f"{name} / first": f"{cost.cpu_ms / first[name].cpu_ms:.2f}" for name, cost in costs.items()}
+                row |= {f"{name}, GiB": f"{cost.mib / 2**10:.2f}" for name, cost in costs.items()}
+            del step, runs
             gc.collect()
-            first = first or times
-            for name, (seconds, peak) in times.items():
-                if pick_device(config.device).type == "cuda":
-                    row |= {f"{name}, ms": f"{seconds * 1e3:.1f}", f"{name}, GiB": f"{peak / 2**30:.2f}"}
-                else:
-                    row |= {f"{name}, times the first": f"{seconds / first[name][0]:.2f}"}
         table.append(row)
     lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
