@@ -137,15 +137,17 @@ ORIGINAL_GMACS = {
 }
 
 
-def compare(paths: list[Path], overrides: list[str], repeats: int, count_only: bool) -> str:
+def compare(entries: list[str], overrides: list[str], repeats: int, count_only: bool) -> str:
     """A markdown table: size and cost of each experiment beside the original's, time and memory of its step."""
     table, first = [], None
-    for path in paths:
-        config = load_config(path, overrides)
+    for entry in entries:
+        name, _, own = entry.partition("@")
+        path, options = Path(name), [*overrides, *filter(None, own.split(","))]
+        config = load_config(path, options)
         cost = dict(count(config))
-        official = path.resolve().parent in (CONFIGS, CONFIGS / "backbones") and not overrides
+        official = path.resolve().parent in (CONFIGS, CONFIGS / "backbones") and not options
         original = ORIGINAL_GMACS.get(path.stem, "") if official else ""
-        row = {"experiment": path.stem, "backbone": config.backbone, "parameters": cost["parameters, total"],
+        row = {"experiment": f"{path.stem} {own}".strip(), "backbone": config.backbone, "parameters": cost["parameters, total"],
                "GMACs": cost["GMACs, total"], "the original": str(original)}
         if not count_only:
             step = Step(config)
@@ -217,8 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config_exp", metavar="YAML")
-    what.add_argument("--compare", nargs="+", type=Path, metavar="YAML", help="one table of these experiments")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides for --compare")
+    what.add_argument("--compare", nargs="+", metavar="YAML[@key=value,...]", help="one table of these experiments")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides for all of --compare")
     parser.add_argument("--count_only", action="store_true", help="parameters and GMACs only; nothing is run")
     parser.add_argument("--profile", action="store_true", help="where the time of a training step goes, by operator")
     parser.add_argument("--loader", action="store_true", help="also time the data loader (needs the data)")

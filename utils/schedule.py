@@ -13,8 +13,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, k.lr, k.momentum, weight_decay=k.weight_decay, nesterov=k.nesterov)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    fused = parameters[0].device.type == "cuda"
-    return kind(parameters, k.lr, k.betas, k.eps, k.weight_decay, fused=fused)
+    return kind(parameters, k.lr, k.betas, k.eps, k.weight_decay, fused=True)
 
 
 def learning_rate(step: int, max_iter: int, lr: float, k: SchedulerKwargs) -> float:
