@@ -20,9 +20,9 @@ from models.decoders.mtmamba import MTMambaDecoder
 from models.decoders.mtmamba_plus import MTMambaPlusDecoder
 from models.decoders.multi_scale import MultiScaleDecoder
 from models.decoders.taskprompter import TaskPrompterDecoder
-from models.model import MultiTaskModel
+from models.model import Decoder, MultiTaskModel
 
-DECODERS: dict[str, type[nn.Module]] = {
+DECODERS: dict[str, type[Decoder]] = {
     "bim": BIMDecoder,
     "bridgenet": BridgeNetDecoder,
     "demt": DeMTDecoder,
@@ -61,49 +61,53 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     if name != lineage_name:
         logger.info("model '%s' on backbone '%s' with these options is %s", lineage_name, backbone, name)
     decoder_class = _decoder_class(name)
-    if head not in ("default", *getattr(decoder_class, "head_names", ())):
+    if head not in ("default", *decoder_class.head_names):
         raise ValueError(f"head '{head}' is not available for model '{name}'; leave `head` out for the decoder's own")
     options = dict(model_kwargs or {})
     if head != "default" and hasattr(decoder_class.Config, "head"):  # a decoder with several heads
         options["head"] = head
     config = decoder_config(name, options)
-    preferred = default_options(backbone, getattr(decoder_class, "backbone_options", {}))
+    preferred = default_options(backbone, decoder_class.backbone_options)
     encoder, inner = _encoder(name, backbone, tasks, image_size, neck, config, {**preferred, **(backbone_kwargs or {})})
-    if getattr(decoder_class, "needs_image_size", False):
+    if decoder_class.needs_image_size:
         inner["image_size"] = image_size
-    neck_module, channels, strides = None, encoder.channels, encoder.strides
-    if neck == "pyramid":
-        neck_module = SimplePyramid(channels, **(neck_kwargs or {}))
-        channels, strides = neck_module.channels, neck_module.strides
+    neck_module = _pyramid(encoder, neck_kwargs or {}) if neck == "pyramid" else None
+    maps = encoder if neck_module is None else neck_module
     try:
-        decoder = decoder_class(dict(tasks), channels, strides, config, **inner)
+        decoder = decoder_class(dict(tasks), maps.channels, maps.strides, config, **inner)
     except ValueError as error:
         plain_vit = neck == "none" and not inner and encoder.strides == encoder.strides[:1] * 4
         hint = "; `neck: pyramid` makes the four maps" if plain_vit else ""
         raise ValueError(f"model '{name}' on backbone '{backbone}': {error}{hint}") from error
-    multiple = getattr(decoder, "input_multiple", max(strides))
+    multiple = decoder.input_multiple or max(maps.strides)
     if any(side % multiple for side in image_size):
         raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{name}' "
                          f"on backbone '{backbone}'")
-    output_size = getattr(config, "dd_label_map_size", None) or output_size
     heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
-    return MultiTaskModel(encoder, neck_module, decoder, heads, output_size)
+    return MultiTaskModel(encoder, neck_module, decoder, heads, decoder.output_size or output_size)
 
 
 def _encoder(name: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], neck: str,
              config: Any, backbone_kwargs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone, and what a decoder whose prompts run inside it must know besides its maps."""
-    prompting = getattr(_decoder_class(name), "prompting", None)
+    prompting = _decoder_class(name).prompting(len(tasks), config)
     if prompting is None:
         return build_backbone(backbone, image_size, **backbone_kwargs), {}
     if neck != "none":
         raise ValueError(f"model '{name}' works inside its backbone, there is no place for the neck '{neck}'; "
                          "leave `neck` out")
     try:
-        encoder = build_backbone(backbone, image_size, prompting=prompting(len(tasks), config), **backbone_kwargs)
+        encoder = build_backbone(backbone, image_size, prompting=prompting, **backbone_kwargs)
     except ValueError as error:
         raise ValueError(f"model '{name}': {error}") from error
     return encoder, {"num_heads": encoder.num_heads}
+
+
+def _pyramid(encoder: nn.Module, options: Mapping[str, Any]) -> SimplePyramid:
+    if options.keys() != {"embed_dim"}:
+        raise ValueError("neck 'pyramid' takes neck_kwargs.embed_dim, the width of its finest map, and nothing else; "
+                         f"got {dict(options)}")
+    return SimplePyramid(encoder.channels, encoder.strides, **options)
 
 
 def resolve_name(name: str, backbone: str, options: Mapping[str, Any]) -> str:
@@ -140,10 +144,10 @@ def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
 
 def intermediate_weight(name: str, backbone: str, options: Mapping[str, Any]) -> float:
     """Published factor of the losses of a model's preliminary predictions; the files of the lineage do not hold it."""
-    return getattr(_decoder_class(resolve_name(name, backbone, options)), "intermediate_weight", 1.0)
+    return _decoder_class(resolve_name(name, backbone, options)).intermediate_weight
 
 
-def _decoder_class(name: str) -> type[nn.Module]:
+def _decoder_class(name: str) -> type[Decoder]:
     if name.lower() in DECODERS:
         return DECODERS[name.lower()]
     near = difflib.get_close_matches(name.lower(), [*DECODERS, SHARED_NAME], n=1)

@@ -1,10 +1,12 @@
 """The one model class: backbone -> (neck) -> decoder -> one head per task -> resize to the label's size."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.blocks.prompting import Prompting
 
 
 class DecoderOutput(NamedTuple):
@@ -17,6 +19,39 @@ class DecoderOutput(NamedTuple):
     feats: dict[str, Tensor]
     intermediate: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
+
+
+class Decoder(nn.Module):
+    """Base of all decoders: everything that `models.build` and the model ask one for, with the usual answers.
+
+    A decoder has to have
+        Config: the dataclass of its options, the `model_kwargs` of an experiment file;
+        __init__(tasks, in_channels, strides, config): `tasks` maps each task to its number of output channels;
+            channels and strides of the maps, finest first. ValueError says why maps do not fit;
+        forward(feats): those maps (B, C_i, h_i, w_i) -> `DecoderOutput`;
+        make_head(num_outputs): a task's head, from its feats to raw outputs of any size.
+    The attributes below are optional; those that depend on options or maps are set by __init__.
+    """
+
+    Config: ClassVar[type]
+    head_names: ClassVar[Sequence[str]] = ()  # what `head` may say in files of the lineage besides "default"
+    backbone_options: ClassVar[Mapping[str, Any]] = {}  # defaults of the backbone's arguments of these names
+    needs_image_size: ClassVar[bool] = False  # __init__ also takes image_size, (height, width)
+    recomputed: Sequence[type[nn.Module] | str] = ()  # for activation checkpointing, see `models.blocks.recompute`
+    intermediate_weight: float = 1.0  # published factor of the preliminary predictions' losses
+    input_multiple: int | None = None  # of the image's sides; None: the stride of the coarsest map
+    output_size: tuple[int, int] | None = None  # (height, width) of the predictions that the options ask for
+
+    @staticmethod
+    def prompting(num_tasks: int, config: Any) -> Prompting | None:
+        """The prompts that the backbone shall carry, of a decoder inside it; its __init__ also takes num_heads."""
+        return None
+
+    def make_head(self, num_outputs: int) -> nn.Module:
+        raise NotImplementedError(f"{type(self).__name__} has no head")
+
+    def reparameterise(self) -> None:
+        """Merges what can be merged for inference, in eval mode; nothing by default."""
 
 
 class Predictions(NamedTuple):
@@ -35,7 +70,7 @@ class MultiTaskModel(nn.Module):
     predictions; None means that of the image.
     """
 
-    def __init__(self, encoder: nn.Module, neck: nn.Module | None, decoder: nn.Module,
+    def __init__(self, encoder: nn.Module, neck: nn.Module | None, decoder: Decoder,
                  heads: Mapping[str, nn.Module], output_size: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.encoder = encoder
@@ -58,8 +93,7 @@ class MultiTaskModel(nn.Module):
     def prepare_for_inference(self) -> "MultiTaskModel":
         """In eval mode, with the layers that the decoder can merge merged (its `reparameterise`); returns itself."""
         self.eval()
-        if hasattr(self.decoder, "reparameterise"):
-            self.decoder.reparameterise()
+        self.decoder.reparameterise()
         return self
 
 

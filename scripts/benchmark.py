@@ -147,8 +147,8 @@ def compare(entries: list[str], overrides: list[str], repeats: int, count_only: 
         cost = dict(count(config))
         official = path.resolve().parent in (CONFIGS, CONFIGS / "backbones") and not options
         original = ORIGINAL_GMACS.get(path.stem, "") if official else ""
-        row = {"experiment": f"{path.stem} {own}".strip(), "backbone": config.backbone, "parameters": cost["parameters, total"],
-               "GMACs": cost["GMACs, total"], "the original": str(original)}
+        row = {"experiment": f"{path.stem} {own}".strip(), "backbone": config.backbone,
+               "parameters": cost["parameters, total"], "GMACs": cost["GMACs, total"], "the original": str(original)}
         if not count_only:
             step = Step(config)
             runs = {"forward": step.forward, "step": step.train}

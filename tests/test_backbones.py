@@ -222,7 +222,7 @@ def test_position_embedding_of_another_oblong_grid_is_refused():
 
 
 def test_pyramid_gives_swin_like_maps_from_a_vit():
-    backbone, neck = build_backbone("vit", (64, 96), **TINY_VIT), SimplePyramid((24, 24, 24, 24), 6)
+    backbone, neck = build_backbone("vit", (64, 96), **TINY_VIT), SimplePyramid((24, 24, 24, 24), (16, 16, 16, 16), 6)
     maps = neck(backbone(torch.randn(2, 3, 64, 96)))
     assert neck.channels == (6, 12, 24, 48)
     for feature, channels, stride in zip(maps, neck.channels, neck.strides, strict=True):

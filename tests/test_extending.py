@@ -15,7 +15,7 @@ from data.datasets import DATASETS, build_dataset
 from data.files import class_table, read_depth, read_table
 from data.tasks import TASKS, tasks_named
 from models.build import DECODERS, build_model
-from models.model import DecoderOutput
+from models.model import Decoder, DecoderOutput
 from tests.shared import ROOT
 from utils.config import TaskDictionary, load_config
 from utils.train import train
@@ -25,7 +25,7 @@ def readme_code(first_line: str) -> dict:
     """Names that the README's Python block with this line defines."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     [block] = [block for block in blocks if first_line in block]
-    names = {"dataclass": dataclass, "nn": nn, "DecoderOutput": DecoderOutput, "partial": partial, "Source": Source,
+    names = {"dataclass": dataclass, "nn": nn, "Decoder": Decoder, "DecoderOutput": DecoderOutput, "partial": partial, "Source": Source,
              "MultiTaskDataset": MultiTaskDataset, "DatasetSpec": DatasetSpec, "read_image": read_image,
              "read_depth": read_depth, "read_table": read_table, "class_table": class_table, "__name__": __name__}
     exec(block, names)

@@ -3,6 +3,7 @@
 A backbone is an nn.Module with
     forward(image (B, 3, H, W)) -> list of NCHW maps, finest first;
     channels, strides: one entry per map;
+    recomputed: classes of its blocks, or names of its methods, for activation checkpointing;
     never_pretrained: names of submodules no published file holds;
     convert_state_dict(state): published key layouts -> own keys;
     pretrained_tag, pretrained_file: ImageNet weights: timm's name and the name of the original file, or None;

@@ -21,21 +21,21 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class SimplePyramid(nn.Module):
-    """Neck: four stride-16 maps -> strides 4, 8, 16, 32 with widths e, 2e, 4e, 8e.
+    """Neck: four maps of one stride s (16) -> strides s/4, s/2, s, 2s with widths e, 2e, 4e, 8e.
 
     Args:
-        in_channels: channels of the four input maps.
+        in_channels, in_strides: of the four input maps.
         embed_dim: e, the width of the finest output map.
 
-    Raises ValueError unless there are four input maps.
+    Raises ValueError unless there are four input maps of one stride.
     """
 
-    strides = (4, 8, 16, 32)
-
-    def __init__(self, in_channels: Sequence[int], embed_dim: int):
+    def __init__(self, in_channels: Sequence[int], in_strides: Sequence[int], embed_dim: int):
         super().__init__()
-        if len(in_channels) != 4:
-            raise ValueError(f"neck 'pyramid' needs four maps, the backbone gives {len(in_channels)}")
+        if len(in_strides) != 4 or len(set(in_strides)) != 1 or in_strides[0] % 4:
+            raise ValueError("neck 'pyramid' needs four maps of one stride, a multiple of 4, as a plain ViT gives; "
+                             f"got strides {tuple(in_strides)}")
+        self.strides = tuple(in_strides[0] * 2**level // 4 for level in range(4))
         c1, c2, c3, c4 = in_channels
         self.channels = tuple(embed_dim * 2**level for level in range(4))
         e1, e2, e4, e8 = self.channels

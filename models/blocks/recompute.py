@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 def recompute_blocks(part: nn.Module) -> int:
     """Switches it on for the blocks of a backbone or decoder; returns their number, 0 if the part names none."""
-    named = tuple(getattr(part, "recomputed", ()))
+    named = tuple(part.recomputed)
     kinds = tuple(entry for entry in named if not isinstance(entry, str))
     targets = [(module, "forward") for module in part.modules() if isinstance(module, kinds)]
     targets += [(part, entry) for entry in named if isinstance(entry, str)]

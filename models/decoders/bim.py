@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
-from models.model import DecoderOutput
+from models.model import Decoder, DecoderOutput
 from models.ops import Route, ss2d_core
 
 STRIDES = (4, 8, 16, 32)
@@ -190,7 +190,7 @@ class MFRStage(nn.Module):
         return {task: self.msst[task](feat) for task, feat in feats.items()}
 
 
-class BIMDecoder(nn.Module):
+class BIMDecoder(Decoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
     `tasks` fixes the task order of the scans. Raises ValueError when the encoder's maps do not fit.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
 from models.blocks.multi_scale_sum import MultiScaleSum
 from models.blocks.pyramid import ChannelLayerNorm
-from models.model import DecoderOutput, resize
+from models.model import Decoder, DecoderOutput, resize
 
 NUM_STAGES = 3
 LINEAR_STD, CONV_STD = 0.02, 0.001  # of the initial weights of the stages
@@ -232,7 +232,7 @@ class BridgeStage(nn.Module):
         return maps, extracted
 
 
-class BridgeNetDecoder(nn.Module):
+class BridgeNetDecoder(Decoder):
     """Four maps of a plain ViT or of a pyramid to one map per task, and preliminary predictions.
 
     `tasks` maps every task to its number of output channels and fixes the task order. A backbone with a layer of

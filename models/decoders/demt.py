@@ -30,7 +30,7 @@ from torchvision.ops import deform_conv2d
 
 from models.blocks.conv import conv_bn_relu
 from models.blocks.dense import check_maps, concat_at_finest, logit_layer
-from models.model import DecoderOutput
+from models.model import Decoder, DecoderOutput
 
 MIXER_ORDERS = ("channel_first", "spatial_first")
 ATTENTIONS = ("per_sample", "batch")
@@ -175,7 +175,7 @@ class TaskQuery(nn.Module):
         return tokens + self.out(answer)
 
 
-class DeMTDecoder(nn.Module):
+class DeMTDecoder(Decoder):
     """Maps of any number, width and stride, finest first, to one map (B, K / 8, h, w) per task.
 
     The state dict holds the order of the mixers beside the weights, which mean nothing in the other order.

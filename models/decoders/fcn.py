@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.blocks.conv import conv_bn_relu
 from models.blocks.dense import check_maps, concat_at_finest, logit_layer
-from models.model import DecoderOutput
+from models.model import Decoder, DecoderOutput
 
 
 @dataclass
@@ -25,7 +25,7 @@ class FCNConfig:
     reduction: int = 4
 
 
-class FCNDecoder(nn.Module):
+class FCNDecoder(Decoder):
     """Maps of any number, width and stride, finest first, to one map (B, K / reduction, h, w) per task."""
 
     Config = FCNConfig

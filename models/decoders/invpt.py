@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
 from models.blocks.multi_scale_sum import MultiScaleSum
-from models.model import DecoderOutput, resize
+from models.model import Decoder, DecoderOutput, resize
 
 NUM_STAGES = 3
 INIT_STD = 0.02
@@ -155,7 +155,7 @@ class InvPTStage(nn.Module):
         return dict(zip(maps, rearrange(feat, "b t h w c -> t b c h w"), strict=True)), score
 
 
-class InvPTDecoder(nn.Module):
+class InvPTDecoder(Decoder):
     """Four maps of a plain ViT to one map per task at a quarter of its stride, and preliminary predictions.
 
     `tasks` maps every task to its number of output channels and fixes the task order. The sides of the image

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from losses.load_balancing import load_balancing_loss
 from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
-from models.model import DecoderOutput
+from models.model import Decoder, DecoderOutput
 
 INIT_STD = 0.02
 HEAD_SCALE = 4  # the head works at a quarter of the ViT's stride
@@ -238,7 +238,7 @@ class MLoREHead(nn.Module):
         return self.proj(F.gelu(self.norm(self.conv(feat))))
 
 
-class MLoREDecoder(nn.Module):
+class MLoREDecoder(Decoder):
     """Maps of one stride, one per tap, to one map (B, C, h, w) per task.
 
     `tasks` fixes the order of the tasks. The routers weigh every position, so that the module belongs to images of

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.blocks.heads import PatchExpandHead
 from models.blocks.ss2d import PlainSS2D
 from models.blocks.stm import REQUIRES, STRIDES, STMLayer, STMOptions, STMStage, check_inputs, per_task
-from models.model import DecoderOutput
+from models.model import Decoder, DecoderOutput
 
 
 @dataclass
@@ -58,7 +58,7 @@ class CTMBlock(nn.Module):
         return out
 
 
-class MTMambaDecoder(nn.Module):
+class MTMambaDecoder(Decoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
     `tasks` fixes the order of the shared channels. Raises ValueError when the encoder's maps do not fit.

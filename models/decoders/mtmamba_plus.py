@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models.blocks.heads import LiteHead
 from models.blocks.ss2d import CrossSS2D
 from models.blocks.stm import REQUIRES, STRIDES, STMLayer, STMOptions, STMStage, check_inputs, per_task
-from models.model import DecoderOutput
+from models.model import Decoder, DecoderOutput
 
 
 @dataclass
@@ -68,7 +68,7 @@ class SCTMBlock(nn.Module):
                 for task, feat in feats.items()}
 
 
-class MTMambaPlusDecoder(nn.Module):
+class MTMambaPlusDecoder(Decoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
     `tasks` fixes the order of the fused channels. Raises ValueError when the encoder's maps do not fit.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.blocks.conv import conv_bn_relu
 from models.blocks.dense import check_maps, logit_layer
-from models.model import DecoderOutput, resize
+from models.model import Decoder, DecoderOutput, resize
 
 
 @dataclass
@@ -43,7 +43,7 @@ class TaskPyramid(nn.Module):
         return total
 
 
-class MultiScaleDecoder(nn.Module):
+class MultiScaleDecoder(Decoder):
     """Maps of any number, width and stride, finest first, to one map (B, C, h_0, w_0) per task."""
 
     Config = MultiScaleConfig

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.blocks.heads import LiteHead
 from models.blocks.prompting import PromptedMap, Prompting, scale_groups, scale_windows
-from models.model import DecoderOutput, resize
+from models.model import Decoder, DecoderOutput, resize
 
 INIT_STD = 0.02
 
@@ -157,7 +157,7 @@ class DeconvHead(nn.Module):
         return self.proj(F.gelu(self.refine_norm(self.refine(fine))))
 
 
-class TaskPrompterDecoder(nn.Module):
+class TaskPrompterDecoder(Decoder):
     """Levels of a prompted backbone to one map per task.
 
     `tasks` maps every task to its number of output channels and fixes the order of the prompts. Levels of one
@@ -178,7 +178,7 @@ class TaskPrompterDecoder(nn.Module):
         pyramid = len(set(strides)) > 1
         if pyramid and config.use_ctr:
             raise ValueError("option use_ctr needs a ViT, whose prompts all meet in one sequence; set it to false")
-        self.channels, self.head = config.final_embed_dim, config.head
+        self.channels, self.head, self.output_size = config.final_embed_dim, config.head, config.dd_label_map_size
         embed, kernel, upscale = (config.level_embed_dim, 3, 2) if pyramid else (config.embed_dim, 1, 1)
         self.upscale = 1 if pyramid else 4
         self.levels = nn.ModuleList(
