@@ -25,9 +25,10 @@ def readme_code(first_line: str) -> dict:
     """Names that the README's Python block with this line defines."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     [block] = [block for block in blocks if first_line in block]
-    names = {"dataclass": dataclass, "nn": nn, "Decoder": Decoder, "DecoderOutput": DecoderOutput, "partial": partial, "Source": Source,
-             "MultiTaskDataset": MultiTaskDataset, "DatasetSpec": DatasetSpec, "read_image": read_image,
-             "read_depth": read_depth, "read_table": read_table, "class_table": class_table, "__name__": __name__}
+    names = {"dataclass": dataclass, "nn": nn, "Decoder": Decoder, "DecoderOutput": DecoderOutput, "partial": partial,
+             "Source": Source, "MultiTaskDataset": MultiTaskDataset, "DatasetSpec": DatasetSpec,
+             "read_image": read_image, "read_depth": read_depth, "read_table": read_table, "class_table": class_table,
+             "__name__": __name__}
     exec(block, names)
     return names
 

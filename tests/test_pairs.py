@@ -1,0 +1,75 @@
+"""Every decoder on every kind of backbone: it trains and predicts, or one sentence says why it does not."""
+
+import pytest
+import torch
+
+from models.build import DECODERS, build_model
+
+SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
+VIT = {"embed_dim": 16, "depth": 4, "num_heads": 2}
+HRNET = {"width": 8, "num_blocks": 1, "num_modules": (1, 1, 1), "stem_blocks": 1}
+INTERN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "groups": (1, 2, 4, 8)}
+PYRAMID = {"neck": "pyramid", "neck_kwargs": {"embed_dim": 8}}
+
+BACKBONES = {
+    "swin": ("swin", {"backbone_kwargs": SWIN}), "vit": ("vit", {"backbone_kwargs": VIT}),
+    "vit, pyramid": ("vit", {"backbone_kwargs": VIT, **PYRAMID}), "hrnet": ("hrnet", {"backbone_kwargs": HRNET}),
+    "internimage": ("internimage", {"backbone_kwargs": INTERN}),
+}
+SMALL = {
+    "bim": {"msst_depth": 1}, "bridgenet": {"embed_dim": 16, "PRED_OUT_NUM_CONSTANT": 16, "refine_depth": (1, 1, 1)},
+    "demt": {"dim": 8}, "invpt": {"embed_dim": 16, "PRED_OUT_NUM_CONSTANT": 16},
+    "mlore": {"final_embed_dim": 8, "rank_list": (2, 4), "topk": 1, "spe_rank": 2}, "mtmamba": {"stm_depth": 1},
+    "mtmamba_plus": {"stm_depth": 1}, "multi_scale": {"channels": 8},
+    "taskprompter": {"embed_dim": 8, "final_embed_dim": 8, "level_embed_dim": 8, "chan_embed_dim": 4},
+}
+
+NEEDS_PYRAMID = {"vit": "strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e, got .*`neck: pyramid` makes the four maps"}
+NEEDS_VIT = {name: "needs .*maps of one stride.* as a plain ViT gives; got" for name in BACKBONES if name != "vit"}
+REFUSED = {
+    **dict.fromkeys(("bim", "mtmamba", "mtmamba_plus", "mtmamba++"), NEEDS_PYRAMID),
+    **dict.fromkeys(("invpt", "mlore"), NEEDS_VIT),
+    "taskprompter": {"vit, pyramid": "no place for the neck 'pyramid'; leave `neck` out",
+                     "hrnet": "'hrnet' cannot carry task prompts", "internimage": "cannot carry task prompts"},
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_pair(decoder, backbone):
+    torch.manual_seed(0)
+    name, arguments = BACKBONES[backbone]
+
+    def build():
+        return build_model(decoder, name, {"semseg": 5, "depth": 1}, (64, 64), model_kwargs=SMALL.get(decoder),
+                           **arguments)
+
+    if reason := REFUSED.get(decoder, {}).get(backbone):
+        with pytest.raises(ValueError, match=reason) as caught:
+            build()
+        assert str(caught.value).startswith(f"model '{decoder}'") and "\n" not in str(caught.value)
+        return
+    model = build()
+    out = model(torch.randn(2, 3, 64, 64))
+    sum(part.float().mean() for group in out for part in group.values()).backward()
+    assert all(parameter.grad is not None for parameter in (*model.decoder.parameters(), *model.heads.parameters()))
+    with torch.no_grad():
+        final = model.prepare_for_inference()(torch.randn(1, 3, 64, 64)).final
+    assert {task: logits.shape for task, logits in final.items()} == {"semseg": (1, 5, 64, 64), "depth": (1, 1, 64, 64)}
+
+
+@pytest.mark.parametrize("backbone, arguments, message", [
+    ("swin", {"backbone_kwargs": SWIN, **PYRAMID}, r"four maps of one stride.*got strides \(4, 8, 16, 32\)"),
+    ("vit", {"backbone_kwargs": {**VIT, "taps": [2, 4]}, **PYRAMID}, r"four maps of one stride.*\(16, 16\)"),
+    ("vit", {"backbone_kwargs": VIT, "neck": "pyramid"}, r"takes neck_kwargs.embed_dim, .* nothing else; got \{\}"),
+    ("vit", {"backbone_kwargs": VIT, "neck": "pyramid", "neck_kwargs": {"embed_dim": 8, "widths": 4}}, "'widths': 4")])
+def test_a_neck_that_does_not_fit_is_refused(backbone, arguments, message):
+    with pytest.raises(ValueError, match=f"neck 'pyramid'.*{message}"):
+        build_model("fcn", backbone, {"depth": 1}, (64, 64), **arguments)
+
+
+def test_a_pyramid_knows_the_strides_of_small_patches():
+    model = build_model("fcn", "vit", {"depth": 1}, (64, 64), backbone_kwargs={**VIT, "patch_size": 8}, **PYRAMID)
+    assert model.neck.strides == (2, 4, 8, 16) and model.decoder.stride == 2
+    sizes = [feat.shape[-1] for feat in model.neck(model.encoder(torch.zeros(1, 3, 64, 64)))]
+    assert sizes == [64 // stride for stride in model.neck.strides]
