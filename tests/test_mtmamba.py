@@ -239,9 +239,9 @@ def test_heads_start_as_published():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"stm_depth": 0}, "stm_depth must be a whole number of at least 1, got 0"),
-    ({"drop_path_rate": 1.0}, r"drop_path_rate must be in \[0, 1\), got 1.0"),
-    ({"head_channels": 0}, "head_channels must be a whole number of at least 1, got 0"),
+    ({"stm_depth": 0}, r"MTMamba\+\+ option stm_depth = 0 is not valid, expected a whole number of at least 1"),
+    ({"drop_path_rate": 1.0}, r"option drop_path_rate = 1.0 is not valid, expected a rate in \[0, 1\)"),
+    ({"head_channels": 0}, "option head_channels = 0 is not valid, expected a whole number of at least 1"),
     ({"d_stat": 4}, "did you mean 'd_state'")])
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@ Both come from the fully convolutional head of the baselines in Brueggemann et a
 Context for Multi-Task Dense Prediction", ICCV 2021, in the manner of HRNetV2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,3 @@ def logit_layer(in_channels: int, num_outputs: int) -> nn.Conv2d:
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def check_maps(name: str, tasks: Mapping[str, int], in_channels: Sequence[int]) -> None:
-    """Refuses what no decoder of this kind can work with: no task, no map."""
-    for words, given in (("tasks", tasks), ("maps of the backbone", in_channels)):
-        if not given:
-            raise ValueError(f"decoder '{name}' needs one or more {words}, got none")

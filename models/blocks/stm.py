@@ -13,6 +13,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from models.blocks.checks import Options
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.ss2d import GatedSS2D
 
@@ -21,7 +22,7 @@ REQUIRES = "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e"
 
 
 @dataclass
-class STMOptions:
+class STMOptions(Options):
     """Options of both decoders."""
 
     stm_depth: int = 2  # STM blocks per task and stage
@@ -30,11 +31,8 @@ class STMOptions:
     drop_path_rate: float = 0.2  # stochastic depth of the first residual branch, falling to 0 at the last
 
     def __post_init__(self):
-        for name in ("stm_depth", "d_state", "expand"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+        self.require_counts("stm_depth", "d_state", "expand")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
 
     def stage_rates(self) -> list[list[float]]:
         """Stochastic depth of a stage's branches, stage by stage: STM blocks, then the cross-task block."""

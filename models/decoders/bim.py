@@ -22,6 +22,7 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from models.blocks.checks import Options
 from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
@@ -32,7 +33,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 @dataclass
-class BIMConfig:
+class BIMConfig(Options, owner="BIM"):
     """Options of the decoder; the paper's symbols where it gives any."""
 
     msst_depth: int = 2  # N in F^s_{t,N}: MSST layers per task and stage (gap filled from MTMamba)
@@ -46,18 +47,12 @@ class BIMConfig:
 
     def __post_init__(self):
         self.scales, self.windows = tuple(self.scales), tuple(self.windows)
-        _require(self.order in ("msst_first", "bcfr_first"), "order", self.order, "msst_first or bcfr_first")
-        _require(self.ms_scan in ("scale", "window"), "ms_scan", self.ms_scan, "scale or window")
-        _require(self.scales and min(self.scales) >= 1, "scales", self.scales, "pooling factors >= 1")
-        _require(self.windows and min(self.windows) >= 0, "windows", self.windows, "window sides >= 0")
-        for name in ("msst_depth", "d_state", "expand"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
-        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
-
-
-def _require(condition: object, name: str, value: object, valid: str) -> None:
-    if not condition:
-        raise ValueError(f"BIM option {name} = {value!r} is not valid, expected {valid}")
+        self.require(self.order in ("msst_first", "bcfr_first"), "order", "msst_first or bcfr_first")
+        self.require(self.ms_scan in ("scale", "window"), "ms_scan", "scale or window")
+        self.require(self.scales and min(self.scales) >= 1, "scales", "pooling factors >= 1")
+        self.require(self.windows and min(self.windows) >= 0, "windows", "window sides >= 0")
+        self.require_counts("msst_depth", "d_state", "expand")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
 
 
 class MSScan(nn.Module):

@@ -23,6 +23,7 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from models.blocks.checks import Options, check_tasks
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
 from models.blocks.multi_scale_sum import MultiScaleSum
 from models.blocks.pyramid import ChannelLayerNorm
@@ -34,7 +35,7 @@ FEW_TASKS, DEPTH_OF_FEW, DEPTH_OF_MANY = 4, 18, 12  # published for NYUD-v2's fo
 
 
 @dataclass
-class BridgeNetConfig:
+class BridgeNetConfig(Options, owner="BridgeNet"):
     """Options of the decoder. The first three are keys of the published experiment files.
 
     mtt_resolution_downsample_rate: deepest backbone map / first grid; empty = 2 for a plain ViT, 1 for a pyramid.
@@ -59,20 +60,19 @@ class BridgeNetConfig:
 
     def __post_init__(self):
         rate, depth = self.mtt_resolution_downsample_rate, self.refine_depth
-        for name in ("embed_dim", "num_heads", "squeeze_ratio"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
-        _require(self.PRED_OUT_NUM_CONSTANT >= 0, "PRED_OUT_NUM_CONSTANT", self.PRED_OUT_NUM_CONSTANT, "at least 0")
-        _require(rate is None or rate in (1, 2, 4), "mtt_resolution_downsample_rate", rate, "1, 2, 4 or nothing")
-        _require(depth is None or isinstance(depth, Sequence) and len(depth) == NUM_STAGES and min(depth) >= 1,
-                 "refine_depth", depth, "three whole numbers of at least 1 or nothing")
-        _require(self.dilations and min(self.dilations) >= 1, "dilations", self.dilations, "numbers of at least 1")
-        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "a positive number")
-        _require(self.attention_scale in ("width", "head"), "attention_scale", self.attention_scale, "width or head")
-        _require(self.refine_from in ("preliminary", "tpp"), "refine_from", self.refine_from, "preliminary or tpp")
-        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
+        self.require_counts("embed_dim", "num_heads", "squeeze_ratio")
+        self.require(self.PRED_OUT_NUM_CONSTANT >= 0, "PRED_OUT_NUM_CONSTANT", "at least 0")
+        self.require(rate is None or rate in (1, 2, 4), "mtt_resolution_downsample_rate", "1, 2, 4 or nothing")
+        self.require(depth is None or isinstance(depth, Sequence) and len(depth) == NUM_STAGES and min(depth) >= 1,
+                     "refine_depth", "three whole numbers of at least 1 or nothing")
+        self.require(self.dilations and min(self.dilations) >= 1, "dilations", "numbers of at least 1")
+        self.require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
+        self.require(self.attention_scale in ("width", "head"), "attention_scale", "width or head")
+        self.require(self.refine_from in ("preliminary", "tpp"), "refine_from", "preliminary or tpp")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
         widths = (self.embed_dim, *self.widths)
-        _require(all(width and width % self.num_heads == 0 for width in widths), "num_heads", self.num_heads,
-                 f"a divisor of the widths {widths}")
+        self.require(all(width and width % self.num_heads == 0 for width in widths), "num_heads",
+                     f"a divisor of the widths {widths}")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -82,11 +82,6 @@ class BridgeNetConfig:
     def scale(self, channels: int) -> float:
         """Factor of the attention scores."""
         return (channels if self.attention_scale == "width" else channels // self.num_heads) ** -0.5
-
-
-def _require(condition: object, name: str, value: object, valid: str) -> None:
-    if not condition:
-        raise ValueError(f"BridgeNet option {name} = {value!r} is not valid, expected {valid}")
 
 
 def _tokens(feat: Tensor) -> Tensor:
@@ -252,8 +247,7 @@ class BridgeNetDecoder(Decoder):
         plain, doubling = ([strides[0] * factor**level for level in range(4)] if strides else [] for factor in (1, 2))
         if list(strides) not in (plain, doubling):
             raise ValueError(f"decoder 'bridgenet' needs {self.requires}; got strides {tuple(strides)}")
-        if not tasks:
-            raise ValueError("decoder 'bridgenet' needs one or more tasks, got none")
+        check_tasks("bridgenet", tasks)
         self.downsample = config.mtt_resolution_downsample_rate or (2 if list(strides) == plain else 1)
         self.input_multiple = strides[3] * self.downsample
         self.refine_from = config.refine_from

@@ -28,8 +28,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from models.blocks.checks import Options, check_maps, check_tasks
 from models.blocks.conv import conv_bn_relu
-from models.blocks.dense import check_maps, concat_at_finest, logit_layer
+from models.blocks.dense import concat_at_finest, logit_layer
 from models.model import Decoder, DecoderOutput
 
 MIXER_ORDERS = ("channel_first", "spatial_first")
@@ -39,7 +40,7 @@ REDUCTION = 8  # the task features have floor(K / 8) channels
 
 
 @dataclass
-class DeMTConfig:
+class DeMTConfig(Options, owner="DeMT"):
     """Options of the decoder.
 
     mixer_order: `channel_first` mixes channels, then samples, as the paper and the program since March 2023;
@@ -57,17 +58,10 @@ class DeMTConfig:
     attention: str = "per_sample"
 
     def __post_init__(self):
-        for name in ("dim", "num_heads", "mixer_depth"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
-        _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim = {self.dim}")
-        _require(self.mixer_order in ("auto", *MIXER_ORDERS), "mixer_order", self.mixer_order,
-                 f"auto, {' or '.join(MIXER_ORDERS)}")
-        _require(self.attention in ATTENTIONS, "attention", self.attention, " or ".join(ATTENTIONS))
-
-
-def _require(condition: object, name: str, value: object, valid: str) -> None:
-    if not condition:
-        raise ValueError(f"DeMT option {name} = {value!r} is not valid, expected {valid}")
+        self.require_counts("dim", "num_heads", "mixer_depth")
+        self.require(self.dim % self.num_heads == 0, "num_heads", f"a divisor of dim = {self.dim}")
+        self.require(self.mixer_order in ("auto", *MIXER_ORDERS), "mixer_order", f"auto, {' or '.join(MIXER_ORDERS)}")
+        self.require(self.attention in ATTENTIONS, "attention", " or ".join(ATTENTIONS))
 
 
 class DeformableConv(nn.Module):
@@ -189,7 +183,8 @@ class DeMTDecoder(Decoder):
     def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
                  config: DeMTConfig):
         super().__init__()
-        check_maps("demt", tasks, in_channels)
+        check_tasks("demt", tasks)
+        check_maps("demt", in_channels)
         width, dim = sum(in_channels), config.dim
         if width < REDUCTION:
             raise ValueError(f"decoder 'demt' needs {self.requires}; got widths {tuple(in_channels)}")

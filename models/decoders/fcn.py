@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models.blocks.checks import Options, check_maps, check_tasks
 from models.blocks.conv import conv_bn_relu
-from models.blocks.dense import check_maps, concat_at_finest, logit_layer
+from models.blocks.dense import concat_at_finest, logit_layer
 from models.model import Decoder, DecoderOutput
 
 
 @dataclass
-class FCNConfig:
+class FCNConfig(Options, owner="FCN"):
     """Options of the decoder. reduction: the task features have floor(K / reduction) channels."""
 
     reduction: int = 4
@@ -35,11 +36,11 @@ class FCNDecoder(Decoder):
     def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
                  config: FCNConfig):
         super().__init__()
-        check_maps("fcn", tasks, in_channels)
+        check_tasks("fcn", tasks)
+        check_maps("fcn", in_channels)
         width = sum(in_channels)
-        if not 1 <= config.reduction <= width:
-            raise ValueError(f"FCN option reduction = {config.reduction} is not valid, expected 1 to {width}, the "
-                             "channels of the backbone's maps together")
+        config.require(1 <= config.reduction <= width, "reduction",
+                       f"1 to {width}, the channels of the backbone's maps together")
         self.channels, self.stride = width // config.reduction, strides[0]
         self.project = nn.ModuleDict({task: conv_bn_relu(width, self.channels) for task in tasks})
 

@@ -23,6 +23,7 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from models.blocks.checks import Options, check_tasks
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
 from models.blocks.multi_scale_sum import MultiScaleSum
 from models.model import Decoder, DecoderOutput, resize
@@ -32,7 +33,7 @@ INIT_STD = 0.02
 
 
 @dataclass
-class InvPTConfig:
+class InvPTConfig(Options, owner="InvPT"):
     """Options of the decoder. The first three are keys of the published experiment files.
 
     attention_scale: `width` divides the scores by the root of the whole stage width, as the published models
@@ -52,28 +53,20 @@ class InvPTConfig:
     drop_path_rate: float = 0.0
 
     def __post_init__(self):
-        for name in ("embed_dim", "num_heads"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
-        _require(self.PRED_OUT_NUM_CONSTANT >= 0, "PRED_OUT_NUM_CONSTANT", self.PRED_OUT_NUM_CONSTANT,
-                 "at least 0")
-        _require(self.mtt_resolution_downsample_rate == 2, "mtt_resolution_downsample_rate",
-                 self.mtt_resolution_downsample_rate, "2, the skip maps have twice the first grid")
-        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "a positive number")
-        _require(self.attention_scale in ("width", "head"), "attention_scale", self.attention_scale,
-                 "width or head")
-        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
-        _require(all(width and width % self.num_heads == 0 for width in self.widths), "num_heads",
-                 self.num_heads, f"a divisor of the stage widths {self.widths}")
+        self.require_counts("embed_dim", "num_heads")
+        self.require(self.PRED_OUT_NUM_CONSTANT >= 0, "PRED_OUT_NUM_CONSTANT", "at least 0")
+        self.require(self.mtt_resolution_downsample_rate == 2, "mtt_resolution_downsample_rate",
+                     "2, the skip maps have twice the first grid")
+        self.require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
+        self.require(self.attention_scale in ("width", "head"), "attention_scale", "width or head")
+        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
+        self.require(all(width and width % self.num_heads == 0 for width in self.widths), "num_heads",
+                     f"a divisor of the stage widths {self.widths}")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """C of the stages."""
         return tuple((self.embed_dim + self.PRED_OUT_NUM_CONSTANT) // 2**stage for stage in range(NUM_STAGES))
-
-
-def _require(condition: object, name: str, value: object, valid: str) -> None:
-    if not condition:
-        raise ValueError(f"InvPT option {name} = {value!r} is not valid, expected {valid}")
 
 
 class CrossTaskAttention(nn.Module):
@@ -173,8 +166,7 @@ class InvPTDecoder(Decoder):
         if len(strides) != 4 or len(set(strides)) != 1 or len(set(in_channels)) != 1:
             raise ValueError(f"decoder 'invpt' needs {self.requires}; got widths {tuple(in_channels)} and "
                              f"strides {tuple(strides)}")
-        if not tasks:
-            raise ValueError("decoder 'invpt' needs one or more tasks, got none")
+        check_tasks("invpt", tasks)
         width, embed, (coarse, middle, fine) = in_channels[0], config.embed_dim, config.widths
         self.channels, self.stride, self.input_multiple = coarse, strides[0] // 4, 4 * strides[0]
         self.downsample = config.mtt_resolution_downsample_rate

@@ -22,6 +22,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
+from models.blocks.checks import Options, check_tasks
 from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
 from models.model import Decoder, DecoderOutput
@@ -35,7 +36,7 @@ PAPER_RANKS = tuple(range(16, 129, 8))
 
 
 @dataclass
-class MLoREConfig:
+class MLoREConfig(Options, owner="MLoRE"):
     """Options of the decoder. Those up to `with_feat` are keys of the published experiment files.
 
     pre_softmax: True drops experts before the softmax, so that the gates of the kept ones sum to 1 (published for
@@ -57,20 +58,14 @@ class MLoREConfig:
 
     def __post_init__(self):
         self.rank_list = tuple(self.rank_list) or PUBLISHED_RANKS.get(self.final_embed_dim, PAPER_RANKS)
-        _require(self.final_embed_dim >= 4 and self.final_embed_dim % 4 == 0, "final_embed_dim",
-                 self.final_embed_dim, "a multiple of 4")
-        _require(len(self.rank_list) >= 2 and min(self.rank_list) >= 1, "rank_list", self.rank_list,
-                 "two or more ranks of at least 1")
-        _require(1 <= self.topk <= len(self.rank_list), "topk", self.topk,
-                 f"1 to {len(self.rank_list)}, the number of experts in rank_list")
-        _require(self.spe_rank >= 1, "spe_rank", self.spe_rank, "a rank of at least 1")
-        _require(not self.with_feat, "with_feat", self.with_feat, "false, the published models have no such path")
-        _require(self.load_balancing_weight >= 0, "load_balancing_weight", self.load_balancing_weight, "at least 0")
-
-
-def _require(condition: object, name: str, value: object, valid: str) -> None:
-    if not condition:
-        raise ValueError(f"MLoRE option {name} = {value!r} is not valid, expected {valid}")
+        self.require(self.final_embed_dim >= 4 and self.final_embed_dim % 4 == 0, "final_embed_dim", "a multiple of 4")
+        self.require(len(self.rank_list) >= 2 and min(self.rank_list) >= 1, "rank_list",
+                     "two or more ranks of at least 1")
+        self.require(1 <= self.topk <= len(self.rank_list), "topk",
+                     f"1 to {len(self.rank_list)}, the number of experts in rank_list")
+        self.require(self.spe_rank >= 1, "spe_rank", "a rank of at least 1")
+        self.require(not self.with_feat, "with_feat", "false, the published models have no such path")
+        self.require(self.load_balancing_weight >= 0, "load_balancing_weight", "at least 0")
 
 
 class Router(nn.Module):
@@ -257,8 +252,7 @@ class MLoREDecoder(Decoder):
         super().__init__()
         if not strides or len(set(strides)) != 1:
             raise ValueError(f"decoder 'mlore' needs {self.requires}; got strides {tuple(strides)}")
-        if not tasks:
-            raise ValueError("decoder 'mlore' needs one or more tasks, got none")
+        check_tasks("mlore", tasks)
         self.channels, self.stride = config.final_embed_dim, strides[0]
         self.weight, self.fold = config.load_balancing_weight, config.fold
         positions = (image_size[0] // self.stride) * (image_size[1] // self.stride)

@@ -25,7 +25,7 @@ from models.model import Decoder, DecoderOutput
 
 
 @dataclass
-class MTMambaConfig(STMOptions):
+class MTMambaConfig(STMOptions, owner="MTMamba"):
     """Options of the decoder: see `STMOptions`."""
 
 

@@ -26,15 +26,14 @@ from models.model import Decoder, DecoderOutput
 
 
 @dataclass
-class MTMambaPlusConfig(STMOptions):
+class MTMambaPlusConfig(STMOptions, owner="MTMamba++"):
     """Options of the decoder: `STMOptions` and its heads'."""
 
     head_channels: int = 96  # width of the heads' 3 x 3 convolution
 
     def __post_init__(self):
         super().__post_init__()
-        if self.head_channels < 1:
-            raise ValueError(f"head_channels must be a whole number of at least 1, got {self.head_channels}")
+        self.require_counts("head_channels")
 
 
 class TaskFusion(nn.Module):

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from models.blocks.checks import Options, check_maps, check_tasks
 from models.blocks.conv import conv_bn_relu
-from models.blocks.dense import check_maps, logit_layer
+from models.blocks.dense import logit_layer
 from models.model import Decoder, DecoderOutput, resize
 
 
 @dataclass
-class MultiScaleConfig:
+class MultiScaleConfig(Options, owner="multi_scale"):
     """Options of the decoder. channels: C, the width of every task's pyramid."""
 
     channels: int = 128
+
+    def __post_init__(self):
+        self.require_counts("channels")
 
 
 class TaskPyramid(nn.Module):
@@ -53,9 +57,8 @@ class MultiScaleDecoder(Decoder):
     def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
                  config: MultiScaleConfig):
         super().__init__()
-        check_maps("multi_scale", tasks, in_channels)
-        if config.channels < 1:
-            raise ValueError(f"multi_scale option channels = {config.channels} is not valid, expected at least 1")
+        check_tasks("multi_scale", tasks)
+        check_maps("multi_scale", in_channels)
         self.channels, self.stride = config.channels, strides[0]
         self.pyramid = nn.ModuleDict({task: TaskPyramid(in_channels, config.channels) for task in tasks})
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.blocks.checks import Options, check_tasks
 from models.blocks.heads import LiteHead
 from models.blocks.prompting import PromptedMap, Prompting, scale_groups, scale_windows
 from models.model import Decoder, DecoderOutput, resize
@@ -29,7 +30,7 @@ INIT_STD = 0.02
 
 
 @dataclass
-class TaskPrompterConfig:
+class TaskPrompterConfig(Options, owner="TaskPrompter"):
     """Options of the decoder and of the prompts in its backbone. All but the last two are published keys.
 
     embed_dim (ViT), level_embed_dim (Swin): E. chan_nheads: n * n; the sides of every grid must be multiples of
@@ -62,32 +63,24 @@ class TaskPrompterConfig:
     extra_prompts: int = 0
 
     def __post_init__(self):
-        for name in ("embed_dim", "final_embed_dim", "level_embed_dim"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of at least 1")
-        _require(self.prompt_len == 1, "prompt_len", self.prompt_len, "1, the published models have no other")
+        self.require_counts("embed_dim", "final_embed_dim", "level_embed_dim")
+        self.require(self.prompt_len == 1, "prompt_len", "1, the published models have no other")
         for name in ("chan_nheads", "chan_embed_dim"):
             value = getattr(self, name)
-            _require(value >= 1 and math.isqrt(value) ** 2 == value, name, value, "a square number")
-        _require(self.head in TaskPrompterDecoder.head_names, "head", self.head,
-                 " or ".join(TaskPrompterDecoder.head_names))
-        _require(self.img_ds_ratio > 0, "img_ds_ratio", self.img_ds_ratio, "a positive number")
-        _require(self.ignore_invalid_area_depth is True, "ignore_invalid_area_depth",
-                 self.ignore_invalid_area_depth, "true, depth pixels without a value are never trained on")
-        _require(self.prompt_update in ("linear", "attention"), "prompt_update", self.prompt_update,
-                 "linear or attention")
-        _require(self.extra_prompts >= 0, "extra_prompts", self.extra_prompts, "at least 0")
-        _require(not (self.extra_prompts and self.use_ctr), "extra_prompts", self.extra_prompts,
-                 "0 with use_ctr, which weighs the features of all prompts")
+            self.require(value >= 1 and math.isqrt(value) ** 2 == value, name, "a square number")
+        self.require(self.head in TaskPrompterDecoder.head_names, "head", " or ".join(TaskPrompterDecoder.head_names))
+        self.require(self.img_ds_ratio > 0, "img_ds_ratio", "a positive number")
+        self.require(self.ignore_invalid_area_depth is True, "ignore_invalid_area_depth",
+                     "true, depth pixels without a value are never trained on")
+        self.require(self.prompt_update in ("linear", "attention"), "prompt_update", "linear or attention")
+        self.require(self.extra_prompts >= 0, "extra_prompts", "at least 0")
+        self.require(not (self.extra_prompts and self.use_ctr), "extra_prompts",
+                     "0 with use_ctr, which weighs the features of all prompts")
 
     @property
     def num_windows(self) -> int:
         """n."""
         return math.isqrt(self.chan_nheads)
-
-
-def _require(condition: object, name: str, value: object, valid: str) -> None:
-    if not condition:
-        raise ValueError(f"TaskPrompter option {name} = {value!r} is not valid, expected {valid}")
 
 
 class TaskFeature(nn.Module):
@@ -173,8 +166,7 @@ class TaskPrompterDecoder(Decoder):
     def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
                  config: TaskPrompterConfig, num_heads: Sequence[int]):
         super().__init__()
-        if not tasks:
-            raise ValueError("decoder 'taskprompter' needs one or more tasks, got none")
+        check_tasks("taskprompter", tasks)
         pyramid = len(set(strides)) > 1
         if pyramid and config.use_ctr:
             raise ValueError("option use_ctr needs a ViT, whose prompts all meet in one sequence; set it to false")
