@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from models.backbones.internimage import to_own_layout
+from models.released.renaming import rename_key, rename_table
 
 DECODER = r"multi_task_decoder\."
 STAGE = DECODER + r"trfl\.trfl_stages\.(?P<stage>\d)\."
 BLOCK = STAGE + r"blocks\.0\."
 
-# What a key begins with, and what that becomes. `{task}` is the name of the task with the number <index>: the
-# original keeps some layers in lists.
-RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
+RENAMES = rename_table(
     (r"backbone\.", "encoder."),
     (r"heads\.(?P<name>\w+)\.linear_pred\.", "heads.{name}."),
     (DECODER + r"preliminary_decoder\.(?P<name>\w+)\.(?P<layer>[01])\.conv\.", "decoder.preliminary.{name}.{layer}.0."),
@@ -51,7 +50,7 @@ RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
     (DECODER + r"trfl\.redu_chan\.1\.(?P<index>\d)\.", "decoder.aggregate.reduce.0.{task}."),
     (DECODER + r"trfl\.redu_chan\.2\.(?P<index>\d)\.", "decoder.aggregate.reduce.1.{task}."),
     (DECODER + r"trfl\.mt_proj\.", "decoder.project."),
-))
+)
 
 # Layers that no output of the original depends on; our decoder has none of them.
 DEAD = re.compile(DECODER + r"(scale_embed\.0|trfl\.norm_mt|trfl\.redu_chan\.0\.\d)\.")
@@ -69,16 +68,8 @@ def is_dead(key: str) -> bool:
 
 def rename(key: str, tasks: Sequence[str]) -> str:
     """Our name of a key; a key that the original does not have stays as it is."""
-    for pattern, target in RENAMES:
-        if match := pattern.match(key):
-            parts = match.groupdict()
-            if "index" in parts:
-                if int(parts["index"]) >= len(tasks):
-                    return key
-                parts["task"] = tasks[int(parts["index"])]
-            name = target.format(**parts) + key[match.end():]
-            return to_own_layout(name) if name.startswith(("encoder.patch_embed.", "encoder.levels.")) else name
-    return key
+    name = rename_key(key, RENAMES, tasks)
+    return to_own_layout(name) if name.startswith(("encoder.patch_embed.", "encoder.levels.")) else name
 
 
 def convert(state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from models.backbones.swin import to_timm_layout
 from models.decoders.demt import MIXER_ORDERS
+from models.released.renaming import rename_key, rename_table
 
 ORDER = "decoder._extra_state"  # where DeMTDecoder keeps the order of its mixers
 MIXER = r"head\.defor_mixers\.(?P<index>\d+)\.blocks\.(?P<block>\d+)\."
 SPATIAL_FIRST = re.compile(MIXER + r"0\.fn\.")
 
-# What a key begins with, and what that becomes. `{task}` is the name of the task with the number <index>: the
-# original keeps some layers in lists.
-RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
+RENAMES = rename_table(
     (r"head\.linear1\.", "decoder.fuse."),
     (MIXER + r"[01]\.(?!fn\.)", "decoder.mixers.{task}.{block}.channel.0."),
     (MIXER + r"[23]\.(?!fn\.)", "decoder.mixers.{task}.{block}.channel.2."),
@@ -36,7 +35,7 @@ RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
     (r"head\.bottleneck\.(?P<name>\w+)\.conv\.", "decoder.project.{name}.0."),
     (r"head\.bottleneck\.(?P<name>\w+)\.bn\.", "decoder.project.{name}.1."),
     (r"head\.final_logits\.", "heads."),
-))
+)
 
 # A constant beside every deformable convolution, which the original never reads.
 DEAD = re.compile(MIXER + r"[03]\.fn\.0\.offset$")
@@ -65,15 +64,7 @@ def mixer_order(keys: Iterable[str]) -> str:
 
 def rename(key: str, tasks: Sequence[str]) -> str:
     """Our name of a key of the head; a key that the original does not have stays as it is."""
-    for pattern, target in RENAMES:
-        if match := pattern.match(key):
-            parts = match.groupdict()
-            if "index" in parts:
-                if int(parts["index"]) >= len(tasks):
-                    return key
-                parts["task"] = tasks[int(parts["index"])]
-            return target.format(**parts) + key[match.end():]
-    return key
+    return rename_key(key, RENAMES, tasks)
 
 
 def convert(state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from models.released.renaming import rename_key, rename_table
+
 STAGE = r"multi_task_decoder\.invpt\.invpt_stages\.(?P<stage>\d)\."
 BLOCK = STAGE + r"blocks\.0\."
 
-# What a key begins with, and what that becomes. `{task}` is the name of the task with the number <index>: the
-# original keeps some layers in lists.
-RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
+RENAMES = rename_table(
     (r"backbone\.", "encoder."),
     (r"heads\.(?P<name>\w+)\.linear_pred\.", "heads.{name}."),
     (r"multi_task_decoder\.preliminary_decoder\.(?P<name>\w+)\.(?P<layer>[01])\.conv\.",
@@ -35,7 +35,7 @@ RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
     (r"multi_task_decoder\.invpt\.redu_chan\.1\.(?P<index>\d)\.", "decoder.aggregate.reduce.0.{task}."),
     (r"multi_task_decoder\.invpt\.redu_chan\.2\.(?P<index>\d)\.", "decoder.aggregate.reduce.1.{task}."),
     (r"multi_task_decoder\.invpt\.mt_proj\.", "decoder.project."),
-))
+)
 
 # Layers that no output of the original depends on; our decoder has none of them.
 DEAD = re.compile(r"multi_task_decoder\.(scale_embed\.2|invpt\.norm_mt|invpt\.redu_chan\.0\.\d"
@@ -54,15 +54,7 @@ def is_dead(key: str) -> bool:
 
 def rename(key: str, tasks: Sequence[str]) -> str:
     """Our name of a key; a key that the original does not have stays as it is."""
-    for pattern, target in RENAMES:
-        if match := pattern.match(key):
-            parts = match.groupdict()
-            if "index" in parts:
-                if int(parts["index"]) >= len(tasks):
-                    return key
-                parts["task"] = tasks[int(parts["index"])]
-            return target.format(**parts) + key[match.end():]
-    return key
+    return rename_key(key, RENAMES, tasks)
 
 
 def convert(state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:

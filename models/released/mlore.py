@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from models.released.renaming import rename_table
+
 # Both modules of a tap; the second names are those of the code before its release.
 MODULE = r"backbone\.(?:(?P<first>MLoRE_1|q_generate)|MLoRE_2|feat_decode_increa)\.(?P<tap>\d+)\."
 TASK = r"(?P<task>[a-z_]+)\."
 
-# What a key begins with, and what that becomes; `{stage}` is that of MODULE.
-RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
+# `{stage}` is that of MODULE.
+RENAMES = rename_table(
     (MODULE + r"lora_list_1\.(?P<expert>\d+)\.", "decoder.{stage}.{tap}.experts."),
     (MODULE + r"conv1\." + TASK, "decoder.{stage}.{tap}.proj_in.{task}."),
     (MODULE + r"conv2\." + TASK, "decoder.{stage}.{tap}.own_expert.{task}."),
@@ -36,7 +38,7 @@ RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
     (r"heads\." + TASK + r"mt_proj\.0\.", "heads.{task}.conv."),
     (r"heads\." + TASK + r"mt_proj\.1\.", "heads.{task}.norm."),
     (r"heads\." + TASK + r"linear_pred\.", "heads.{task}.proj."),
-))
+)
 
 # The two convolutions of an expert.
 PAIR = {"W.weight": "down.weight", "W.bias": "down.bias", "M.weight": "up", "M.bias": "up_bias"}

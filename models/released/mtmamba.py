@@ -10,37 +10,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from models.backbones.swin import to_timm_layout
+from models.released.renaming import rename_table
 
 TASK, STAGE = r"(?P<task>[a-z_]+)", r"(?P<stage>\d)"
 
 # Pattern of a published prefix -> ours. In `block_3`, `in_proj.<task>` is the gate.
-PREFIXES = {
-    rf"expand_layers\.{TASK}_{STAGE}\.expand\.": r"decoder.stm.\g<stage>.expand.\g<task>.proj.",
-    rf"expand_layers\.{TASK}_{STAGE}\.norm\.": r"decoder.stm.\g<stage>.expand.\g<task>.norm.",
-    rf"concat_layers\.{TASK}_{STAGE}\.": r"decoder.stm.\g<stage>.fuse.\g<task>.",
-    rf"block_1\.{TASK}_{STAGE}\.": r"decoder.stm.\g<stage>.stm.\g<task>.0.",
-    rf"block_2\.{TASK}_{STAGE}\.": r"decoder.stm.\g<stage>.stm.\g<task>.1.",
-    rf"block_stm\.{TASK}_{STAGE}\.(?P<block>\d+)\.": r"decoder.stm.\g<stage>.stm.\g<task>.\g<block>.",
+PREFIXES = rename_table(
+    (rf"expand_layers\.{TASK}_{STAGE}\.expand\.", "decoder.stm.{stage}.expand.{task}.proj."),
+    (rf"expand_layers\.{TASK}_{STAGE}\.norm\.", "decoder.stm.{stage}.expand.{task}.norm."),
+    (rf"concat_layers\.{TASK}_{STAGE}\.", "decoder.stm.{stage}.fuse.{task}."),
+    (rf"block_1\.{TASK}_{STAGE}\.", "decoder.stm.{stage}.stm.{task}.0."),
+    (rf"block_2\.{TASK}_{STAGE}\.", "decoder.stm.{stage}.stm.{task}.1."),
+    (rf"block_stm\.{TASK}_{STAGE}\.(?P<block>\d+)\.", "decoder.stm.{stage}.stm.{task}.{block}."),
     # MTMamba's cross-task block
-    rf"block_3\.{STAGE}\.norm_share\.": r"decoder.ctm.\g<stage>.shared_norm.",
-    rf"block_3\.{STAGE}\.op_share\.": r"decoder.ctm.\g<stage>.shared.",
-    rf"block_3\.{STAGE}\.norm\.{TASK}\.": r"decoder.ctm.\g<stage>.norm.\g<task>.",
-    rf"block_3\.{STAGE}\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.ss2d.\g<task>.",
-    rf"block_3\.{STAGE}\.in_proj\.{TASK}\.": r"decoder.ctm.\g<stage>.gate.\g<task>.",
-    rf"block_3\.{STAGE}\.out_proj\.{TASK}\.": r"decoder.ctm.\g<stage>.out_proj.\g<task>.",
+    (rf"block_3\.{STAGE}\.norm_share\.", "decoder.ctm.{stage}.shared_norm."),
+    (rf"block_3\.{STAGE}\.op_share\.", "decoder.ctm.{stage}.shared."),
+    (rf"block_3\.{STAGE}\.norm\.{TASK}\.", "decoder.ctm.{stage}.norm.{task}."),
+    (rf"block_3\.{STAGE}\.op\.{TASK}\.", "decoder.ctm.{stage}.ss2d.{task}."),
+    (rf"block_3\.{STAGE}\.in_proj\.{TASK}\.", "decoder.ctm.{stage}.gate.{task}."),
+    (rf"block_3\.{STAGE}\.out_proj\.{TASK}\.", "decoder.ctm.{stage}.out_proj.{task}."),
     # MTMamba++'s
-    rf"block_ctm\.{STAGE}\.0\.norm_share\.": r"decoder.ctm.\g<stage>.shared.norm.",
-    rf"block_ctm\.{STAGE}\.0\.conv_share\.0\.": r"decoder.ctm.\g<stage>.shared.proj.",
-    rf"block_ctm\.{STAGE}\.0\.conv_share\.1\.": r"decoder.ctm.\g<stage>.shared.conv.",
-    rf"block_ctm\.{STAGE}\.0\.norm\.{TASK}\.": r"decoder.ctm.\g<stage>.norm.\g<task>.",
-    rf"block_ctm\.{STAGE}\.0\.op\.{TASK}\.": r"decoder.ctm.\g<stage>.ss2d.\g<task>.",
+    (rf"block_ctm\.{STAGE}\.0\.norm_share\.", "decoder.ctm.{stage}.shared.norm."),
+    (rf"block_ctm\.{STAGE}\.0\.conv_share\.0\.", "decoder.ctm.{stage}.shared.proj."),
+    (rf"block_ctm\.{STAGE}\.0\.conv_share\.1\.", "decoder.ctm.{stage}.shared.conv."),
+    (rf"block_ctm\.{STAGE}\.0\.norm\.{TASK}\.", "decoder.ctm.{stage}.norm.{task}."),
+    (rf"block_ctm\.{STAGE}\.0\.op\.{TASK}\.", "decoder.ctm.{stage}.ss2d.{task}."),
     # heads: MTMamba's, then MTMamba++'s
-    rf"final_expand\.{TASK}\.expand\.": r"heads.\g<task>.expand.proj.",
-    rf"final_expand\.{TASK}\.norm\.": r"heads.\g<task>.expand.norm.",
-    rf"final_expand\.{TASK}\.0\.": r"heads.\g<task>.conv.",
-    rf"final_expand\.{TASK}\.1\.": r"heads.\g<task>.norm.",
-    rf"final_project\.{TASK}\.": r"heads.\g<task>.proj.",
-}
+    (rf"final_expand\.{TASK}\.expand\.", "heads.{task}.expand.proj."),
+    (rf"final_expand\.{TASK}\.norm\.", "heads.{task}.expand.norm."),
+    (rf"final_expand\.{TASK}\.0\.", "heads.{task}.conv."),
+    (rf"final_expand\.{TASK}\.1\.", "heads.{task}.norm."),
+    (rf"final_project\.{TASK}\.", "heads.{task}.proj."),
+)
 
 # Names inside a Mamba block -> ours, at the end of a key.
 SS2D = {
@@ -78,12 +79,12 @@ def convert(state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tens
 
 def rename(key: str) -> str:
     """Our name of a decoder's or head's key."""
-    for pattern, prefix in PREFIXES.items():
-        if match := re.match(pattern, key):
+    for pattern, prefix in PREFIXES:
+        if match := pattern.match(key):
             rest = key[match.end():]
             if rest.startswith("op."):  # of a self-task block: those of cross-task blocks are in the prefix
                 rest, prefix = rest.removeprefix("op."), f"{prefix}ss2d."
-            return match.expand(prefix) + SS2D.get(rest, rest)
+            return prefix.format(**match.groupdict()) + SS2D.get(rest, rest)
     return key
 
 

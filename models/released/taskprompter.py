@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import Tensor
 
 from models.backbones.swin import DERIVED_BUFFERS
+from models.released.renaming import rename_table
 
 DETECTION = "3ddet"  # a task that this program does not have
 LEVEL = r"(?P<level>\d)\.(?P<name>\w+)\."
@@ -14,8 +15,7 @@ SWIN_BLOCK = r"backbone\.layers\.(?P<stage>\d)\.blocks\.(?P<block>\d+)\."
 MERGING = r"backbone\.layers\.(?P<stage>\d)\.downsample\."
 HEAD = r"heads\.(?P<name>\w+)\."
 
-# What a key begins with, and what that becomes.
-RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
+RENAMES = rename_table(
     (VIT_BLOCK + r"token_trans\.", "encoder.prompting.{block}.to_map."),
     (VIT_BLOCK + r"token_trans1\.", "encoder.prompting.{block}.to_prompts."),
     (SWIN_BLOCK + r"token_trans\.", "encoder.prompting.{stage}.{block}.to_chan."),
@@ -38,7 +38,7 @@ RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
     (HEAD + r"mt_proj\.3\.", "heads.{name}.refine."),
     (HEAD + r"mt_proj\.4\.", "heads.{name}.refine_norm."),
     (HEAD + r"linear_pred\.", "heads.{name}.proj."),
-))
+)
 
 
 def recognises(keys: Iterable[str]) -> bool:
