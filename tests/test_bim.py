@@ -574,5 +574,5 @@ def test_wrong_encoders_and_tasks_are_refused(tasks, widths, strides, message):
 def test_input_sides_must_be_multiples_of_32():
     feats = encoder_maps()
     feats[2] = feats[2][..., :-1]
-    with pytest.raises(ValueError, match="up-sampled map is 4x6, encoder map .* 4x5.*multiples of 32"):
+    with pytest.raises(ValueError, match="up-sampled map is 4x6, the encoder's 4x5.*multiples of 32"):
         small_decoder()(feats)

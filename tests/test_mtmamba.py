@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from models.blocks.coarse_to_fine import stage_rates
 from models.blocks.ss2d import CrossSS2D, GatedSS2D, PlainSS2D
 from models.blocks.stm import STMOptions
 from models.build import build_model, decoder_config
@@ -173,7 +174,7 @@ def test_recipes_are_the_published_ones(name, lr, decay, steps):
 
 def test_stochastic_depth_falls_from_the_first_branch_to_none():
     rates = [[0.2, 0.175, 0.15], [0.125, 0.1, 0.075], [0.05, 0.025, 0]]
-    for got, want in zip(STMOptions().stage_rates(), rates, strict=True):
+    for got, want in zip(stage_rates(STMOptions().drop_path_rate, STMOptions().stm_depth), rates, strict=True):
         assert got == pytest.approx(want, abs=1e-7)
     model = tiny_model("mtmamba_plus")
     stage = model.decoder.stm[0].stm["semseg"]

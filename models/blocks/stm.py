@@ -1,24 +1,21 @@
-"""What MTMamba and MTMamba++ have in common: each task's own part of a decoder stage, options, checks.
+"""What MTMamba and MTMamba++ have in common: all but the cross-task block and the head.
 
 Reference: Lin et al., "MTMamba: Enhancing Multi-Task Dense Scene Understanding by Mamba-Based Decoders",
 ECCV 2024.
 Axes: B batch, H W grid of the stage, C stage width. Maps are channels-last.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import ClassVar
 
-import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.blocks.checks import Options
+from models.blocks.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.ss2d import GatedSS2D
-
-STRIDES = (4, 8, 16, 32)
-REQUIRES = "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e"
 
 
 @dataclass
@@ -33,12 +30,6 @@ class STMOptions(Options):
     def __post_init__(self):
         self.require_counts("stm_depth", "d_state", "expand")
         self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
-
-    def stage_rates(self) -> list[list[float]]:
-        """Stochastic depth of a stage's branches, stage by stage: STM blocks, then the cross-task block."""
-        per_stage = self.stm_depth + 1
-        rates = torch.linspace(self.drop_path_rate, 0, 3 * per_stage, device="cpu").tolist()
-        return [rates[first:first + per_stage] for first in range(0, 3 * per_stage, per_stage)]
 
 
 class STMLayer(nn.Module):
@@ -73,24 +64,22 @@ class STMStage(nn.Module):
         refined = {}
         for task, feat in feats.items():
             fine = self.expand[task](feat)  # (B, H, W, C)
-            if fine.shape[:3] != skip.shape[:3]:
-                raise ValueError(f"up-sampled map is {fine.shape[1]}x{fine.shape[2]}, the encoder's "
-                                 f"{skip.shape[1]}x{skip.shape[2]}; image sides must be multiples of 32")
-            refined[task] = self.stm[task](self.fuse[task](torch.cat((fine, skip), dim=-1)))
+            refined[task] = self.stm[task](self.fuse[task](join(fine, skip)))
         return refined
 
 
-def per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
-    """One module with weights of its own for each task."""
-    return nn.ModuleDict({task: build() for task in tasks})
+class STMDecoder(CoarseToFineDecoder):
+    """In every stage each task's own blocks, then a cross-task block, whose channels are in the order of `tasks`."""
 
+    cross_task: ClassVar[type[nn.Module]]  # built from (tasks, channels, stochastic depth, config)
 
-def check_inputs(decoder: str, tasks: Sequence[str], in_channels: Sequence[int],
-                 strides: Sequence[int]) -> None:
-    """Raises ValueError when the encoder's maps are not `REQUIRES`, or when there is no task or one twice."""
-    widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(in_channels))
-    if tuple(strides) != STRIDES or len(in_channels) != len(STRIDES) or not widths_fit:
-        raise ValueError(f"decoder '{decoder}' needs {REQUIRES}, got widths {tuple(in_channels)} "
-                         f"and strides {tuple(strides)}")
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"decoder '{decoder}' needs one or more different tasks, got {tuple(tasks)}")
+    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int], config: STMOptions):
+        super().__init__(tasks, in_channels, strides)
+        self.stm, self.ctm = nn.ModuleList(), nn.ModuleList()  # one each per stage, coarse to fine
+        rates = stage_rates(config.drop_path_rate, config.stm_depth)
+        for channels, (*own, last) in zip(reversed(in_channels[:-1]), rates, strict=True):
+            self.stm.append(STMStage(tasks, channels, own, config.expand, config.d_state))
+            self.ctm.append(self.cross_task(tasks, channels, last, config))
+
+    def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+        return self.ctm[index](self.stm[index](feats, skip))

@@ -12,24 +12,20 @@ D = expand * C, N state size, R = ceil(C / 16) rank of the step size. Maps betwe
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.blocks.checks import Options
+from models.blocks.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
 from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
-from models.model import Decoder, DecoderOutput
 from models.ops import Route, ss2d_core
-
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclass
@@ -131,12 +127,12 @@ class BCFRBlock(nn.Module):
     def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: BIMConfig):
         super().__init__()
         width = config.expand * channels
-        self.norm = _per_task(tasks, lambda: nn.LayerNorm(channels))
-        self.in_proj = _per_task(tasks, lambda: nn.Linear(channels, 2 * width, bias=False))
-        self.conv = _per_task(tasks, lambda: nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))
+        self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
+        self.in_proj = per_task(tasks, lambda: nn.Linear(channels, 2 * width, bias=False))
+        self.conv = per_task(tasks, lambda: nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))
         self.scan = BIScan(width, math.ceil(channels / 16), config.d_state)
-        self.out_norm = _per_task(tasks, lambda: nn.LayerNorm(width))
-        self.out_proj = _per_task(tasks, lambda: nn.Linear(width, channels, bias=False))
+        self.out_norm = per_task(tasks, lambda: nn.LayerNorm(width))
+        self.out_proj = per_task(tasks, lambda: nn.Linear(width, channels, bias=False))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,9 +157,9 @@ class MFRStage(nn.Module):
         rates = list(rates)  # one per residual branch, in the order they run
         bcfr_rate = rates.pop(0 if config.order == "bcfr_first" else -1)
         self.interact_first = config.order == "bcfr_first"
-        self.expand = _per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
-        self.fuse = _per_task(tasks, lambda: nn.Linear(2 * channels, channels))
-        self.msst = _per_task(
+        self.expand = per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
+        self.fuse = per_task(tasks, lambda: nn.Linear(2 * channels, channels))
+        self.msst = per_task(
             tasks, lambda: nn.Sequential(*(MSSTLayer(channels, rate, config) for rate in rates)))
         self.bcfr = BCFRBlock(tasks, channels, bcfr_rate, config)
 
@@ -172,11 +168,7 @@ class MFRStage(nn.Module):
         fused = {}
         for task, feat in feats.items():
             fine = self.expand[task](feat)  # (B, H, W, C)
-            if fine.shape[:3] != skip.shape[:3]:
-                raise ValueError(
-                    f"BIM: up-sampled map is {fine.shape[1]}x{fine.shape[2]}, encoder map of that stage is "
-                    f"{skip.shape[1]}x{skip.shape[2]}; the input's sides must be multiples of 32")
-            fused[task] = self.fuse[task](torch.cat((fine, skip), dim=-1))
+            fused[task] = self.fuse[task](join(fine, skip))
         if self.interact_first:
             return self._refine(self.bcfr(fused))
         return self.bcfr(self._refine(fused))
@@ -185,7 +177,7 @@ class MFRStage(nn.Module):
         return {task: self.msst[task](feat) for task, feat in feats.items()}
 
 
-class BIMDecoder(Decoder):
+class BIMDecoder(CoarseToFineDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
     `tasks` fixes the task order of the scans. Raises ValueError when the encoder's maps do not fit.
@@ -193,39 +185,21 @@ class BIMDecoder(Decoder):
 
     Config = BIMConfig
     recomputed = (MSSTLayer, BCFRBlock)
-    requires = "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e"
-    stride = STRIDES[0]
+    name = "bim"
 
     def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int],
                  config: BIMConfig):
-        super().__init__()
-        widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(in_channels))
-        if tuple(strides) != STRIDES or len(in_channels) != len(STRIDES) or not widths_fit:
-            raise ValueError(f"decoder 'bim' needs {self.requires}, got widths {tuple(in_channels)} "
-                             f"and strides {tuple(strides)}")
-        if not tasks or len(set(tasks)) != len(tasks):
-            raise ValueError(f"decoder 'bim' needs one or more different tasks, got {tuple(tasks)}")
-        self.tasks, self.channels = tuple(tasks), in_channels[0]
-        per_stage = config.msst_depth + 1
-        rates = torch.linspace(config.drop_path_rate, 0, 3 * per_stage, device="cpu").tolist()
+        super().__init__(tasks, in_channels, strides)
+        rates = stage_rates(config.drop_path_rate, config.msst_depth)
         self.stages = nn.ModuleList(
-            MFRStage(tasks, width, rates[s * per_stage:(s + 1) * per_stage], config)
-            for s, width in enumerate(reversed(in_channels[:-1])))
+            MFRStage(tasks, width, rates[stage], config) for stage, width in enumerate(reversed(in_channels[:-1])))
 
-    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
-        *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
-        refined = dict.fromkeys(self.tasks, coarsest)  # every task starts from the same map
-        for stage, skip in zip(self.stages, reversed(skips), strict=True):
-            refined = stage(refined, skip)
-        return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
+    def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+        return self.stages[index](feats, skip)
 
     def make_head(self, num_outputs: int) -> PatchExpandHead:
         """The head that belongs to this decoder: Psi and P of the paper, up to full resolution."""
         return PatchExpandHead(self.channels, num_outputs)
-
-
-def _per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
-    return nn.ModuleDict({task: build() for task in tasks})
 
 
 def _convolve(conv: nn.Conv2d, feat: Tensor) -> Tensor:

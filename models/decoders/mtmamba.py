@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from models.blocks.coarse_to_fine import per_task
 from models.blocks.heads import PatchExpandHead
 from models.blocks.ss2d import PlainSS2D
-from models.blocks.stm import REQUIRES, STRIDES, STMLayer, STMOptions, STMStage, check_inputs, per_task
-from models.model import Decoder, DecoderOutput
+from models.blocks.stm import STMDecoder, STMLayer, STMOptions
 
 
 @dataclass
@@ -58,7 +57,7 @@ class CTMBlock(nn.Module):
         return out
 
 
-class MTMambaDecoder(Decoder):
+class MTMambaDecoder(STMDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
     `tasks` fixes the order of the shared channels. Raises ValueError when the encoder's maps do not fit.
@@ -66,25 +65,8 @@ class MTMambaDecoder(Decoder):
 
     Config = MTMambaConfig
     recomputed = (STMLayer, CTMBlock)
-    requires = REQUIRES
-    stride = STRIDES[0]
-
-    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int],
-                 config: MTMambaConfig):
-        super().__init__()
-        check_inputs("mtmamba", tasks, in_channels, strides)
-        self.tasks, self.channels = tuple(tasks), in_channels[0]
-        self.stm, self.ctm = nn.ModuleList(), nn.ModuleList()  # one each per stage, coarse to fine
-        for channels, rates in zip(reversed(in_channels[:-1]), config.stage_rates(), strict=True):
-            self.stm.append(STMStage(tasks, channels, rates[:-1], config.expand, config.d_state))
-            self.ctm.append(CTMBlock(tasks, channels, rates[-1], config))
-
-    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
-        *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
-        refined = dict.fromkeys(self.tasks, coarsest)  # every task starts from the same map
-        for stm, ctm, skip in zip(self.stm, self.ctm, reversed(skips), strict=True):
-            refined = ctm(stm(refined, skip))
-        return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
+    name = "mtmamba"
+    cross_task = CTMBlock
 
     def make_head(self, num_outputs: int) -> PatchExpandHead:
         """The paper's head: four-fold patch expansion to full resolution, then a linear layer per pixel."""

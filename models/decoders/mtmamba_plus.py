@@ -19,10 +19,10 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from models.blocks.coarse_to_fine import per_task
 from models.blocks.heads import LiteHead
 from models.blocks.ss2d import CrossSS2D
-from models.blocks.stm import REQUIRES, STRIDES, STMLayer, STMOptions, STMStage, check_inputs, per_task
-from models.model import Decoder, DecoderOutput
+from models.blocks.stm import STMDecoder, STMLayer, STMOptions
 
 
 @dataclass
@@ -67,7 +67,7 @@ class SCTMBlock(nn.Module):
                 for task, feat in feats.items()}
 
 
-class MTMambaPlusDecoder(Decoder):
+class MTMambaPlusDecoder(STMDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
     `tasks` fixes the order of the fused channels. Raises ValueError when the encoder's maps do not fit.
@@ -75,25 +75,13 @@ class MTMambaPlusDecoder(Decoder):
 
     Config = MTMambaPlusConfig
     recomputed = (STMLayer, SCTMBlock)
-    requires = REQUIRES
-    stride = STRIDES[0]
+    name = "mtmamba_plus"
+    cross_task = SCTMBlock
 
     def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int],
                  config: MTMambaPlusConfig):
-        super().__init__()
-        check_inputs("mtmamba_plus", tasks, in_channels, strides)
-        self.tasks, self.channels, self.head_channels = tuple(tasks), in_channels[0], config.head_channels
-        self.stm, self.ctm = nn.ModuleList(), nn.ModuleList()  # one each per stage, coarse to fine
-        for channels, rates in zip(reversed(in_channels[:-1]), config.stage_rates(), strict=True):
-            self.stm.append(STMStage(tasks, channels, rates[:-1], config.expand, config.d_state))
-            self.ctm.append(SCTMBlock(tasks, channels, rates[-1], config))
-
-    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
-        *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
-        refined = dict.fromkeys(self.tasks, coarsest)  # every task starts from the same map
-        for stm, ctm, skip in zip(self.stm, self.ctm, reversed(skips), strict=True):
-            refined = ctm(stm(refined, skip))
-        return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
+        super().__init__(tasks, in_channels, strides, config)
+        self.head_channels = config.head_channels
 
     def make_head(self, num_outputs: int) -> LiteHead:
         """The paper's head: one 3 x 3 convolution and a projection, at the decoder's resolution."""
