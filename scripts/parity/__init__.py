@@ -1,7 +1,7 @@
 """Comparison with published reference numbers: one module per kind of reference, all in the table below.
 
 A module offers `checks(folder)`, which recognises its files by their content and yields one `Check` per case.
-A new kind is a new module and a row.
+A new kind is a new module and a row. `base` and `models` hold what they share.
 """
 
 from scripts.parity import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+HALF_ULP = 2.0**-24                      # of float32, relative to the value
+SMALLEST = 2.0**-149                     # float32 above 0
 
 
 class NotCovered(Exception):
@@ -95,6 +98,10 @@ class Folder:
         needed = set(needed)
         return next((p for p, keys in self.arrays.items() if p.suffix == ".npz" and needed <= keys), None)
 
+    def beside(self, path: Path) -> dict[Path, frozenset[str]]:
+        """Files of arrays with the same name up to the first dot."""
+        return {p: keys for p, keys in self.arrays.items() if stem(p) == stem(path)}
+
     def records(self) -> Iterator[tuple[Path, dict]]:
         """Entries of the JSON files that are lists of named cases."""
         for path, content in self.tables.items():
@@ -121,6 +128,16 @@ class Npz:
         return iter(names)
 
 
+def stem(path: Path) -> str:
+    """The name up to the first dot, which the files of a case share."""
+    return path.name.partition(".")[0]
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that prefix."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 def _pair(got, want) -> tuple[np.ndarray, np.ndarray]:
     got, want = (x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (got, want))
     if got.shape != want.shape:
@@ -133,6 +150,15 @@ def absolute_error(got, want) -> float:
     got, want = _pair(got, want)
     both_nan = np.isnan(got) & np.isnan(want)
     return float(np.where(both_nan, 0.0, np.abs(got - want)).max(initial=0.0))
+
+
+def stored_error(got: Tensor, want: Tensor) -> float:
+    """Largest |got - want|; in float64 only what exceeds the rounding of `want` to the stored float32."""
+    error = absolute_error(got, want)
+    if got.dtype != torch.float64 or not error > 0:
+        return error
+    rounding = HALF_ULP * want.double().abs() + SMALLEST / 2
+    return ((got.detach() - want).abs() - rounding).clamp_min(0).max().item()
 
 
 def scaled_error(got, want) -> float:

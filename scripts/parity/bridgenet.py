@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from safetensors.torch import load_file
@@ -26,8 +25,19 @@ from losses import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel, resize
 from models.released.bridgenet import is_dead, recognises, rename
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
-from scripts.parity.invpt import stored_error
+from scripts.parity.base import (
+    Check,
+    Folder,
+    Measure,
+    NotCovered,
+    Options,
+    absolute_error,
+    below,
+    scaled_error,
+    stem,
+    stored_error,
+)
+from scripts.parity.models import Recorder, compare_keys, compare_norms, manifests
 from utils.checkpoint import load_model
 
 EVALUATED = 5e-5  # the stored float32 evaluation, whatever the arithmetic here
@@ -67,8 +77,7 @@ class Case:
 
     def arrays(self, kind: str, prefix: str = "") -> dict[str, Tensor]:
         """Arrays below a prefix, without it."""
-        return {key.removeprefix(prefix): value for key, value in load_file(self.files[kind]).items()
-                if key.startswith(prefix)}
+        return below(load_file(self.files[kind]), prefix)
 
     def image(self) -> Tensor:
         return self.arrays("io")["image"].to(self.dtype)
@@ -103,20 +112,17 @@ def checks(folder: Folder) -> Iterator[Check]:
     for path, config in folder.tables.items():
         if isinstance(config, dict) and {"pred_out_num_constant", "dilated_ratio", "backbone"} <= config.keys():
             yield from _case(folder, path, config)
-    for path, content in folder.tables.items():
-        for name, entry in (content.items() if isinstance(content, dict) else ()):
-            if isinstance(entry, dict) and isinstance(entry.get("keys"), dict) and recognises(entry["keys"]):
-                yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
-                            lambda options, entry=entry: _manifest(entry))
+    yield from manifests(
+        folder, lambda entry: isinstance(entry.get("keys"), dict) and recognises(entry["keys"]), _manifest)
 
 
 def _case(folder: Folder, path: Path, config: dict) -> Iterator[Check]:
-    name = path.name.partition(".")[0]
+    name = stem(path)
     tests = {"state": recognises, "io": lambda keys: "image" in keys, "train": lambda keys: "train.loss" in keys,
              "target": lambda keys: any(key.startswith("target.") for key in keys),
              "norms": recognises, "scores": lambda keys: {"losses", "metrics"} <= set(keys)}
     beside = {p: keys for p, keys in (folder.arrays | folder.tables).items()
-              if p.name.partition(".")[0] == name and not isinstance(keys, list)}
+              if stem(p) == name and not isinstance(keys, list)}
     files = {kind: p for kind, test in tests.items() for p, keys in beside.items()
              if (p.suffix == ".json") == (kind in ("norms", "scores")) and test(keys)}
     case = Case(config, files, {kind: folder.tables[p] for kind, p in files.items() if p in folder.tables})
@@ -155,15 +161,8 @@ def _inside(case: Case, options: Options) -> Iterator[Measure]:
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
     """Hooks a BridgeNet; after a forward pass the dict holds the features under the reference's names."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(module: torch.nn.Module, read: Callable[[tuple, object], dict[str, Tensor]]) -> None:
-        module.register_forward_hook(lambda _, inputs, output: seen.update(read(inputs, output)))
-
-    def output_of(module: torch.nn.Module, name: str) -> None:
-        keep(module, lambda _, output: {name: output})
-
-    decoder = model.decoder
+    seen, decoder = Recorder(), model.decoder
+    keep, output_of = seen.keep, seen.keep_output
     keep(model.encoder, lambda _, maps: {f"backbone.{i}": feat for i, feat in enumerate(maps)})
     output_of(decoder.lateral_fine, "scale_embed.1")
     output_of(decoder.lateral_middle, "scale_embed.2")
@@ -240,17 +239,8 @@ def _training(case: Case, options: Options) -> Iterator[Measure]:
 
 
 def _gradient_norms(case: Case, options: Options) -> Iterator[Measure]:
-    """Relative, of every parameter; one that is zero but for rounding is compared with the norm of all."""
-    model, norms = _backward(case)[0], case.tables["norms"]
-    got = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
-    want = {rename(key, case.tasks): norm for key, norm in norms.items() if norm is not None}
-    yield Measure("parameters only here or only there", len(got.keys() ^ want.keys()), 0.0)
-    unused = [key for key, norm in norms.items() if norm is None]
-    yield Measure("unused there but not left out here", sum(not is_dead(key) for key in unused), 0.0)
-    floor = options.pick(1e-6, 1e-3) * float(np.linalg.norm(list(want.values())))
-    for name in got.keys() & want.keys():
-        error = abs(got[name] - want[name]) / max(want[name], floor)
-        yield Measure(f"|grad {name}|", error, options.pick(EXACT, GRADIENT))
+    yield from compare_norms(_backward(case)[0], case.tables["norms"], lambda key: rename(key, case.tasks), is_dead,
+                             options.pick(EXACT, GRADIENT), options)
 
 
 GROUPS: dict[str, tuple[Callable[[Case, Options], Iterator[Measure]], frozenset[str]]] = {
@@ -275,12 +265,10 @@ def full_size(entry: dict) -> MultiTaskModel:
 
 def _manifest(entry: dict) -> Iterator[Measure]:
     model, tasks = full_size(entry), tuple(entry["tasks"])
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
     published = {key: shape for key, shape in entry["keys"].items() if not is_dead(key)}
     renamed = {rename(key, tasks): shape for key, shape in published.items()}
     yield Measure("keys that fall together", len(published) - len(renamed), 0.0)
-    yield Measure("keys only here or only there", len(own.keys() ^ renamed.keys()), 0.0)
-    yield Measure("other shapes", sum(own[key] != renamed[key] for key in own.keys() & renamed.keys()), 0.0)
+    yield from compare_keys(model, renamed)
     dead = sum(math.prod(shape) for key, shape in entry["keys"].items() if is_dead(key))
     yield Measure("parameters without effect", abs(dead - entry["params_unused"]), 0.0)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}

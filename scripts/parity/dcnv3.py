@@ -7,7 +7,7 @@ of the stored value's last place on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from models.backbones import build_backbone
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
 from models.ops import Kernel, dcnv3
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error
-from scripts.parity.invpt import stored_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, stored_error
 
 EXACT, OUTPUT, GRADIENT = 1e-9, 2e-5, 5e-5  # float64; float32, where gradients are relative to their largest entry
 
@@ -43,10 +42,6 @@ def _arrays(case: str, path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as content:
         return {key.removeprefix(f"{case}."): content.get_tensor(key) for key in content.keys()  # noqa: SIM118
                 if key.startswith(f"{case}.")}
-
-
-def _below(data: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
 
 
 def _leaf(value: Tensor, options: Options) -> Tensor:
@@ -83,8 +78,8 @@ def _on_module(build: Callable[[dict], nn.Module], case: str, c: dict, path: Pat
     data = _arrays(case, path)
     module = build(c)
     prefix = "" if isinstance(module, InternImageBlock) else "dcn."  # its name in a block
-    ours = {key: to_own_layout(f"{prefix}{key}").removeprefix(prefix) for key in _below(data, "state.")}
-    module.load_state_dict({ours[key]: value for key, value in _below(data, "state.").items()})
+    ours = {key: to_own_layout(f"{prefix}{key}").removeprefix(prefix) for key in below(data, "state.")}
+    module.load_state_dict({ours[key]: value for key, value in below(data, "state.").items()})
     module.to(options.device, options.dtype)
     image = _leaf(data["input"], options)
     out = module(image)
@@ -92,7 +87,7 @@ def _on_module(build: Callable[[dict], nn.Module], case: str, c: dict, path: Pat
     out.backward(data["grad_output"].to(out))
     yield _gradient("grad_input", image.grad, data["grad_input"], options)
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    for key, want in _below(data, "grad.").items():
+    for key, want in below(data, "grad.").items():
         yield _gradient(f"grad.{key}", gradients[ours[key]], want, options)
 
 
@@ -116,7 +111,7 @@ def _backbone(case: str, c: dict, path: Path, options: Options) -> Iterator[Meas
     names = ("depths", "groups", "offset_scale", "post_norm", "layer_scale", "mlp_ratio", "drop_path_rate")
     backbone = build_backbone("internimage", c["input_shape"][-2:], embed_dim=c["channels"],
                               **{name: c[name] for name in names})
-    backbone.load_state_dict(backbone.convert_state_dict(_below(data, "state.")))
+    backbone.load_state_dict(backbone.convert_state_dict(below(data, "state.")))
     backbone.to(options.device, options.dtype)
     image = _leaf(data["input"], options)
     maps = backbone(image)
@@ -125,7 +120,7 @@ def _backbone(case: str, c: dict, path: Path, options: Options) -> Iterator[Meas
     sum((feat * data[f"R{index}"].to(feat)).mean() for index, feat in enumerate(maps)).backward()
     yield _gradient("grad_input", image.grad, data["grad_input"], options)
     gradients = {name: parameter.grad for name, parameter in backbone.named_parameters()}
-    for key, want in _below(data, "grad.").items():
+    for key, want in below(data, "grad.").items():
         yield _gradient(f"grad.{key}", gradients[to_own_layout(key)], want, options)
 
 

@@ -22,7 +22,8 @@ from models.build import build_model
 from models.model import MultiTaskModel
 from models.released import RELEASED, recognise
 from models.released.demt import ORDER, convert, is_dead, recognises, recognises_baseline
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, scaled_error, stem
+from scripts.parity.models import Recorder, compare_keys, manifests
 from utils.checkpoint import load_model
 
 HEADS = {"DemtHead": "demt", "FCNHead": "fcn"}
@@ -62,8 +63,7 @@ class Case:
 
     def reference(self, prefix: str) -> dict[str, Tensor]:
         """Arrays below a prefix, without it."""
-        return {key.removeprefix(prefix): value for key, value in load_file(self.arrays).items()
-                if key.startswith(prefix)}
+        return below(load_file(self.arrays), prefix)
 
     def image(self) -> Tensor:
         return load_file(self.arrays)["image"].to(self.dtype)
@@ -89,7 +89,7 @@ def _backbone(entry: dict) -> tuple[str, dict]:
 
 def checks(folder: Folder) -> Iterator[Check]:
     yield from _cases(folder)
-    yield from _manifests(folder)
+    yield from manifests(folder, lambda entry: entry.get("head") in HEADS and "keys" in entry, _manifest)
 
 
 def _cases(folder: Folder) -> Iterator[Check]:
@@ -97,15 +97,14 @@ def _cases(folder: Folder) -> Iterator[Check]:
         head = config.get("head") if isinstance(config, dict) else None
         if not (isinstance(head, dict) and head.get("name") in HEADS and "backbone" in config):
             continue
-        name = path.name.partition(".")[0]
-        arrays = {p: keys for p, keys in folder.arrays.items() if p.name.partition(".")[0] == name}
+        arrays = folder.beside(path)
         state = next((p for p, keys in arrays.items() if recognises(keys) or recognises_baseline(keys)), None)
         io = next((p for p, keys in arrays.items() if "image" in keys), None)
         if state is None or io is None:
             continue
         for group, (run, prefix) in GROUPS.items():
             if any(key.startswith(prefix) for key in arrays[io]):
-                yield Check(f"{name}/{group}", frozenset({path, state, io}),
+                yield Check(f"{stem(path)}/{group}", frozenset({path, state, io}),
                             lambda options, c=(config, state, io), run=run: run(Case(*c, options.dtype), options))
 
 
@@ -145,11 +144,8 @@ def _inside(case: Case, options: Options) -> Iterator[Measure]:
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
     """Hooks a DeMT or a baseline; after a forward pass the dict holds the features under the reference's names."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(module: torch.nn.Module, read: Callable[[tuple, object], dict[str, Tensor]]) -> None:
-        module.register_forward_hook(lambda _, inputs, output: seen.update(read(inputs, output)))
-
+    seen = Recorder()
+    keep = seen.keep
     keep(model.encoder, lambda _, maps: {f"feat{index}": feat for index, feat in enumerate(maps)})
     for task, head in model.heads.items():
         keep(head, lambda inputs, out, task=task: {f"bottleneck_out.{task}": inputs[0], f"lowres.{task}": out})
@@ -212,15 +208,6 @@ GROUPS: dict[str, tuple[Callable[[Case, Options], Iterator[Measure]], str]] = {
     "training": (_training, "train."), "training, each image alone": (_training_per_sample, "trainps.")}
 
 
-def _manifests(folder: Folder) -> Iterator[Check]:
-    """Full-size models, key by key: {name: {"head": .., "keys": {key: shape}, ..}}."""
-    for path, content in folder.tables.items():
-        for name, entry in (content.items() if isinstance(content, dict) else ()):
-            if isinstance(entry, dict) and entry.get("head") in HEADS and "keys" in entry:
-                yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
-                            lambda options, entry=entry: _manifest(entry))
-
-
 def full_size(entry: dict) -> MultiTaskModel:
     """The model of a manifest's entry, without memory."""
     if entry["backbone"] not in SIZES:
@@ -235,12 +222,10 @@ def full_size(entry: dict) -> MultiTaskModel:
 
 def _manifest(entry: dict) -> Iterator[Measure]:
     model = full_size(entry)
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
     published = {key: torch.empty(shape, device="meta") for key, shape in entry["keys"].items()}
     ours = RELEASED[recognise(published)].convert(published, tuple(entry["tasks"]))
-    renamed = {key: list(value.shape) for key, value in ours.items()}
-    yield Measure("keys only here or only there", len(own.keys() ^ renamed.keys()), 0.0)
-    yield Measure("other shapes", sum(own[key] != renamed[key] for key in own.keys() & renamed.keys()), 0.0)
+    renamed = {key: value.shape for key, value in ours.items()}
+    yield from compare_keys(model, renamed)
     derived = sum(is_dead(key) or key.endswith("relative_position_index") for key in published)
     added = len(renamed.keys() & {ORDER})
     yield Measure("keys that fall together", len(published) - derived + added - len(renamed), 0.0)

@@ -17,7 +17,18 @@ from data.tasks import TASKS, TaskContext
 from evaluation import DepthMeter
 from evaluation.saliency import THRESHOLDS
 from losses import MultiTaskLoss
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, entry_error, scaled_error
+from scripts.parity.base import (
+    Check,
+    Folder,
+    Measure,
+    NotCovered,
+    Options,
+    absolute_error,
+    below,
+    entry_error,
+    scaled_error,
+    stem,
+)
 
 WEIGHTS = {"semseg": 1, "human_parts": 2, "sal": 5, "normals": 10, "depth": 1, "edge": 50}
 SCORES = {"semseg": "mIoU", "human_parts": "mIoU", "depth": "rmse", "normals": "mean", "sal": "maxF_exact"}
@@ -25,8 +36,8 @@ SCORES = {"semseg": "mIoU", "human_parts": "mIoU", "depth": "rmse", "normals": "
 
 def checks(folder: Folder) -> Iterator[Check]:
     for path, keys in folder.arrays.items():
-        name = path.name.partition(".")[0]
-        tables = (p for p in folder.tables if p.name.partition(".")[0] == name)
+        name = stem(path)
+        tables = (p for p in folder.tables if stem(p) == name)
         table = next((p for p in tables if "edge_pos_weight" in folder.tables[p]), None)
         if table is None or not any(".loss_unweighted." in key for key in keys):
             continue
@@ -40,8 +51,7 @@ def checks(folder: Folder) -> Iterator[Check]:
 
 
 def _losses(path: Path, data_set: str, edge_w: float, options: Options) -> Iterator[Measure]:
-    data = {key.removeprefix(f"{data_set}."): value for key, value in load_file(path).items()
-            if key.startswith(f"{data_set}.")}
+    data = below(load_file(path), f"{data_set}.")
     tasks = [task for task in TASKS if f"pred.{task}" in data]
     preds = {task: data[f"pred.{task}"].to(options.dtype).requires_grad_() for task in tasks}
     contexts = {task: TaskContext(preds[task].shape[1], edge_w=edge_w) for task in tasks}
@@ -61,8 +71,7 @@ def _score(path: Path, metric: str, options: Options) -> Iterator[Measure]:
     task = next((name for name in SCORES if metric.startswith(name)), None)
     if task is None:
         raise NotCovered("not a score of this program")
-    data = {key.removeprefix(f"metric.{metric}."): value for key, value in load_file(path).items()
-            if key.startswith(f"metric.{metric}.")}
+    data = below(load_file(path), f"metric.{metric}.")
     # The published depth score ignores 0 where the data pipeline marks 255.
     meter = DepthMeter(0.0) if task == "depth" else TASKS[task].meter(TaskContext(data["pred0"].shape[1]))
     for number in range(sum(key.startswith("pred") for key in data)):

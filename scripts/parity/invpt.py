@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from einops import rearrange
 from safetensors.torch import load_file
@@ -25,12 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.build import build_model
 from models.model import MultiTaskModel, Predictions
 from models.released.invpt import is_dead, recognises, rename
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, below, stem, stored_error
+from scripts.parity.models import Recorder, compare_keys, compare_norms, manifests
 from utils.checkpoint import load_model
 
 NO_EFFECT = "no output depends on it, and it is not computed here"
-HALF_ULP = 2.0**-24                      # of float32, relative to the value
-SMALLEST = 2.0**-149                     # float32 above 0
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ class Case:
 
     def reference(self, prefix: str) -> dict[str, Tensor]:
         """Arrays below a prefix, without it."""
-        return {key.removeprefix(prefix): value for key, value in load_file(self.arrays).items()
-                if key.startswith(prefix)}
+        return below(load_file(self.arrays), prefix)
 
     def image(self) -> Tensor:
         return load_file(self.arrays)["image"].to(self.dtype)
@@ -97,7 +94,7 @@ class Case:
 
 def checks(folder: Folder) -> Iterator[Check]:
     yield from cases(folder, Case, GROUPS)
-    yield from manifests(folder, recognises, _manifest)
+    yield from manifests(folder, lambda entry: recognises(entry.get("state_dict", ())), _manifest)
 
 
 def cases(folder: Folder, kind: type[Case], groups: dict[str, Callable]) -> Iterator[Check]:
@@ -106,9 +103,8 @@ def cases(folder: Folder, kind: type[Case], groups: dict[str, Callable]) -> Iter
     for path, config in folder.tables.items():
         if not (isinstance(config, dict) and config.get("model") == kind.family and "backbone" in config):
             continue
-        name = path.name.partition(".")[0]
-        arrays = {p: keys for p, keys in folder.arrays.items() if p.name.partition(".")[0] == name}
-        tables = {p: keys for p, keys in folder.tables.items() if p.name.partition(".")[0] == name}
+        name, arrays = stem(path), folder.beside(path)
+        tables = {p: keys for p, keys in folder.tables.items() if stem(p) == name}
         state = next((p for p, keys in arrays.items() if recognises(keys)), None)
         io = next((p for p, keys in arrays.items() if "image" in keys), None)
         norms = next((p for p, keys in tables.items() if isinstance(keys, dict) and recognises(keys)), path)
@@ -119,15 +115,6 @@ def cases(folder: Folder, kind: type[Case], groups: dict[str, Callable]) -> Iter
                 yield Check(f"{name}/{group}", frozenset({path, state, io, norms}),
                             lambda options, c=(config, state, io, tables[norms]), run=run:
                             run(kind(*c, options.dtype), options))
-
-
-def stored_error(got: Tensor, want: Tensor) -> float:
-    """Largest |got - want|; in float64 only what exceeds the rounding of `want` to the stored float32."""
-    error = absolute_error(got, want)
-    if got.dtype != torch.float64 or not error > 0:
-        return error
-    rounding = HALF_ULP * want.double().abs() + SMALLEST / 2
-    return ((got.detach() - want).abs() - rounding).clamp_min(0).max().item()
 
 
 def _value(case: Case, name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
@@ -166,10 +153,8 @@ def inside(case: Case, options: Options) -> Iterator[Measure]:
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
     """Hooks an InvPT; after a forward pass the dict holds the features under the reference's names."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(module: torch.nn.Module, read: Callable[[tuple, object], dict[str, Tensor]]) -> None:
-        module.register_forward_hook(lambda _, inputs, output: seen.update(read(inputs, output)))
+    seen = Recorder()
+    keep = seen.keep
 
     def tokens(feat: Tensor) -> Tensor:
         return rearrange(feat, "b c h w -> b (h w) c")
@@ -225,33 +210,14 @@ def training(case: Case, options: Options) -> Iterator[Measure]:
 
 
 def gradient_norms(case: Case, options: Options) -> Iterator[Measure]:
-    """Relative, of every parameter; one that is zero but for rounding is compared with the norm of all."""
-    model = _backward(case)[0]
-    got = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
-    want = {case.rename(key): norm for key, norm in case.gradients.items()
-            if norm is not None and not case.is_dead(key)}
-    yield Measure("parameters only here or only there", len(got.keys() ^ want.keys()), 0.0)
-    unused = [key for key, norm in case.gradients.items() if norm is None]
-    yield Measure("unused there but not left out here", sum(not case.is_dead(key) for key in unused), 0.0)
-    floor = options.pick(1e-6, 1e-3) * float(np.linalg.norm(list(want.values())))
-    for name in got.keys() & want.keys():
-        error = abs(got[name] - want[name]) / max(want[name], floor)
-        yield Measure(f"|grad {name}|", error, options.pick(1e-9, 1e-3))
+    yield from compare_norms(_backward(case)[0], case.gradients, case.rename, case.is_dead, options.pick(1e-9, 1e-3),
+                             options)
 
 
 GROUPS: dict[str, Callable[[Case, Options], Iterator[Measure]]] = {
     "outputs": outputs, "preliminary predictions": _intermediate, "features inside": inside,
     "training": training, "gradient norms": gradient_norms,
 }
-
-
-def manifests(folder: Folder, recognises: Callable, run: Callable[[dict], Iterator[Measure]]) -> Iterator[Check]:
-    """Full-size models, key by key: {name: {"state_dict": {key: shape}, ..}}."""
-    for path, content in folder.tables.items():
-        for name, entry in (content.items() if isinstance(content, dict) else ()):
-            if isinstance(entry, dict) and recognises(entry.get("state_dict", ())):
-                yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
-                            lambda options, entry=entry: run(entry))
 
 
 def full_size(entry: dict) -> MultiTaskModel:
@@ -271,12 +237,10 @@ def full_size(entry: dict) -> MultiTaskModel:
 
 def _manifest(entry: dict) -> Iterator[Measure]:
     model = full_size(entry)
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
     published = {key: shape for key, shape in entry["state_dict"].items() if not is_dead(key)}
     renamed = {rename(key, entry["tasks"]): shape for key, shape in published.items()}
     yield Measure("keys that fall together", len(published) - len(renamed), 0.0)
-    yield Measure("keys only here or only there", len(own.keys() ^ renamed.keys()), 0.0)
-    yield Measure("other shapes", sum(own[key] != renamed[key] for key in own.keys() & renamed.keys()), 0.0)
+    yield from compare_keys(model, renamed)
     dead = sum(math.prod(shape) for key, shape in entry["state_dict"].items() if is_dead(key))
     count = sum(parameter.numel() for parameter in model.parameters())
     yield Measure("parameters", abs(count + dead - entry["total_parameters"]), 0.0)

@@ -24,8 +24,9 @@ from losses.schemes import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel, Predictions
 from models.released.mlore import is_dead, locate, recognises, reshaped
-from scripts.parity.base import Check, Folder, Measure, Options, scaled_error
+from scripts.parity.base import Check, Folder, Measure, Options, below, scaled_error, stem
 from scripts.parity.mlore_inside import record_inside
+from scripts.parity.models import compare_keys, manifests
 from utils.checkpoint import convert_released, load_model
 
 OPTIONS = ("final_embed_dim", "rank_list", "topk", "spe_rank", "pre_softmax")
@@ -55,8 +56,7 @@ class Case:
 
     def reference(self, prefix: str) -> dict[str, Tensor]:
         """Arrays below a prefix, without it."""
-        return {key.removeprefix(prefix): value for tensors in self.arrays for key, value in tensors.items()
-                if key.startswith(prefix)}
+        return {key: value for tensors in self.arrays for key, value in below(tensors, prefix).items()}
 
     def image(self) -> Tensor:
         return self.reference("input")[""].to(self.dtype)
@@ -75,22 +75,17 @@ def checks(folder: Folder) -> Iterator[Check]:
     for path, config in folder.tables.items():
         if isinstance(config, dict) and "tasks" in config and config.keys() >= set(OPTIONS):
             yield from _case(folder, path, config)
-        elif isinstance(config, dict):
-            for name, entry in config.items():
-                if isinstance(entry, dict) and recognises(entry.get("state_dict", ())):
-                    yield Check(f"{path.name.partition('.')[0]}/{name}", frozenset({path}),
-                                lambda options, entry=entry: _manifest(entry))
+    yield from manifests(folder, lambda entry: recognises(entry.get("state_dict", ())), _manifest)
 
 
 def _case(folder: Folder, path: Path, config: dict) -> Iterator[Check]:
-    name = path.name.partition(".")[0]
-    arrays = {p: keys for p, keys in folder.arrays.items() if p.name.partition(".")[0] == name}
+    arrays = folder.beside(path)
     if not any(recognises(keys) for keys in arrays.values()):
         return
     stored = frozenset(key for keys in arrays.values() for key in keys)
     for group, (prefix, run) in GROUPS.items():
         if any(key.startswith(prefix) for key in stored):
-            yield Check(f"{name}/{group}", frozenset({path, *arrays}),
+            yield Check(f"{stem(path)}/{group}", frozenset({path, *arrays}),
                         lambda options, run=run, prefix=prefix:
                         run(Case(config, tuple(arrays), options.dtype), options, prefix))
 
@@ -271,9 +266,7 @@ def _manifest(entry: dict) -> Iterator[Measure]:
     model = full_size(entry)
     shapes = entry["state_dict"]
     converted, dead = convert_released({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
-    own = model.state_dict()
-    yield Measure("keys only here or only there", len(own.keys() ^ converted.keys()), 0.0)
-    yield Measure("other shapes", sum(own[key].shape != converted[key].shape for key in own.keys() & converted), 0.0)
+    yield from compare_keys(model, {key: value.shape for key, value in converted.items()})
     unused = {key for key in shapes if is_dead(key)}
     yield Measure("keys without effect that are not named as such", len(unused ^ set(dead)), 0.0)
     left_out = sum(math.prod(shapes[key]) for key in unused if "running" not in key and "num_batches" not in key)

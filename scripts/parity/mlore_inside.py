@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from models.model import MultiTaskModel, resize
+from scripts.parity.models import Recorder
 
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
     """Hooks an MLoRE; after a forward pass the dict holds the features under the reference's names."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(module: nn.Module, read: Callable[[tuple, object], dict[str, Tensor]]) -> None:
-        module.register_forward_hook(lambda _, inputs, output: seen.update(read(inputs, output)))
-
-    def keep_output(module: nn.Module, name: str) -> None:
-        keep(module, lambda _, output: {name: output})
-
+    seen = Recorder()
+    keep, keep_output = seen.keep, seen.keep_output
     encoder, decoder = model.encoder, model.decoder
     keep_output(encoder.patch_embed, "tokens.patch")
     keep(encoder.blocks[0], lambda inputs, _: {"tokens.pos": inputs[0]})
@@ -29,7 +22,7 @@ def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
         keep_output(proj, f"fea_fuse.{tap}")
     for stage, modules in (("MLoRE_1", decoder.first), ("MLoRE_2", decoder.second)):
         for tap, module in enumerate(modules):
-            _record_module(module, f"{stage}.{tap}", keep, keep_output)
+            _record_module(module, f"{stage}.{tap}", seen)
     for task, head in model.heads.items():
         keep_output(decoder.mix[task], f"task_mask.{task}.logits")
         keep(head, lambda inputs, out, task=task: {f"head_quarter.{task}": out,
@@ -37,7 +30,8 @@ def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
     return seen
 
 
-def _record_module(module: nn.Module, name: str, keep: Callable, keep_output: Callable) -> None:
+def _record_module(module: nn.Module, name: str, seen: Recorder) -> None:
+    keep, keep_output = seen.keep, seen.keep_output
     keep(module, lambda _, out: {f"{name}.{task}.out": feat for task, feat in out[0].items()})
     keep(module, lambda _, out: {f"{name}.{task}.gate": gate for task, gate in out[1].items()})
     for task, router in module.router.items():

@@ -25,7 +25,7 @@ from losses.schemes import SCHEMES
 from models.build import build_model
 from models.ops import count_scan_flops, selective_scan, set_scan_backend
 from models.released.mtmamba import convert, recognises
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, scaled_error, stem
 from utils.checkpoint import compare_states, load_model
 from utils.config import load_config
 from utils.setup import model_from_config
@@ -43,7 +43,7 @@ def checks(folder: Folder) -> Iterator[Check]:
             continue
         if content.keys() >= SIZES and (case := _case(folder, table, content)):
             for name, part in PARTS.items():
-                yield Check(f"{_stem(table)}/{name}", case.files, partial(_on_model, case, part))
+                yield Check(f"{stem(table)}/{name}", case.files, partial(_on_model, case, part))
         for name, entry in content.items():
             is_manifest = isinstance(entry, dict) and {"config_file", "state_dict"} <= entry.keys()
             if is_manifest and recognises(entry["state_dict"]):
@@ -51,10 +51,6 @@ def checks(folder: Folder) -> Iterator[Check]:
     for path, keys in folder.arrays.items():
         if "loss.total" in keys and any(key.startswith("grad_total.pred.") for key in keys):
             yield Check(path.stem, frozenset({path}), lambda options, path=path: _losses(path, options))
-
-
-def _stem(path: Path) -> str:
-    return path.name.split(".")[0]
 
 
 # ------------------------------------------------------------ models
@@ -83,12 +79,11 @@ class Case:
 
     def ours(self, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """The tensors with this prefix, under our names and in our layout."""
-        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        return convert(part, self.sizes["tasks"])
+        return convert(below(tensors, prefix), self.sizes["tasks"])
 
 
 def _case(folder: Folder, table: Path, sizes: dict) -> Case | None:
-    beside = {path: keys for path, keys in folder.arrays.items() if _stem(path) == _stem(table)}
+    beside = folder.beside(table)
     state = next((path for path, keys in beside.items() if recognises(keys)), None)
     wanted = {"image", *(f"eval.out.{task}" for task in sizes["tasks"])}
     values = next((path for path, keys in beside.items() if keys >= wanted), None)
@@ -161,8 +156,7 @@ def _inside(case: Case, model: nn.Module, want: dict, options: Options) -> Itera
             continue
         got = seen[place].flatten(1, 2) if value.ndim == 3 else seen[place]  # tokens are (B, H W, C)
         yield Measure(point, absolute_error(got, value), OUTPUT)
-    scan = {key.removeprefix("eval.scan0."): value.to(options.dtype) for key, value in want.items()
-            if key.startswith("eval.scan0.")}
+    scan = {key: value.to(options.dtype) for key, value in below(want, "eval.scan0.").items()}
     if scan:
         y = scan.pop("y")
         yield Measure("scan0.y", absolute_error(selective_scan(**scan, delta_softplus=True), y), FEATURE)

@@ -19,7 +19,8 @@ from models.build import build_model
 from models.model import MultiTaskModel
 from models.released.taskprompter import DETECTION, dead_keys, recognises, rename
 from scripts.parity.base import Check, Folder, Measure, NotCovered
-from scripts.parity.invpt import NO_EFFECT, Case, cases, gradient_norms, inside, manifests, outputs, training
+from scripts.parity.invpt import NO_EFFECT, Case, cases, gradient_norms, inside, outputs, training
+from scripts.parity.models import compare_keys, manifests
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *DERIVED_BUFFERS)
 GROUPS = {"outputs": outputs, "features inside": inside, "training": training, "gradient norms": gradient_norms}
@@ -67,7 +68,7 @@ class TaskPrompterCase(Case):
 
 def checks(folder: Folder) -> Iterator[Check]:
     yield from cases(folder, TaskPrompterCase, GROUPS)
-    yield from manifests(folder, recognises, _manifest)
+    yield from manifests(folder, lambda entry: recognises(entry.get("state_dict", ())), _manifest)
 
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
@@ -171,11 +172,9 @@ def _swin_sizes(shapes: dict) -> dict:
 
 def _manifest(entry: dict) -> Iterator[Measure]:
     model, dead = full_size(entry), dead_keys(entry["state_dict"])
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
     renamed = {rename(key): shape for key, shape in entry["state_dict"].items() if key not in dead}
     yield Measure("keys that fall together", len(entry["state_dict"]) - len(dead) - len(renamed), 0.0)
-    yield Measure("keys only here or only there", len(own.keys() ^ renamed.keys()), 0.0)
-    yield Measure("other shapes", sum(own[key] != renamed[key] for key in own.keys() & renamed.keys()), 0.0)
+    yield from compare_keys(model, renamed)
     lost = sum(math.prod(entry["state_dict"][key]) for key in dead if not key.endswith(BUFFERS))
     count = sum(parameter.numel() for parameter in model.parameters())
     yield Measure("parameters", abs(count + lost - entry["total_parameters"]), 0.0)
