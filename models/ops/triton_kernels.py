@@ -64,7 +64,7 @@ def load_step(delta, bias, offset, inside, dtype: tl.constexpr, SOFTPLUS: tl.con
     return tl.where(inside, step, 0.0), slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def span_ends(u, delta, A, B, bias, routes, ends, step_sums, grad_y, u_b, u_t, u_k, d_b, d_t, d_k, m_b, m_t, m_k, g_b,
               g_t, g_k, tokens, groups, channels, states, span, SOFTPLUS: tl.constexpr, BACK: tl.constexpr,
               N: tl.constexpr, E: tl.constexpr):
@@ -104,7 +104,7 @@ def span_ends(u, delta, A, B, bias, routes, ends, step_sums, grad_y, u_b, u_t, u
     tl.store(step_sums + chain * channels + e, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def join_spans(A, ends, step_sums, initial, spans, groups, channels, states, BACK: tl.constexpr, N: tl.constexpr,
                E: tl.constexpr):
     """Replaces what `span_ends` found by what enters each span: span after span, or with BACK from the last one."""
@@ -125,7 +125,7 @@ def join_spans(A, ends, step_sums, initial, spans, groups, channels, states, BAC
         state = tl.exp2(a * total[None, :]) * state + local
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span", "first_group"])
 def walk_forward(u, delta, A, B, C, D, bias, routes, starts, y, entries, last_state, u_b, u_t, u_k, d_b, d_t, d_k, B_b,
                  B_t, B_k, C_b, C_t, C_k, y_b, y_t, y_k, tokens, groups, channels, states, span, first_group,
                  launched_groups, SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr,
@@ -166,7 +166,7 @@ def walk_forward(u, delta, A, B, C, D, bias, routes, starts, y, entries, last_st
         tl.store(last_state + chain * states * channels + tile, state, both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span", "first_group"])
 def walk_backward(u, delta, A, B, C, D, bias, routes, entries, exits, grad_y, grad_u, grad_delta, grad_maps, grad_A,
                   grad_D, grad_bias, scratch, u_b, u_t, u_k, d_b, d_t, d_k, B_b, B_t, B_k, C_b, C_t, C_k, g_b, g_t, g_k,
                   gu_b, gu_t, gu_k, gd_b, gd_t, gd_k, tokens, groups, channels, states, span, first_group,
