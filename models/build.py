@@ -64,7 +64,7 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     if head not in ("default", *decoder_class.head_names):
         raise ValueError(f"head '{head}' is not available for model '{name}'; leave `head` out for the decoder's own")
     options = dict(model_kwargs or {})
-    if head != "default" and hasattr(decoder_class.Config, "head"):  # a decoder with several heads
+    if head != "default" and "head" in _options(decoder_class):  # a decoder with several heads
         options["head"] = head
     config = decoder_config(name, options)
     preferred = default_options(backbone, decoder_class.backbone_options)
@@ -128,8 +128,7 @@ def resolve_name(name: str, backbone: str, options: Mapping[str, Any]) -> str:
 
 def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
     """The decoder's config dataclass from the experiment file's `model_kwargs`; unknown options are a ValueError."""
-    config_class = _decoder_class(name).Config
-    known = [f.name for f in dataclasses.fields(config_class)]
+    config_class, known = _decoder_class(name).Config, _options(_decoder_class(name))
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -140,6 +139,10 @@ def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
         return config_class(**frozen)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model_kwargs of model '{name}': {error}") from error
+
+
+def _options(decoder_class: type[Decoder]) -> list[str]:
+    return [field.name for field in dataclasses.fields(decoder_class.Config)]
 
 
 def intermediate_weight(name: str, backbone: str, options: Mapping[str, Any]) -> float:

@@ -115,8 +115,8 @@ def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float |
     """Builds a backbone with random weights (pretrained ones: `utils.checkpoint.load_pretrained`).
 
     Args:
-        name: key of BACKBONES; `swin`, `hrnet` and `vit` have no default sizes.
-        image_size: (height, width) of the training images; fixed for a ViT, irrelevant for the others.
+        name: key of BACKBONES; `swin`, `hrnet`, `vit` and `internimage` have no default sizes.
+        image_size: (height, width) of the training images; fixed for a ViT and with prompts, irrelevant otherwise.
         drop_path_rate: stochastic depth; None = the backbone's published default.
         prompting: asks for the variant with task prompts inside.
         sizes: any other constructor argument, e.g. embed_dim, depths, num_heads, window_size.

@@ -15,6 +15,7 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from models.blocks.init import init_linear
 from models.ops import Kernel, dcnv3
 
 EPS = 1e-6  # of every LayerNorm
@@ -192,10 +193,7 @@ class InternImageBackbone(nn.Module):
                   res_post_norm=res_post_norm, kernel_size=kernel_size, padding=kernel_size // 2,
                   offset_scale=offset_scale, dw_kernel_size=dw_kernel_size, centre_scale=center_feature_scale)
             for level, channels in enumerate(self.channels))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_linear(self)
         for module in self.modules():
             if isinstance(module, DeformableConv):
                 module.reset_parameters()

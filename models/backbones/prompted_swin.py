@@ -16,14 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.backbones.swin import SwinBackbone, SwinBlock
-from models.blocks.prompting import (
-    PromptedMap,
-    Prompting,
-    channel_attention,
-    channel_scores,
-    init_linear,
-    new_prompts,
-)
+from models.blocks.init import init_linear
+from models.blocks.prompting import PromptedMap, Prompting, channel_attention, channel_scores, new_prompts
 
 NUM_STAGES = 4
 

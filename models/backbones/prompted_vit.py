@@ -13,14 +13,8 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, cat, nn
 
 from models.backbones.vit import ViTBackbone
-from models.blocks.prompting import (
-    PromptedMap,
-    Prompting,
-    channel_attention,
-    channel_scores,
-    init_linear,
-    new_prompts,
-)
+from models.blocks.init import init_linear
+from models.blocks.prompting import PromptedMap, Prompting, channel_attention, channel_scores, new_prompts
 
 
 class ChannelBranch(nn.Module):

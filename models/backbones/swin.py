@@ -15,9 +15,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
+
+from models.blocks.init import init_linear
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class SwinBackbone(nn.Module):
         self.layers = nn.ModuleList(
             SwinStage(dim, stage > 0, num_heads[stage], windows[stage], rates[stage].tolist(), pad_before_roll)
             for stage, dim in enumerate(self.channels))
-        self.apply(_init_linear)
+        init_linear(self)  # the paper's setting; position tables are initialised by timm
         for stage, dim in enumerate(self.channels):
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=1e-5))
 
@@ -131,14 +133,6 @@ class SwinBackbone(nn.Module):
         if resized:
             logger.info(f"relative position tables resized to another window (bicubic): {len(resized)}")
         return state
-
-
-def _init_linear(module: nn.Module) -> None:
-    """Truncated normal, std 0.02, zero bias: the paper's setting. Position tables are initialised by timm."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def to_timm_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

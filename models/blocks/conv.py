@@ -1,4 +1,4 @@
-"""Convolution blocks that InvPT's decoder (Ye and Xu, ECCV 2022) shares with its successors."""
+"""Convolution blocks of InvPT's decoder (Ye and Xu, ECCV 2022) and its successors; the first one of many others."""
 
 from torch import nn
 

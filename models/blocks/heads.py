@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.blocks.init import INIT_STD
 from models.blocks.patch_expand import PatchExpand
 
 
@@ -37,7 +38,7 @@ class LiteHead(nn.Module):
         super().__init__()
         self.activation = activation
         self.conv = nn.Conv2d(in_channels, hidden_channels, kernel_size=3, padding=1)
-        nn.init.trunc_normal_(self.conv.weight, std=0.02)
+        nn.init.trunc_normal_(self.conv.weight, std=INIT_STD)
         self.norm = nn.BatchNorm2d(hidden_channels)
         self.proj = nn.Conv2d(hidden_channels, num_outputs, kernel_size=1)
 

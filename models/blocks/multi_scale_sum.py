@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.blocks.pyramid import ChannelLayerNorm
+from models.blocks.channels import ChannelLayerNorm
 from models.model import resize
 
 

@@ -39,15 +39,6 @@ def new_prompts(num_prompts: int, channels: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(num_prompts, channels), 1.0, 1.0, -2.0, 2.0))
 
 
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal, std 0.02, zero bias, for every linear layer inside."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
 def channel_scores(query: Tensor, feat: Tensor, num_windows: int) -> Tensor:
     """Inner products over the positions of each window: (B, T, H, W), (B, C, H, W) -> (B, T, C, n, n)."""
     return rearrange(_windows(query, num_windows) @ _windows(feat, num_windows).mT, "b i j t c -> b t c i j")

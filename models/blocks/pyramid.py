@@ -1,4 +1,4 @@
-"""Four-level pyramid from a plain ViT: decoders made for Swin (strides 4, 8, 16, 32) run on ViT as well.
+"""Four-level pyramid from a plain ViT: decoders made for a pyramid like Swin's run on a ViT as well.
 
 Our choice: the layers follow the simple feature pyramid of ViTDet (Li et al., ECCV 2022), but each level
 starts from its own tap (shallow tap -> fine level), because the multi-task ViTs of this code base deliver
@@ -7,17 +7,9 @@ four depths. Widths double from level to level as in Swin, so a decoder cannot t
 
 from collections.abc import Sequence
 
-from einops import rearrange
 from torch import Tensor, nn
 
-
-class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of an NCHW map, eps 1e-5."""
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        normalised = super().forward(rearrange(feature, "b c h w -> b h w c"))  # channels last
-        return rearrange(normalised, "b h w c -> b c h w")
+from models.blocks.channels import ChannelLayerNorm
 
 
 class SimplePyramid(nn.Module):

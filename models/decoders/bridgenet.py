@@ -20,17 +20,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from models.blocks.channels import ChannelLayerNorm, ChannelMlp
 from models.blocks.checks import Options, check_tasks
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
+from models.blocks.init import INIT_STD
 from models.blocks.multi_scale_sum import MultiScaleSum
-from models.blocks.pyramid import ChannelLayerNorm
 from models.model import Decoder, DecoderOutput, resize
 
 NUM_STAGES = 3
-LINEAR_STD, CONV_STD = 0.02, 0.001  # of the initial weights of the stages
+CONV_STD = 0.001  # of the initial weights of the stages; linear layers as everywhere
 FEW_TASKS, DEPTH_OF_FEW, DEPTH_OF_MANY = 4, 18, 12  # published for NYUD-v2's four and PASCAL-Context's five tasks
 
 
@@ -90,13 +91,6 @@ def _tokens(feat: Tensor) -> Tensor:
 
 def _split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     return rearrange(tokens, "b l (n d) -> b n l d", n=num_heads)
-
-
-class ChannelMlp(Mlp):
-    """Two linear layers per pixel of an NCHW map."""
-
-    def forward(self, feat: Tensor) -> Tensor:
-        return rearrange(super().forward(rearrange(feat, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
 class PatternProduction(nn.Module):
@@ -205,7 +199,7 @@ class BridgeStage(nn.Module):
             for index, rate in enumerate(rates))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=LINEAR_STD if isinstance(module, nn.Linear) else CONV_STD)
+                nn.init.trunc_normal_(module.weight, std=INIT_STD if isinstance(module, nn.Linear) else CONV_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -269,7 +263,7 @@ class BridgeNetDecoder(Decoder):
         self.aggregate = MultiScaleSum(list(tasks), widths)
         self.project = nn.ModuleDict({task: conv_bn_relu(widths[0], widths[0], bias=True) for task in tasks})
         for conv, *_ in self.project.values():
-            nn.init.trunc_normal_(conv.weight, std=LINEAR_STD)
+            nn.init.trunc_normal_(conv.weight, std=INIT_STD)
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         _, fine, middle, deep = feats

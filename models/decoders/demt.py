@@ -18,7 +18,6 @@ Axes: B batch, T tasks (their order does not matter), K channels of all maps tog
 h w size of the finest map, P = h w; in attention G independent groups of L queries and S keys.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from models.blocks.autocast import without_autocast
 from models.blocks.checks import Options, check_maps, check_tasks
 from models.blocks.conv import conv_bn_relu
 from models.blocks.dense import concat_at_finest, logit_layer
@@ -79,8 +79,7 @@ class DeformableConv(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, feat: Tensor) -> Tensor:
-        # The meta device, which has only shapes, knows no autocast.
-        with contextlib.nullcontext() if feat.is_meta else torch.autocast(feat.device.type, enabled=False):
+        with without_autocast(feat):
             feat = feat.to(self.conv.weight.dtype)
             offset = self.spread(self.reduce(feat) + window_coordinates(feat))  # (B, 2 C, h, w): dy, dx, dy, dx, ..
             return deform_conv2d(feat, offset, self.conv.weight, self.conv.bias)

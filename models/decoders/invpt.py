@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from models.blocks.checks import Options, check_tasks
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
+from models.blocks.init import INIT_STD, init_linear
 from models.blocks.multi_scale_sum import MultiScaleSum
 from models.model import Decoder, DecoderOutput, resize
 
 NUM_STAGES = 3
-INIT_STD = 0.02
 
 
 @dataclass
@@ -128,10 +128,7 @@ class InvPTStage(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, int(config.mlp_ratio * channels))
         self.drop_path = DropPath(config.drop_path_rate * stage / (NUM_STAGES - 1))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                nn.init.zeros_(module.bias)
+        init_linear(self)
 
     def forward(self, maps: dict[str, Tensor], skip: Tensor | None,
                 message: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:

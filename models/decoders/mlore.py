@@ -13,7 +13,6 @@ Axes: B batch, T tasks, C `final_embed_dim`, h w grid of the ViT, N = h w, E exp
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +21,13 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
+from models.blocks.autocast import without_autocast
 from models.blocks.checks import Options, check_tasks
+from models.blocks.init import INIT_STD
 from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
 from models.model import Decoder, DecoderOutput
 
-INIT_STD = 0.02
 HEAD_SCALE = 4  # the head works at a quarter of the ViT's stride
 
 # Ranks of the published models by their width; those of the paper for any other.
@@ -197,8 +197,7 @@ class FoldedPaths(nn.Module):
         """[(gates (B, E), factor (B, 1)) per task] -> kernels (T B, C, C, 3, 3), biases (T B, C)."""
         weights = torch.cat([self._weights(index, *route) for index, route in enumerate(routes)], dim=1)
         shift = self.shift.repeat_interleave(len(routes[0][0]), dim=0)  # (T B, C)
-        # In mixed precision too the sum is exact; the meta device knows no autocast.
-        with nullcontext() if weights.is_meta else torch.autocast(weights.device.type, enabled=False):
+        with without_autocast(weights):  # the sum is exact in mixed precision, too
             kernels = weights @ self.kernels  # (C, T B, 9 C)
             biases = einsum(weights, self.biases, "o b n, o n -> b o") + shift
         return rearrange(kernels, "o b (c u v) -> b o c u v", u=3, v=3), biases

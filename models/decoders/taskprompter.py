@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from models.blocks.checks import Options, check_tasks
 from models.blocks.heads import LiteHead
+from models.blocks.init import INIT_STD
 from models.blocks.prompting import PromptedMap, Prompting, scale_groups, scale_windows
 from models.model import Decoder, DecoderOutput, resize
-
-INIT_STD = 0.02
 
 
 @dataclass
