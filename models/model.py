@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks.autocast import without_autocast
 from models.blocks.prompting import Prompting
 
 
@@ -86,7 +88,8 @@ class MultiTaskModel(nn.Module):
         if self.neck is not None:
             feats = self.neck(feats)
         out = self.decoder(feats)
-        final = {task: resize(head(out.feats[task]), size) for task, head in self.heads.items()}
+        with without_autocast(image):  # eight bits are too few for a depth in metres: it is the losses that show it
+            final = {task: resize(head(_float32(out.feats[task])), size) for task, head in self.heads.items()}
         intermediate = {task: resize(logits, size) for task, logits in out.intermediate.items()}
         return Predictions(final, intermediate, out.extra)
 
@@ -95,6 +98,11 @@ class MultiTaskModel(nn.Module):
         self.eval()
         self.decoder.reparameterise()
         return self
+
+
+def _float32(feat: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return feat.to(torch.promote_types(feat.dtype, torch.float32))
 
 
 def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:

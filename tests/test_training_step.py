@@ -174,3 +174,13 @@ def test_options_are_what_the_file_says():
     assert dataclasses.asdict(config).items() >= {"compile": True, "channels_last": True, "precision": "tf32"}.items()
     with pytest.raises(ValueError, match="activation_checkpointing"):
         tiny_config("activation_checkpointing=some")
+
+
+def test_heads_stay_in_float32_under_autocast():
+    model, seen = model_from_config(tiny_config()).eval(), []
+    for head in model.heads.values():
+        head.register_forward_hook(lambda module, given, out: seen.append((given[0].dtype, out.dtype)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        final = model(torch.randn(1, 3, *SIZE)).final
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert all(logits.dtype == torch.float32 for logits in final.values())

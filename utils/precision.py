@@ -6,7 +6,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast for "bf16" or "fp16", a context that does nothing otherwise. Scans and losses stay in float32."""
+    """Autocast for "bf16" or "fp16", a context that does nothing otherwise. Scans, heads and losses
+    stay in float32."""
     return torch.autocast(device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES)
 
 
