@@ -8,7 +8,7 @@ is found before the first batch, or names the file it is about.
 import os
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,6 +36,7 @@ class DatasetSpec:
     boundary_list: str | None = None                # name of the list of images that published scores cover, if not all
     label_size: tuple[int, int] | None = None       # (H, W) of the labels; None: as the network's input
     depth_range: tuple[float, float] | None = None  # depth is scored strictly between these; None: wherever not void
+    colours: Mapping[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)   # of classes; else VOC's
     splits: tuple[str, ...] = ("train", "val")
     split_file: str | None = None                   # list of ids, e.g. "gt_sets/{split}.txt"
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
 from data.files import class_table, read_table, read_uint8, read_uint16
+from data.palette import CITYSCAPES
 
 CLASS_NAMES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
@@ -50,6 +51,7 @@ class Cityscapes(MultiTaskDataset):
         image_size=(512, 1024),
         label_size=(1024, 2048),
         class_names={"semseg": CLASS_NAMES},
+        colours={"semseg": CITYSCAPES},
         boundary_max_dist=None,
         depth_range=(0.0, 80.0),
     )

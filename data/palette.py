@@ -12,12 +12,16 @@ def voc_palette(num_colours: int = 256) -> np.ndarray:
 
 
 VOC = voc_palette()
+CITYSCAPES = (  # of the 19 classes, as the data set's authors draw them
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
+    (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))
 
 
-def colour_classes(class_id: np.ndarray, first_colour: int = 0) -> np.ndarray:
-    """Class ids (H, W) -> RGB uint8 (H, W, 3); `first_colour` is the palette entry of class 0, void (255) is white."""
+def colour_classes(class_id: np.ndarray, palette: np.ndarray = VOC) -> np.ndarray:
+    """Class ids (H, W) -> RGB uint8 (H, W, 3); `palette` (n, 3) holds the colour of each class, void (255) is white."""
     ids = class_id.astype(np.int64)
-    return np.where((ids == 255)[..., None], np.uint8(255), VOC[(ids + first_colour) % 256])
+    return np.where((ids == 255)[..., None], np.uint8(255), palette[ids % len(palette)])
 
 
 def colour_depth(depth_m: np.ndarray) -> np.ndarray:

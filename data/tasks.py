@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.palette import colour_classes, colour_depth, colour_normals, colour_probability
+from data.palette import VOC, colour_classes, colour_depth, colour_normals, colour_probability
 from evaluation.boundary import BoundaryBenchmark
 from evaluation.depth import DepthMeter
 from evaluation.edge_loss import EdgeLossMeter
@@ -40,10 +40,15 @@ class TaskContext:
     class_names: tuple[str, ...] = ()
     depth_range: tuple[float, float] | None = None
 
+    colours: tuple[tuple[int, int, int], ...] = ()
+
     @property
-    def first_colour(self) -> int:
-        """Palette entry of class 0: black only where class 0 is the background."""
-        return 0 if not self.class_names or self.class_names[0] == "background" else 1
+    def palette(self) -> np.ndarray:
+        """(n, 3) uint8 RGB: the data set's own, or PASCAL VOC's, whose black is left to a background."""
+        if self.colours:
+            return np.array(self.colours, dtype=np.uint8)
+        has_background = not self.class_names or self.class_names[0] == "background"
+        return VOC if has_background else np.roll(VOC, -1, axis=0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def _segmentation(name: str, **rules) -> Task:
         meter=lambda c: SegmentationMeter(c.num_channels, c.ignore_index),
         score=Score("mIoU", "mIoU", True, scale=100, unit="%"),
         decode=_argmax, write_raw=_write_classes, raw_format="8-bit PNG, class index",
-        colourise=lambda x, c: colour_classes(x[..., 0], c.first_colour), legend="classes", **rules,
+        colourise=lambda x, c: colour_classes(x[..., 0], c.palette), legend="classes", **rules,
     )
 
 

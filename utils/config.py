@@ -183,7 +183,8 @@ class Config:
     def task_context(self, task: str) -> TaskContext:
         """What the task's loss, meter and colours need."""
         return TaskContext(self.dataset.tasks[task], self.ignore_index, self.task_dictionary.edge_w,
-                           self.dataset.class_names.get(task, ()), self.dataset.depth_range)
+                           self.dataset.class_names.get(task, ()), self.dataset.depth_range,
+                           self.dataset.colours.get(task, ()))
 
     def to_dict(self) -> dict:
         """Plain containers, ready for YAML or a checkpoint; `config_from_dict` reads it back."""

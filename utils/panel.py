@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.palette import VOC, depth_range
+from data.palette import depth_range
 from data.tasks import TASKS, TaskContext
 from data.transforms import MEAN, STD
 
@@ -72,7 +72,7 @@ def _legend(task: str, prediction: np.ndarray, context: TaskContext) -> list[tup
         ids, counts = np.unique(prediction, return_counts=True)
         top = ids[np.argsort(-counts)][:8].astype(int)
         names = context.class_names
-        return [(tuple(map(int, VOC[i + context.first_colour])), names[i] if i < len(names) else str(i)) for i in top]
+        return [(tuple(map(int, context.palette[i])), names[i] if i < len(names) else str(i)) for i in top]
     if kind == "depth":
         near, far = depth_range(prediction[..., 0])
         unit = TASKS[task].score.unit
