@@ -6,16 +6,14 @@ On a CPU, the default (for CUDA see bench_scan_cuda.py):
 
 Contenders take turns, so that a busy machine slows all of them. Times are medians: "ms" by the clock, "CPU ms" what
 the process was given, which other programs disturb less; on one thread of an idle machine they agree, and ratios are
-of CPU time there. Memory is what the process needs at most beyond what it held before the call, results included
-(from /proc, so only on Linux). "usual" is the formulation of SS2D in the literature: the map is copied into four
-sequences (stack, transpose, flip), scanned, and the four results are brought back and added. It runs over the same
-scan kernels, copies included on both sides.
+of CPU time there. Memory is the peak of tensors during the call, results included, inputs not. "usual" is the
+formulation of SS2D in the literature (usual_scan.py), over the same scan kernels, copies included on both sides.
 """
 
 import argparse
-import ctypes
 import datetime
 import gc
+import itertools
 import json
 import os
 import platform
@@ -28,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.blocks.s6 import S6
 from models.build import build_model
 from models.decoders.bim import BIScan
-from models.ops import Route, S6Weights, scan_routes, selective_scan, set_scan_backend, ss2d_core
+from models.ops import Route, scan_routes, set_scan_backend, ss2d_core
+from scripts.usual_scan import usual_bi_scan, usual_ss2d, usual_ss2d_channels_last
 
 LENGTH, CHANNELS, STATE = 4032, 384, 16  # a map of 56 x 72 cells, or four of 28 x 36
 Row = dict[str, str | float]
@@ -64,33 +62,14 @@ def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Co
             for name in runs}
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-
 def peak_memory(run: Callable[[], object]) -> float:
-    """MiB that the process holds at most during the call, beyond what it holds before; NaN where unknown.
-
-    Meanwhile freed tensors go back to the system at once: otherwise the allocator's reserves are measured.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
+    """MiB of tensors alive at once during the call, beyond those alive before, as PyTorch's allocator counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
-        peak = _status("VmHWM")
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # as after a while of work, for the times
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 26)
-    except (OSError, AttributeError):
-        return float("nan")
     del result
-    return (peak - before) / 1024
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(alive, default=0) / 2**20
 
 
 def with_gradients(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
@@ -173,58 +152,6 @@ def bench_threads(repeats: int) -> list[Row]:
 
 
 # ---- orders ----
-
-def usual_ss2d(x: Tensor, weights: S6Weights, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
-    """(B, H, W, D) -> (B, H, W, D), by copies in scan order, channels first."""
-    height, width = x.shape[1:3]
-    rows, columns = rearrange(x, "b h w d -> b d (h w)"), rearrange(x, "b h w d -> b d (w h)")
-    forward = torch.stack((rows, columns), dim=1)  # (B, 2, D, L)
-    y = usual_scan(torch.cat((forward, forward.flip(-1)), dim=1), weights, scan)
-    rows, columns = (y[:, :2] + y[:, 2:].flip(-1)).unbind(1)
-    return rearrange(rows, "b d (h w) -> b h w d", h=height) + rearrange(columns, "b d (w h) -> b h w d", h=height)
-
-
-def usual_scan(sequences: Tensor, weights: S6Weights, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
-    """(B, K, D, L) -> (B, K, D, L): projections and one grouped scan over sequences."""
-    state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
-    features = weights.x_proj @ sequences
-    step_features, in_maps, out_maps = features.split((rank, state, state), dim=2)
-    delta = weights.dt_proj_weight @ step_features
-    y = scan(sequences.flatten(1, 2), delta.flatten(1, 2), -torch.exp(weights.A_log).flatten(0, 1), in_maps, out_maps,
-             weights.D.flatten(), None, weights.dt_proj_bias.flatten(), True)
-    return y.unflatten(1, sequences.shape[1:3])
-
-
-def usual_ss2d_channels_last(x: Tensor, weights: S6Weights) -> Tensor:
-    """The same copies as rows of channels, which suits our kernels better than any sequence."""
-    height, width = x.shape[1:3]
-    forward = torch.stack((x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)), dim=2)  # (B, L, 2, D)
-    sequences = torch.cat((forward, forward.flip(1)), dim=2)
-    state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
-    features = torch.einsum("blkd,kfd->blkf", sequences, weights.x_proj)
-    step_features, in_maps, out_maps = features.split((rank, state, state), dim=-1)
-    delta = torch.einsum("blkr,kdr->blkd", step_features, weights.dt_proj_weight)
-    y = scan_routes(sequences, delta, -torch.exp(weights.A_log), in_maps, out_maps, [Route(1, height * width)] * 4,
-                    weights.D, weights.dt_proj_bias, True)
-    rows, columns = (y[:, :, :2] + y[:, :, 2:].flip(1)).unbind(2)
-    return rows.unflatten(1, (height, width)) + columns.unflatten(1, (width, height)).transpose(1, 2)
-
-
-def usual_bi_scan(module: BIScan, feat: Tensor, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
-    """(B, T, H, W, D) -> (B, T, H, W, D), by copies in scan order."""
-    tasks, height = feat.shape[1:3]
-    forward, backward = rearrange(feat, "b t h w d -> b d (t h w)").chunk(2, dim=1)
-    halves = torch.stack((forward, backward.flip(-1)), dim=1)  # (B, 2, D / 2, T L)
-    halves = usual_scan(halves, _pair(module.fwd_tf, module.bwd_tf), scan)
-    halves = rearrange(halves, "b k d (t q) -> b k d (q t)", t=tasks)
-    halves = usual_scan(halves, _pair(module.fwd_pf, module.bwd_pf), scan)
-    both = torch.cat((halves[:, 0], halves[:, 1].flip(-1)), dim=1)
-    return rearrange(both, "b d (h w t) -> b t h w d", h=height, t=tasks)
-
-
-def _pair(first: S6, second: S6) -> S6Weights:
-    return S6Weights(*map(torch.cat, zip(first.weights, second.weights, strict=True)))
-
 
 def bench_orders(repeats: int) -> list[Row]:
     """Forward and backward pass, at a width of 192 (SS2D) and 2 x 192 (BI-Scan of four tasks)."""

@@ -22,7 +22,8 @@ from models.decoders.bim import BIScan
 from models.ops import set_scan_backend, ss2d_core
 from models.ops.scan_mamba import find_mamba_kernel
 from models.ops.scan_triton import find_triton
-from scripts.bench_scan import Row, scan_inputs, scan_with, usual_bi_scan, usual_ss2d, with_gradients, without_gradients
+from scripts.bench_scan import Row, scan_inputs, scan_with, with_gradients, without_gradients
+from scripts.usual_scan import usual_bi_scan, usual_ss2d
 
 HEIGHT, WIDTH, CHANNELS, TASKS, STATE = 112, 144, 384, 4, 16  # the finest maps of BIM on NYUD
 EXP_ROUNDS = 512

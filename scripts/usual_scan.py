@@ -1,0 +1,66 @@
+"""SS2D and BI-Scan as the literature formulates them: copies in scan order, scans, copies back. For comparison only.
+
+The map is stacked, transposed and flipped into sequences, these are scanned, the results are brought back and added.
+"""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from models.blocks.s6 import S6
+from models.decoders.bim import BIScan
+from models.ops import Route, S6Weights, scan_routes, selective_scan
+
+
+def usual_ss2d(x: Tensor, weights: S6Weights, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
+    """(B, H, W, D) -> (B, H, W, D), by copies in scan order, channels first."""
+    height, width = x.shape[1:3]
+    rows, columns = rearrange(x, "b h w d -> b d (h w)"), rearrange(x, "b h w d -> b d (w h)")
+    forward = torch.stack((rows, columns), dim=1)  # (B, 2, D, L)
+    y = usual_scan(torch.cat((forward, forward.flip(-1)), dim=1), weights, scan)
+    rows, columns = (y[:, :2] + y[:, 2:].flip(-1)).unbind(1)
+    return rearrange(rows, "b d (h w) -> b h w d", h=height) + rearrange(columns, "b d (w h) -> b h w d", h=height)
+
+
+def usual_scan(sequences: Tensor, weights: S6Weights, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
+    """(B, K, D, L) -> (B, K, D, L): projections and one grouped scan over sequences."""
+    state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
+    features = weights.x_proj @ sequences
+    step_features, in_maps, out_maps = features.split((rank, state, state), dim=2)
+    delta = weights.dt_proj_weight @ step_features
+    y = scan(sequences.flatten(1, 2), delta.flatten(1, 2), -torch.exp(weights.A_log).flatten(0, 1), in_maps, out_maps,
+             weights.D.flatten(), None, weights.dt_proj_bias.flatten(), True)
+    return y.unflatten(1, sequences.shape[1:3])
+
+
+def usual_ss2d_channels_last(x: Tensor, weights: S6Weights) -> Tensor:
+    """The same copies as rows of channels, which suits our kernels better than any sequence."""
+    height, width = x.shape[1:3]
+    forward = torch.stack((x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)), dim=2)  # (B, L, 2, D)
+    sequences = torch.cat((forward, forward.flip(1)), dim=2)
+    state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
+    features = torch.einsum("blkd,kfd->blkf", sequences, weights.x_proj)
+    step_features, in_maps, out_maps = features.split((rank, state, state), dim=-1)
+    delta = torch.einsum("blkr,kdr->blkd", step_features, weights.dt_proj_weight)
+    y = scan_routes(sequences, delta, -torch.exp(weights.A_log), in_maps, out_maps, [Route(1, height * width)] * 4,
+                    weights.D, weights.dt_proj_bias, True)
+    rows, columns = (y[:, :, :2] + y[:, :, 2:].flip(1)).unbind(2)
+    return rows.unflatten(1, (height, width)) + columns.unflatten(1, (width, height)).transpose(1, 2)
+
+
+def usual_bi_scan(module: BIScan, feat: Tensor, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
+    """(B, T, H, W, D) -> (B, T, H, W, D), by copies in scan order."""
+    tasks, height = feat.shape[1:3]
+    forward, backward = rearrange(feat, "b t h w d -> b d (t h w)").chunk(2, dim=1)
+    halves = torch.stack((forward, backward.flip(-1)), dim=1)  # (B, 2, D / 2, T L)
+    halves = usual_scan(halves, _pair(module.fwd_tf, module.bwd_tf), scan)
+    halves = rearrange(halves, "b k d (t q) -> b k d (q t)", t=tasks)
+    halves = usual_scan(halves, _pair(module.fwd_pf, module.bwd_pf), scan)
+    both = torch.cat((halves[:, 0], halves[:, 1].flip(-1)), dim=1)
+    return rearrange(both, "b d (h w t) -> b t h w d", h=height, t=tasks)
+
+
+def _pair(first: S6, second: S6) -> S6Weights:
+    return S6Weights(*map(torch.cat, zip(first.weights, second.weights, strict=True)))
