@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs, chunk_tokens
 
 MAX_STATE = 64
@@ -125,7 +126,7 @@ class _Call:
             self.A, ends, sums, initial, self.spans, self.groups, self.channels, self.states, BACK=back, **self.tile)
         return ends
 
-    def launches(self):
+    def launches(self) -> list[tuple[tuple[int, int, int], int, int, bool]]:
         """(grid, first group, groups, add) of the launches that together walk all groups."""
         grid = self.spans, self.channel_blocks, self.batch * self.launched
         return [(grid, first, self.launched, first > 0) for first in range(0, self.groups, self.launched)]
@@ -198,7 +199,6 @@ def _fastest_blocks(device: int, groups: int, channels: int, state: int, shared:
 
 def _example(device: torch.device, groups: int, channels: int, state: int, shared: bool, dtype: torch.dtype,
              scan_dtype: torch.dtype, tokens: int = TUNING_TOKENS) -> ScanArgs:
-    from models.ops.routes import Route
     ones = functools.partial(torch.ones, device=device, dtype=dtype)
     maps, per_channel = ones(1, tokens, groups, state), ones(groups, channels, dtype=scan_dtype)
     A = -ones(groups, channels, state, dtype=scan_dtype)
