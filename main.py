@@ -9,7 +9,7 @@ from pathlib import Path
 # fewer cores than expected (data loader workers, other programs) every operation then costs a scheduler's time slice.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from utils.config import Config, config_from_dict, load_config  # noqa: E402
+from utils.engine.config import Config, config_from_dict, load_config  # noqa: E402
 from utils.logging import setup_logging  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def read_config(args: argparse.Namespace) -> Config:
     """The experiment: from --config_exp, else from the checkpoint."""
     if args.config_exp is not None:
         return load_config(args.config_exp, args.overrides)
-    from utils.checkpoint import read_checkpoint
+    from utils.engine.checkpoint import read_checkpoint
     stored = read_checkpoint(args.trained_model).get("config")
     if stored is None:
         raise ValueError(f"{args.trained_model} does not hold its configuration; name it with --config_exp")
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> None:
     """Dispatches. The heavy imports come after the configuration has been checked."""
     config = read_config(args)
     if args.run_mode == "train":
-        from utils.train import train
+        from utils.engine.train import train
         train(config, args.resume)
         return
-    from utils.predict import infer, predict
+    from utils.engine.predict import infer, predict
     output = args.output or args.trained_model.parent / args.run_mode
     if args.run_mode == "infer":
         infer(config, args.trained_model, output)

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from data.files import read_rgb
-from data.tasks import Task
+from utils.engine.tasks import Task
 
 _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.tasks import Task
+from utils.engine.tasks import Task
 
 Sample = dict
 Step = Callable[[Sample, random.Random], Sample]

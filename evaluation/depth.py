@@ -1,6 +1,5 @@
 """Depth errors pooled over all valid pixels of the set (Eigen et al., NeurIPS 2014)."""
 
-from __future__ import annotations
 
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
 """The "boundary loss" of the InvPT lineage, an indicator during training; the real score is odsF in `boundary`."""
 
-from __future__ import annotations
 
 import torch
 from torch import Tensor

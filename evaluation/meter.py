@@ -4,7 +4,6 @@ Every published figure here is a function of counts over the whole validation se
 scores; therefore the result cannot depend on how images are grouped into batches or shared over processes.
 """
 
-from __future__ import annotations
 
 import math
 

@@ -1,6 +1,5 @@
 """Angular error of surface normals, pooled over all valid pixels of the set."""
 
-from __future__ import annotations
 
 import math
 

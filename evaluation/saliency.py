@@ -5,7 +5,6 @@ The InvPT lineage applies a second sigmoid to a value that already is a probabil
 points and "everything". `maxF` reproduces that figure, `maxF_exact` is the sweep that was meant (ATRC, DeMT).
 """
 
-from __future__ import annotations
 
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
 """Mean intersection over union of semantic segmentation and human parts."""
 
-from __future__ import annotations
 
 import torch
 from torch import Tensor

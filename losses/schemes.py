@@ -6,7 +6,6 @@ is not linear: the log of a batch's loss is not the mean of the logs of its imag
 "loss" belongs to, so that the objective does not silently depend on how many processes share a batch.
 """
 
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 

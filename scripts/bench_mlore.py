@@ -24,9 +24,9 @@ from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
 from models.decoders.mlore import MLoREDecoder
 from models.model import MultiTaskModel
-from utils.config import Config, load_config
 from utils.distributed import pick_device
-from utils.setup import model_from_config
+from utils.engine.build import model_from_config
+from utils.engine.config import Config, load_config
 
 
 def _plain(model: MultiTaskModel, kind: type[nn.Module], name: str) -> None:

@@ -29,15 +29,15 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.loader import build_train_loader
-from data.tasks import TASKS
 from models.ops import count_scan_flops
 from scripts import bench_scan
-from utils.config import Config, load_config
 from utils.distributed import pick_device
+from utils.engine.build import build_split, model_from_config, prepare_for_training
+from utils.engine.config import Config, load_config
+from utils.engine.schedule import build_optimizer
+from utils.engine.tasks import TASKS
+from utils.engine.train import build_criterion
 from utils.precision import autocast
-from utils.schedule import build_optimizer
-from utils.setup import build_split, model_from_config, prepare_for_training
-from utils.train import build_criterion
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

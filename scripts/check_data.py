@@ -22,8 +22,8 @@ if str(ROOT) not in sys.path:
 
 from data.base import MultiTaskDataset  # noqa: E402
 from data.datasets import DATASETS  # noqa: E402
-from data.tasks import VOID, Task, tasks_named  # noqa: E402
 from data.thinning import thin  # noqa: E402
+from utils.engine.tasks import VOID, Task, tasks_named  # noqa: E402
 
 MAX_LISTED = 50
 

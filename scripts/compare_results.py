@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.results import format_table, load_results
+from utils.engine.results import format_table, load_results
 
 
 def main() -> None:

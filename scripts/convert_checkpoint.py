@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models.released import RELEASED, describe, recognise  # noqa: E402
-from utils.checkpoint import atomic_path, convert_released, read_checkpoint  # noqa: E402
+from utils.engine.checkpoint import atomic_path, convert_released, read_checkpoint  # noqa: E402
 
 
 def convert(source: Path, target: Path) -> str:

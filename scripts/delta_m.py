@@ -19,8 +19,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.tasks import primary_score, reference_keys
-from evaluation.results import Results, delta_m_against, format_table, load_results
+from utils.engine.results import Results, delta_m_against, format_table, load_results
+from utils.engine.tasks import primary_score, reference_keys
 
 INFER = Path("infer", "results.json")       # where `--run_mode infer` writes beside a checkpoint
 COMPARABLE = ("backbone", "val_db_name")    # what runs must share for their gain to mean anything

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models.backbones import BACKBONES  # noqa: E402
-from utils.checkpoint import atomic_path, download_weights  # noqa: E402
+from utils.engine.checkpoint import atomic_path, download_weights  # noqa: E402
 
 
 def download(name: str, out_dir: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.example.write import write_example  # noqa: E402  (needs the path above)
+from scripts.example_data.write import write_example  # noqa: E402  (needs the path above)
 
 
 def main() -> None:

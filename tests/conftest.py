@@ -27,7 +27,7 @@ TINY = [
 @pytest.fixture(scope="session")
 def example_root(tmp_path_factory) -> Path:
     """A data folder with 12 training and 5 test images of 64 x 96 pixels in both layouts."""
-    from data.example.write import write_example
+    from scripts.example_data.write import write_example
     root = tmp_path_factory.mktemp("example")
     write_example(root, num_train=12, num_val=5, size=(64, 96), seed=0, workers=1, progress=False)
     return root

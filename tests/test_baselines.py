@@ -11,10 +11,10 @@ from models.backbones import build_backbone, hrnet
 from models.build import build_model
 from scripts.delta_m import main as delta_m
 from tests.shared import ROOT
-from utils.checkpoint import load_pretrained
-from utils.config import load_config
-from utils.setup import build_split, model_from_config
-from utils.train import train
+from utils.engine.build import build_split, model_from_config
+from utils.engine.checkpoint import load_pretrained
+from utils.engine.config import load_config
+from utils.engine.train import train
 
 BASELINES = ("fcn", "multi_scale")
 TASKS = {"semseg": 5, "depth": 1}

@@ -4,7 +4,7 @@ import pytest
 
 from scripts.benchmark import count
 from tests.shared import ROOT
-from utils.config import load_config
+from utils.engine.config import load_config
 
 
 @pytest.mark.parametrize(("name", "parameters", "gmacs", "encoder_gmacs"), [

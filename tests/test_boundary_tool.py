@@ -16,19 +16,19 @@ from scipy.io import savemat
 import main as command_line
 from data.boundary import truth_source
 from data.datasets import build_dataset
-from data.nyud import NYUD as NYUDv2
-from data.tasks import TASKS, primary_score
+from data.datasets.nyud import NYUD as NYUDv2
 from evaluation.boundary import BoundaryBenchmark, BoundarySettings, BoundaryTotals, Protocol, image_counts
 from evaluation.boundary.__main__ import main, score_pairs
 from evaluation.boundary.files import find_pairs
 from evaluation.boundary.pool import WAITING_PER_WORKER, CountingPool, default_workers
 from evaluation.boundary.truth import truth_boundary
-from evaluation.results import delta_m_against, format_table, selection_score
 from tests.conftest import TINY
 from tests.shared import ROOT
-from utils.config import load_config
-from utils.train import train
-from utils.yaml_schema import ConfigError
+from utils.engine.config import load_config
+from utils.engine.results import delta_m_against, format_table, selection_score
+from utils.engine.tasks import TASKS, primary_score
+from utils.engine.train import train
+from utils.options import ConfigError
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
 PROTOCOL = Protocol(0.02)
@@ -208,7 +208,7 @@ def test_a_folder_per_image_holds_several_annotations(folders):
 @pytest.fixture(scope="module")
 def fifty(tmp_path_factory):
     """An untrained NYUD network, and a data folder with 50 rendered test images."""
-    from data.example.write import write_example
+    from scripts.example_data.write import write_example
     root = tmp_path_factory.mktemp("fifty")
     write_example(root / "data", num_train=2, num_val=50, size=(48, 64), seed=1, workers=2, progress=False)
     config = load_config(NYUD, [*TINY, "max_iter=1", "val_interval=1", "boundary_eval=fast",

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from models.backbones import BACKBONES, build_backbone
 from tests.shared import ROOT, golden
-from utils import checkpoint
-from utils.checkpoint import atomic_path, load_model, load_pretrained, read_checkpoint, save_checkpoint
+from utils.engine import checkpoint
+from utils.engine.checkpoint import atomic_path, load_model, load_pretrained, read_checkpoint, save_checkpoint
 
 SWIN = {"embed_dim": 8, "depths": (2, 1, 3, 2), "num_heads": (1, 2, 4, 8), "window_size": 4}
 VIT = {"embed_dim": 24, "depth": 4, "num_heads": 3}

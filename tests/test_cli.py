@@ -10,9 +10,9 @@ import torch
 
 import main
 from tests.shared import ROOT, real_data
-from utils.config import load_config
-from utils.predict import list_images
-from utils.train import train
+from utils.engine.config import load_config
+from utils.engine.predict import list_images
+from utils.engine.train import train
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
 PASCAL = str(ROOT / "configs" / "bim_pascal.yml")

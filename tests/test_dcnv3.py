@@ -14,8 +14,8 @@ from models.ops import Kernel, dcnv3
 from scripts.check_parity import main as check_parity
 from scripts.download_pretrained import download
 from tests.shared import golden
-from utils import checkpoint
-from utils.checkpoint import load_pretrained
+from utils.engine import checkpoint
+from utils.engine.checkpoint import load_pretrained
 
 TINY = {"embed_dim": 8, "depths": (1, 2, 1, 1), "groups": (1, 2, 2, 4)}
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import yaml
 
-from evaluation.results import save_results
 from scripts.delta_m import main
 from tests.shared import ROOT
+from utils.engine.results import save_results
 
 MULTI = {"semseg": {"mIoU": 0.55, "valid_pixels": 9}, "depth": {"rmse": 0.54, "valid_pixels": 9},
          "normals": {"mean": 20.0, "valid_pixels": 9}}

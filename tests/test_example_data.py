@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from skimage.morphology import thin
 
-from data.example.geometry import Solid, first_hit, lit
-from data.example.labels import BODY_PARTS, LABELS, PART_NAMES
-from data.example.render import render_scene, view_rays
-from data.example.scene import build_scene
-from data.example.write import VOC_NAMES
+from scripts.example_data.geometry import Solid, first_hit, lit
+from scripts.example_data.labels import BODY_PARTS, LABELS, PART_NAMES
+from scripts.example_data.render import render_scene, view_rays
+from scripts.example_data.scene import build_scene
+from scripts.example_data.write import VOC_NAMES
 
 SIZE = (72, 96)
 PERSON_SEED = 4  # style pascal: someone stands in the middle

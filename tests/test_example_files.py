@@ -9,12 +9,12 @@ from PIL import Image
 from scipy.io import loadmat
 
 from data.datasets import DATASETS, build_dataset
-from data.example import write
-from data.example.labels import BODY_PARTS, LABELS, PART_NAMES
-from data.example.render import render_scene
-from data.example.write import PASCAL, image_files, image_name, write_example, write_pascal_parts_mat
-from data.tasks import TASKS
+from scripts.example_data import write
+from scripts.example_data.labels import BODY_PARTS, LABELS, PART_NAMES
+from scripts.example_data.render import render_scene
+from scripts.example_data.write import PASCAL, image_files, image_name, write_example, write_pascal_parts_mat
 from tests.shared import golden
+from utils.engine.tasks import TASKS
 
 PARAMETERS = {"num_train": 2, "num_val": 1, "size": (40, 56), "seed": 3, "progress": False}
 

@@ -17,10 +17,10 @@ from scripts.convert_checkpoint import main as convert_checkpoint
 from scripts.parity.invpt import full_size
 from tests.shared import ROOT, golden
 from tests.test_train import rows
-from utils.checkpoint import convert_released, read_checkpoint
-from utils.config import load_config
-from utils.setup import model_from_config, trained_model
-from utils.train import train
+from utils.engine.build import model_from_config, trained_model
+from utils.engine.checkpoint import convert_released, read_checkpoint
+from utils.engine.config import load_config
+from utils.engine.train import train
 
 NYUD, PASCAL = (str(ROOT / "configs" / f"invpt_{name}.yml") for name in ("nyud", "pascal"))
 BIM = str(ROOT / "configs" / "bim_nyud.yml")

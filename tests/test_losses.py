@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.tasks import TASKS, TaskContext
 from losses import (
     BalancedBCELoss,
     BalancedCrossEntropyLoss,
@@ -17,6 +16,7 @@ from losses import (
     load_balancing_loss,
 )
 from tests.shared import golden
+from utils.engine.tasks import TASKS, TaskContext
 
 CHANNELS = {"semseg": 5, "depth": 1, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
 LOSSES = {"ce": (CrossEntropyLoss(), 4, 1), "balanced_ce": (BalancedCrossEntropyLoss(), 2, 1),

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from data.tasks import TASKS, TaskContext
 from evaluation import (
     DepthMeter,
     EdgeLossMeter,
@@ -24,6 +23,7 @@ from evaluation.edge_maps import crop_from_padding
 from evaluation.saliency import THRESHOLDS
 from losses import BalancedBCELoss
 from tests.shared import golden
+from utils.engine.tasks import TASKS, TaskContext
 
 CHANNELS = {"semseg": 5, "depth": 1, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
 

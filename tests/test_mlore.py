@@ -19,11 +19,11 @@ from scripts.bench_mlore import differences, measure
 from scripts.check_parity import main as check_parity
 from tests.shared import ROOT, golden
 from tests.test_train import rows
-from utils.checkpoint import convert_released
-from utils.config import load_config
-from utils.predict import infer
-from utils.setup import model_from_config, trained_model
-from utils.train import train
+from utils.engine.build import model_from_config, trained_model
+from utils.engine.checkpoint import convert_released
+from utils.engine.config import load_config
+from utils.engine.predict import infer
+from utils.engine.train import train
 
 NYUD, PASCAL = (str(ROOT / "configs" / f"mlore_{name}.yml") for name in ("nyud", "pascal"))
 NARROW = {"final_embed_dim": 12, "rank_list": (1, 2, 3, 5), "topk": 2, "spe_rank": 2}

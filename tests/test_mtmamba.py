@@ -21,9 +21,9 @@ from scripts.check_parity import main
 from scripts.parity.base import Folder, Options, scaled_error
 from scripts.parity.mtmamba import checks
 from tests.shared import ROOT, golden
-from utils.checkpoint import load_model, read_checkpoint
-from utils.config import load_config
-from utils.train import train
+from utils.engine.checkpoint import load_model, read_checkpoint
+from utils.engine.config import load_config
+from utils.engine.train import train
 
 CASES = ("nyud_mtmamba", "pascal_mtmamba_plus", "cityscapes_mtmamba_plus")
 MODELS = ("mtmamba", "mtmamba_plus")

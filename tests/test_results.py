@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from data.palette import colour_depth, colour_normals, voc_palette
-from data.tasks import TASKS, TaskContext, tasks_named
-from evaluation.results import (
+from utils.engine.config import OptimizerKwargs, SchedulerKwargs
+from utils.engine.panel import batch_panel, prediction_panel
+from utils.engine.results import (
     delta_m_against,
     format_table,
     load_results,
@@ -16,9 +17,8 @@ from evaluation.results import (
     selection_score,
     unscored,
 )
-from utils.config import OptimizerKwargs, SchedulerKwargs
-from utils.panel import batch_panel, prediction_panel
-from utils.schedule import learning_rate
+from utils.engine.schedule import learning_rate
+from utils.engine.tasks import TASKS, TaskContext, tasks_named
 
 RESULTS = {"semseg": {"mIoU": 0.5, "valid_pixels": 9}, "depth": {"rmse": 0.6, "valid_pixels": 9}}
 

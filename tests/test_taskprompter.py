@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.datasets import DATASETS, build_transform
-from data.tasks import tasks_named
 from models.backbones import BACKBONES, PROMPTED, BackboneEntry, build_backbone
 from models.build import build_model
 from models.decoders.taskprompter import TaskPrompterConfig
@@ -20,10 +19,11 @@ from scripts.check_parity import main as check_parity
 from scripts.parity.taskprompter import BUFFERS, full_size
 from tests.shared import ROOT, golden
 from tests.test_train import rows
-from utils.checkpoint import convert_released, load_pretrained
-from utils.config import ConfigError, load_config
-from utils.setup import model_from_config, trained_model
-from utils.train import train
+from utils.engine.build import model_from_config, trained_model
+from utils.engine.checkpoint import convert_released, load_pretrained
+from utils.engine.config import ConfigError, load_config
+from utils.engine.tasks import tasks_named
+from utils.engine.train import train
 
 CONFIGS = ROOT / "configs"
 NYUD, PASCAL = (str(CONFIGS / f"taskprompter_{name}.yml") for name in ("nyud", "pascal"))

@@ -13,9 +13,9 @@ import torch
 
 from tests.conftest import launch
 from tests.shared import ROOT
-from utils.config import load_config
+from utils.engine.config import load_config
+from utils.engine.train import build_criterion, train
 from utils.finite import FiniteGuard
-from utils.train import build_criterion, train
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
 QUIET = ["model_kwargs.drop_path_rate=0", "backbone_kwargs.drop_path_rate=0"]      # no randomness in the forward pass
@@ -132,7 +132,7 @@ def test_interrupt_saves_and_resumes(tiny, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
     config = load_config(NYUD, [*tiny, "optimizer_kwargs.lr=1e-3", "val_interval=2"])
-    import utils.train
+    import utils.engine.train
     calls = []
 
     def poisoned(config):
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
             return {**out, "depth": out["depth"] * float("nan")} if len(calls) == 4 else out
         return losses
 
-    monkeypatch.setattr(utils.train, "build_criterion", poisoned)
+    monkeypatch.setattr(utils.engine.train, "build_criterion", poisoned)
     with pytest.raises(FloatingPointError, match="step 4: loss 'depth' is nan"):
         train(config, resume=False)
     kept = torch.load(config.run_dir / "last.pt", weights_only=True)

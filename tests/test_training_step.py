@@ -9,11 +9,11 @@ from models.blocks.recompute import recompute_blocks
 from models.build import DECODERS
 from tests.conftest import TINY
 from utils.batches import batches_on
-from utils.config import load_config
+from utils.engine.build import model_from_config, prepare_for_training
+from utils.engine.config import load_config
+from utils.engine.schedule import build_optimizer
+from utils.engine.train import build_criterion, train
 from utils.precision import set_float32_arithmetic
-from utils.schedule import build_optimizer
-from utils.setup import model_from_config, prepare_for_training
-from utils.train import build_criterion, train
 
 SIZE = (64, 96)
 

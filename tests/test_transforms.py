@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from data import transforms as T
-from data.tasks import TASKS, tasks_named
 from tests.shared import SHARED, golden
+from utils.engine.tasks import TASKS, tasks_named
 
 MAPS = ("semseg", "depth", "normals", "edge", "sal", "human_parts")
 DEPTH_VOID = {"mtmamba": 255.0, "taskprompter": -1.0, "mlore": 0.0}

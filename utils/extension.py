@@ -26,7 +26,7 @@ from types import ModuleType
 
 import torch
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17")
 LDFLAGS = ("-fopenmp",)  # without OpenMP at::parallel_for runs on one thread
@@ -75,7 +75,7 @@ def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) ->
     noisy.setLevel(logging.ERROR)
     start = time.perf_counter()
     files = [str(source) for source in sources if source.suffix == ".cpp"]
-    log.info("compiling %s (once on this machine)", ", ".join(Path(file).name for file in files))
+    logger.info("compiling %s (once on this machine)", ", ".join(Path(file).name for file in files))
     try:
         from torch.utils import cpp_extension
         for leftover in (*folder.glob("*.so"), folder / "lock"):
@@ -88,7 +88,7 @@ def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) ->
     finally:
         noisy.setLevel(level)
     (folder / COMPLETE).touch()
-    log.info("compiled in %.0f s", time.perf_counter() - start)
+    logger.info("compiled in %.0f s", time.perf_counter() - start)
     return ""
 
 

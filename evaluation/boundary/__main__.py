@@ -10,7 +10,6 @@ Predictions are 8-bit grey PNG files, <name>.png, at the images' original sizes.
 published scores on NYUD-v2 do.
 """
 
-from __future__ import annotations
 
 import argparse
 import json

@@ -1,6 +1,5 @@
 """The boundary score as part of an evaluation: counts every predicted image in the background."""
 
-from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from evaluation.boundary.scores import COUNT_NAMES, BoundaryTotals
 from evaluation.boundary.truth import TruthKind, truth_boundary
 from evaluation.edge_maps import edge_maps
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SMALL_SET = 32       # so few images are counted before workers have started
 
@@ -74,7 +73,7 @@ class BoundaryBenchmark:
         self.totals = BoundaryTotals.empty(len(self.protocol.thresholds))
         self.pool = CountingPool(self.totals, workers)
 
-    def __enter__(self) -> BoundaryBenchmark:
+    def __enter__(self) -> "BoundaryBenchmark":
         return self
 
     def __exit__(self, *error: object) -> None:

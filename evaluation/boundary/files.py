@@ -1,6 +1,5 @@
 """Folders of predictions and ground truth: which file belongs to which, and reading one image of each."""
 
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,7 +7,6 @@ than a minute for a single map where predicted and true pixels are about equally
 fallback, and what the compiled one is tested against.
 """
 
-from __future__ import annotations
 
 import functools
 import logging
@@ -20,7 +19,7 @@ from scipy.sparse.csgraph import maximum_flow, min_weight_full_bipartite_matchin
 
 from utils.extension import load_extension
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "compiled", "scipy")
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("matching.cpp", "matcher.h", "thinning.h"))
@@ -31,7 +30,7 @@ COST_PER_PIXEL = 100                 # costs of the published matcher are whole 
 def _compiled() -> ModuleType | None:
     module, reason = load_extension("boundary_matching", SOURCES)
     if module is None:
-        log.warning("boundary score: SciPy and scikit-image, not compiled code, some thirty times slower: %s", reason)
+        logger.warning("boundary score: SciPy and scikit-image, no compiled code, some thirty times slower: %s", reason)
     return module
 
 

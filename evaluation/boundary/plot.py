@@ -1,6 +1,5 @@
 """Precision-recall curve of a set as a picture, with curves of equal F behind it."""
 
-from __future__ import annotations
 
 from pathlib import Path
 

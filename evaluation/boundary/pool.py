@@ -1,6 +1,5 @@
 """Counting images in worker processes while the caller goes on, in bounded memory."""
 
-from __future__ import annotations
 
 import logging
 import multiprocessing
@@ -37,7 +36,7 @@ class CountingPool:
         self._executor: ProcessPoolExecutor | None = None
         pick_backend()                                     # compiles here, once, and not in every worker
 
-    def __enter__(self) -> CountingPool:
+    def __enter__(self) -> "CountingPool":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,5 @@
 """The protocol for one image: which thresholds, what is done to the prediction, how pixels are counted."""
 
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass

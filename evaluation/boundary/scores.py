@@ -4,7 +4,6 @@ PAMI 2011, in the variant of the multi-task papers, which does not interpolate b
 Counts are (..., 4) int64: cntR matched and sumR all ground-truth pixels, cntP matched and sumP all predicted ones.
 """
 
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ class BoundaryTotals:
     images: int = 0
 
     @classmethod
-    def empty(cls, num_thresholds: int) -> BoundaryTotals:
+    def empty(cls, num_thresholds: int) -> "BoundaryTotals":
         return cls(np.zeros((num_thresholds, 4), np.int64), np.zeros(4, np.int64))
 
     def add(self, counts: np.ndarray) -> None:

@@ -5,7 +5,6 @@ Marques, "Supervised Evaluation of Image Segmentation and Object Proposal Techni
 that the networks are trained with: that one is the thinned Laplacian of the label map.
 """
 
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Literal, get_args

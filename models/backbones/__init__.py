@@ -112,7 +112,7 @@ PROMPTED: dict[type[nn.Module], type[nn.Module]] = {ViTBackbone: PromptedViT, Sw
 
 def build_backbone(name: str, image_size: Sequence[int], drop_path_rate: float | None = None,
                    prompting: Prompting | None = None, **sizes) -> nn.Module:
-    """Builds a backbone with random weights (pretrained ones: `utils.checkpoint.load_pretrained`).
+    """Builds a backbone with random weights (pretrained ones: `utils.engine.checkpoint.load_pretrained`).
 
     Args:
         name: key of BACKBONES; `swin`, `hrnet`, `vit` and `internimage` have no default sizes.

@@ -6,7 +6,6 @@ labels, and tables of losses and gradient norms. The evaluation was computed in 
 and stored in float32: there, in float64, an error counts from half a unit of the stored value's last place on.
 """
 
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.tasks import TASKS, TaskContext
 from losses import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel, resize
@@ -38,7 +36,8 @@ from scripts.parity.base import (
     stored_error,
 )
 from scripts.parity.models import Recorder, compare_keys, compare_norms, manifests
-from utils.checkpoint import load_model
+from utils.engine.checkpoint import load_model
+from utils.engine.tasks import TASKS, TaskContext
 
 EVALUATED = 5e-5  # the stored float32 evaluation, whatever the arithmetic here
 EXACT, OUTPUT, GRADIENT = 1e-9, 5e-5, 1e-2  # training; in float32 a ReLU near zero may switch

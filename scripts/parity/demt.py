@@ -6,7 +6,6 @@ come closer than its rounding. "eval" and "train" are DeMT's attention over the 
 that within each image. A manifest lists the keys of the full-size models with their shapes.
 """
 
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from models.released import RELEASED, recognise
 from models.released.demt import ORDER, convert, is_dead, recognises, recognises_baseline
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, scaled_error, stem
 from scripts.parity.models import Recorder, compare_keys, manifests
-from utils.checkpoint import load_model
+from utils.engine.checkpoint import load_model
 
 HEADS = {"DemtHead": "demt", "FCNHead": "fcn"}
 SIZES = {"Swin-T": "swin_tiny", "Swin-S": "swin_small", "Swin-B": "swin_base", "Swin-L": "swin_large",

@@ -5,7 +5,6 @@ Arrays "<set>.pred.<task>", "<set>.label.<task>", "<set>.loss_unweighted.<task>"
 weight of edge pixels. All in float32.
 """
 
-from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data.tasks import TASKS, TaskContext
 from evaluation import DepthMeter
 from evaluation.saliency import THRESHOLDS
 from losses import MultiTaskLoss
@@ -29,6 +27,7 @@ from scripts.parity.base import (
     scaled_error,
     stem,
 )
+from utils.engine.tasks import TASKS, TaskContext
 
 WEIGHTS = {"semseg": 1, "human_parts": 2, "sal": 5, "normals": 10, "depth": 1, "edge": 50}
 SCORES = {"semseg": "mIoU", "human_parts": "mIoU", "depth": "rmse", "normals": "mean", "sal": "maxF_exact"}

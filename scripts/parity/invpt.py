@@ -7,7 +7,6 @@ A manifest lists the keys of the full-size models with their shapes. TaskPrompte
 what differs is said by a class of cases of its own.
 """
 
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from models.model import MultiTaskModel, Predictions
 from models.released.invpt import is_dead, recognises, rename
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, below, stem, stored_error
 from scripts.parity.models import Recorder, compare_keys, compare_norms, manifests
-from utils.checkpoint import load_model
+from utils.engine.checkpoint import load_model
 
 NO_EFFECT = "no output depends on it, and it is not computed here"
 

@@ -6,7 +6,6 @@ Without intermediate predictions ("<set>.loss.inter.<task>") a table is in the s
 in percent, depth scored between 0 and 80 m, and -1 for depth without a value.
 """
 
-from __future__ import annotations
 
 import re
 import tempfile
@@ -20,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.palette import CITYSCAPES, voc_palette
-from data.tasks import TASKS, VOID, TaskContext
 from evaluation import save_edge_maps
 from losses import MultiTaskLoss
 from models.model import resize
 from scripts.parity.base import Check, Folder, Measure, Options, absolute_error, entry_error, scaled_error
 from scripts.parity.metrics import VALID_RANGE
 from scripts.parity.outputs import compare_decoded
+from utils.engine.tasks import TASKS, VOID, TaskContext
 
 PERCENT = ("mIoU", "maxF")
 MID_GREY = 127

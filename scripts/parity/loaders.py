@@ -1,6 +1,5 @@
 """Data sets: what the loaders make of tiny data folders in the layouts of the published archives."""
 
-from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
@@ -9,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from data.base import MultiTaskDataset
-from data.cityscapes import VOID_DISPARITY
 from data.datasets import DATASETS
-from data.pascal_context import NORMALS_IDS, has_people
-from data.tasks import TASKS
+from data.datasets.cityscapes import VOID_DISPARITY
+from data.datasets.pascal_context import NORMALS_IDS, has_people
 from data.transforms import STD, fixed_transform
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
+from utils.engine.tasks import TASKS
 
 GREY_LEVEL = float(1.01 / 255 / STD.min())      # one level of 255 after normalisation
 

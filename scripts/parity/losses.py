@@ -1,6 +1,5 @@
 """Training losses: value and gradient of every loss, of the combined schemes and of the load balancing."""
 
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.tasks import TASKS, TaskContext
 from losses import (
     BalancedBCELoss,
     BalancedCrossEntropyLoss,
@@ -20,6 +18,7 @@ from losses import (
     load_balancing_loss,
 )
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, entry_error, scaled_error
+from utils.engine.tasks import TASKS, TaskContext
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

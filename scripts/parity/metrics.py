@@ -1,6 +1,5 @@
 """Scores and internal counts of every metric, in the convention of each published code base."""
 
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.tasks import TASKS
 from evaluation import (
     DepthMeter,
     EdgeLossMeter,
@@ -22,6 +20,7 @@ from evaluation import (
 )
 from evaluation.saliency import THRESHOLDS
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error, scaled_error
+from utils.engine.tasks import TASKS
 
 TOLERANCE = 1e-5                     # the references sum in float32
 OLD = "mtl"                          # Multi-Task-Learning-PyTorch has conventions of its own

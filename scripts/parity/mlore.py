@@ -6,7 +6,6 @@ both gate modes with and without folding. Most references ran in float32 and are
 arithmetic; "eval64" and "train64" ran in float64. A manifest lists the keys of the full-size models with their shapes.
 """
 
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.tasks import TASKS, VOID, TaskContext, tasks_named
 from losses.schemes import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel, Predictions
@@ -27,7 +25,8 @@ from models.released.mlore import is_dead, locate, recognises, reshaped
 from scripts.parity.base import Check, Folder, Measure, Options, below, scaled_error, stem
 from scripts.parity.mlore_inside import record_inside
 from scripts.parity.models import compare_keys, manifests
-from utils.checkpoint import convert_released, load_model
+from utils.engine.checkpoint import convert_released, load_model
+from utils.engine.tasks import TASKS, VOID, TaskContext, tasks_named
 
 OPTIONS = ("final_embed_dim", "rank_list", "topk", "spe_rank", "pre_softmax")
 GATE_MODES = {"mask_then_softmax": True, "softmax_then_mask": False}

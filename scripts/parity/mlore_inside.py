@@ -1,6 +1,5 @@
 """Where the features that MLoRE's reference numbers name are found in our model."""
 
-from __future__ import annotations
 
 from torch import Tensor, nn
 

@@ -1,6 +1,5 @@
 """What the checks of whole models share: features inside, keys of full-size models, norms of gradients."""
 
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

@@ -6,7 +6,6 @@ and recorded tensors of a float32 and a float64 run. Where both runs recorded a 
 arithmetic asked for is compared. A recorded point inside the model that ours does not have is "not covered".
 """
 
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,16 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.tasks import TASKS, TaskContext
 from losses import MultiTaskLoss
 from losses.schemes import SCHEMES
 from models.build import build_model
 from models.ops import count_scan_flops, selective_scan, set_scan_backend
 from models.released.mtmamba import convert, recognises
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, scaled_error, stem
-from utils.checkpoint import compare_states, load_model
-from utils.config import load_config
-from utils.setup import model_from_config
+from utils.engine.build import model_from_config
+from utils.engine.checkpoint import compare_states, load_model
+from utils.engine.config import load_config
+from utils.engine.tasks import TASKS, TaskContext
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"model", "tasks", "num_output", "image_size", "output_size", "backbone", "decoder"}

@@ -1,6 +1,5 @@
 """What is made of raw outputs: decoded predictions, edge PNGs, metrics of inputs with nothing to measure."""
 
-from __future__ import annotations
 
 import math
 import tempfile
@@ -12,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.tasks import TASKS, TaskContext
 from evaluation import save_edge_maps
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error, scaled_error
+from utils.engine.tasks import TASKS, TaskContext
 
 CONDITIONS = ("all_void", "no_positive", "batch_of_one")
 CHANNELS = {"semseg": 40, "human_parts": 7}          # of the degenerate inputs made here; any number would do

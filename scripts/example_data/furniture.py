@@ -6,8 +6,8 @@ FOOTPRINT gives width, depth and height in metres before the random size factor 
 
 import numpy as np
 
-from data.example.small import CREAM, WHITE, on_top, pillow, plant, table_lamp, television
-from data.example.stage import Paint, Pose, Stage
+from scripts.example_data.small import CREAM, WHITE, on_top, pillow, plant, table_lamp, television
+from scripts.example_data.stage import Paint, Pose, Stage
 
 FOOTPRINT = {
     "bed": (1.45, 2.05, 0.95),

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data.example.geometry import Solid, rotation_y
-from data.example.texture import Material
+from scripts.example_data.geometry import Solid, rotation_y
+from scripts.example_data.texture import Material
 
 UPRIGHT = np.eye(3)
 

@@ -5,7 +5,7 @@ room."""
 
 import numpy as np
 
-from data.example.stage import Paint, Pose, Stage
+from scripts.example_data.stage import Paint, Pose, Stage
 
 WALLS = [(0.86, 0.82, 0.74), (0.78, 0.83, 0.84), (0.85, 0.77, 0.72), (0.8, 0.84, 0.76), (0.9, 0.88, 0.86)]
 THICK = 0.2  # walls, metres

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.palette import depth_range
-from data.tasks import TASKS, TaskContext
 from data.transforms import MEAN, STD
+from utils.engine.tasks import TASKS, TaskContext
 
 TILE_WIDTH = 320
 TITLE_HEIGHT = 22

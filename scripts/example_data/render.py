@@ -11,10 +11,10 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from skimage.morphology import thin
 
-from data.example.geometry import first_hit
-from data.example.labels import BODY_PARTS, LABELS
-from data.example.scene import LENS, Scene, build_scene
-from data.example.shading import shade
+from scripts.example_data.geometry import first_hit
+from scripts.example_data.labels import BODY_PARTS, LABELS
+from scripts.example_data.scene import LENS, Scene, build_scene
+from scripts.example_data.shading import shade
 
 GAMMA = 1 / 2.2
 SUBSAMPLES = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))  # rotated grid, in pixels

@@ -12,18 +12,18 @@ from tqdm import tqdm
 
 from data.files import read_rgb
 from data.loader import build_eval_loader
-from data.tasks import TASKS, TaskContext
 from data.transforms import MEAN, STD
-from evaluation.evaluate import evaluate
-from evaluation.results import Results, format_table, save_results, unscored
 from models.model import MultiTaskModel, resize
 from utils import distributed
-from utils.config import Config
-from utils.panel import prediction_panel, to_array
+from utils.engine.build import build_benchmarks, build_split, trained_model
+from utils.engine.config import Config
+from utils.engine.evaluate import evaluate
+from utils.engine.panel import prediction_panel, to_array
+from utils.engine.results import Results, format_table, save_results, unscored
+from utils.engine.tasks import TASKS, TaskContext
 from utils.precision import autocast
-from utils.setup import build_benchmarks, build_split, trained_model
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MIN_SIDE = 32      # one cell of the coarsest feature map
@@ -46,11 +46,11 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
                            precision=config.precision, benchmarks=benchmarks, export_dir=output_dir, progress=progress)
         if distributed.is_main():
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name)
-            log.info("%s on %s\n%s", checkpoint, config.val_db_name,
+            logger.info("%s on %s\n%s", checkpoint, config.val_db_name,
                      format_table({config.version_name: results}, config.single_task_scores))
             for task, benchmark in benchmarks.items():
-                log.info("%s: %s", task, benchmark.report())
-            log.info("scores: %s  boundary maps: %s", output_dir / "results.json", output_dir / "edge")
+                logger.info("%s: %s", task, benchmark.report())
+            logger.info("scores: %s  boundary maps: %s", output_dir / "results.json", output_dir / "edge")
         if empty := unscored(results):
             raise ValueError(f"the {config.val_db_name} test split has no valid pixel for {', '.join(empty)}: "
                              "the score is undefined (check the label files)")
@@ -82,7 +82,7 @@ def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir
         try:
             rgb = _read(path)
         except (ValueError, OSError) as error:
-            log.error("%s", error)
+            logger.error("%s", error)
             failed.append(path.name)
             continue
         maps = predict_image(model, rgb, config, device)
@@ -90,7 +90,7 @@ def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir
     if panels:
         formats = {task: TASKS[task].raw_format for task in config.tasks}
         (output_dir / "formats.json").write_text(json.dumps(formats, indent=1) + "\n", encoding="ascii")
-        log.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
+        logger.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
     if failed:
         raise ValueError(f"{len(failed)} of {len(paths)} image(s) could not be predicted: {', '.join(failed[:10])}")
     return panels

@@ -1,4 +1,4 @@
-"""The state of a training run: built, restored, saved. `utils.train` holds the loop that changes it."""
+"""The state of a training run: built, restored, saved. `utils.engine.train` holds the loop that changes it."""
 
 import logging
 import math
@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 
 from data.loader import build_eval_loader, build_train_loader
 from utils import distributed
-from utils.checkpoint import load_model, load_pretrained, read_checkpoint, save_checkpoint
-from utils.config import Config, save_config
+from utils.engine.build import build_split, model_from_config, prepare_for_training
+from utils.engine.checkpoint import load_model, load_pretrained, read_checkpoint, save_checkpoint
+from utils.engine.config import Config, save_config
+from utils.engine.schedule import build_optimizer
 from utils.logging import RunWriter, setup_logging
-from utils.schedule import build_optimizer
-from utils.setup import build_split, model_from_config, prepare_for_training
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +71,7 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
         with distributed.main_first():                     # one download, which the others then find
             load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
     elif checkpoint is None and distributed.is_main():
-        log.warning("pretrained is false: the backbone starts from random weights")
+        logger.warning("pretrained is false: the backbone starts from random weights")
     prepare_for_training(model.to(device), config)
     run = Run(config, device, model, _wrap(model, config, device), _average(model, config),
               build_optimizer(config, model), torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
@@ -134,8 +134,8 @@ def restore_rng(run: Run) -> None:
     """
     if len(run.rng) != distributed.world_size():
         if run.rng:
-            log.warning("the checkpoint holds the random state of %d process(es), this run has %d: stochastic depth is "
-                        "drawn afresh", len(run.rng), distributed.world_size())
+            logger.warning("the checkpoint holds the random state of %d process(es), this run has %d: stochastic depth "
+                           "is drawn afresh", len(run.rng), distributed.world_size())
         return
     state = run.rng[distributed.rank()]
     torch.set_rng_state(state["torch"])
@@ -151,7 +151,7 @@ def _wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
-            log.warning("batch norm is synchronised on CUDA only: every CPU process uses its own batch statistics")
+            logger.warning("batch norm is synchronised on CUDA only: every CPU process uses its own batch statistics")
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                    find_unused_parameters=config.find_unused_parameters)
 
@@ -171,13 +171,13 @@ def _open_run_dir(run: Run, resume: bool, found: bool) -> None:
         save_config(config, run_dir / "config.yaml")
         run.writer = RunWriter(run_dir, config.tensorboard)
         parameters = sum(p.numel() for p in run.model.parameters())
-        log.info("run %s: model %s on %s, %s parameters, tasks %s", run_dir, config.model, config.backbone,
+        logger.info("run %s: model %s on %s, %s parameters, tasks %s", run_dir, config.model, config.backbone,
                  f"{parameters:,}", ", ".join(config.tasks))
-        log.info("%d updates of %d images (trBatch %d x %d process(es) x %d accumulation) on %s, %s", run.total_steps,
-                 config.trBatch * distributed.world_size() * run.accumulate, config.trBatch, distributed.world_size(),
-                 run.accumulate, run.device, config.precision)
+        logger.info("%d updates of %d images (trBatch %d x %d process(es) x %d accumulation) on %s, %s",
+                    run.total_steps, config.trBatch * distributed.world_size() * run.accumulate, config.trBatch,
+                    distributed.world_size(), run.accumulate, run.device, config.precision)
     if resume:
-        log.info("resumed at step %d" if found else "nothing to resume in %s: starting at step 0",
+        logger.info("resumed at step %d" if found else "nothing to resume in %s: starting at step 0",
                  run.step if found else run_dir)
     distributed.barrier()
 
@@ -186,7 +186,7 @@ def _report_changes(config: Config, stored: dict) -> None:
     now = config.to_dict()
     changed = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in now.items() if stored.get(key) != value]
     if changed:
-        log.warning("resumed with another configuration: %s", "; ".join(changed))
+        logger.warning("resumed with another configuration: %s", "; ".join(changed))
 
 
 def _git_hash() -> str | None:

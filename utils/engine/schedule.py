@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from utils.config import Config, SchedulerKwargs
+from utils.engine.config import Config, SchedulerKwargs
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

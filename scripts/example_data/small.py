@@ -4,7 +4,7 @@ Every function puts one thing at a pose whose origin is the middle of the thing'
 
 import numpy as np
 
-from data.example.stage import Paint, Pose, Stage
+from scripts.example_data.stage import Paint, Pose, Stage
 
 WHITE, CREAM, DARK = (0.92, 0.91, 0.89), (0.87, 0.82, 0.72), (0.13, 0.13, 0.15)
 LEAF_GREENS = [(0.2, 0.45, 0.16), (0.3, 0.52, 0.2), (0.16, 0.38, 0.22)]

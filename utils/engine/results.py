@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.tasks import TASKS, Score, primary_score, reference_keys
 from evaluation.delta_m import delta_m
+from utils.engine.tasks import TASKS, Score, primary_score, reference_keys
 
 Results = dict[str, dict[str, float]]       # task -> score -> value
 VALID_PIXELS = "valid_pixels"               # a count, which every task has

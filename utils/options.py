@@ -1,6 +1,6 @@
 """Reading YAML into dataclasses: `_base_` files, `key=value` arguments, types checked, mistakes named.
 
-Knows nothing of any particular key; `utils.config` holds the schema.
+Knows nothing of any particular key; `utils.engine.config` holds the schema.
 """
 
 import dataclasses

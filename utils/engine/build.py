@@ -8,18 +8,18 @@ import torch
 from data.base import MultiTaskDataset
 from data.boundary import truth_source
 from data.datasets import DATASETS, build_dataset, build_transform
-from data.tasks import TASKS, tasks_named
 from data.transforms import CROP_GUIDE
 from evaluation.boundary import BoundaryBenchmark
 from models.blocks.recompute import recompute_blocks
 from models.build import build_model
 from models.model import MultiTaskModel
 from models.ops import set_scan_backend
-from utils.checkpoint import load_model, read_checkpoint
-from utils.config import Config
+from utils.engine.checkpoint import load_model, read_checkpoint
+from utils.engine.config import Config
+from utils.engine.tasks import TASKS, tasks_named
 from utils.precision import set_float32_arithmetic
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def model_from_config(config: Config) -> MultiTaskModel:
@@ -41,7 +41,7 @@ def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
         if not any(counts.values()):
             raise ValueError(f"activation_checkpointing {config.activation_checkpointing}: model '{config.model}' on "
                              f"backbone '{config.backbone}' names no blocks for it; set it to none")
-        log.info("activation checkpointing of %s", ", ".join(f"{n} blocks ({name})" for name, n in counts.items()))
+        logger.info("activation checkpointing of %s", ", ".join(f"{n} blocks ({name})" for name, n in counts.items()))
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.compile:

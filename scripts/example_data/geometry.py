@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.example.texture import Material
+from scripts.example_data.texture import Material
 
 NEAR = 0.05  # metres before a ray's origin inside which a rectangle is not trusted
 CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float64).T  # (3, 8)

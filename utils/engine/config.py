@@ -18,9 +18,9 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from data.datasets import DATASETS
-from data.tasks import TASKS, TaskContext, reference_keys
 from evaluation.boundary import BoundarySettings
-from utils.yaml_schema import ConfigError, assign, nearest_origin, parse_dataclass, parse_scalar, read_yaml
+from utils.engine.tasks import TASKS, TaskContext, reference_keys
+from utils.options import ConfigError, assign, nearest_origin, parse_dataclass, parse_scalar, read_yaml
 
 # Options of one decoder that the lineage writes at the top level. They are carried in `model_kwargs`.
 LINEAGE_MODEL_KEYS = frozenset({
@@ -232,7 +232,7 @@ def _build(values: dict, origin: dict[str, str], overrides: Sequence[str], sourc
 
 
 def _mypath_db_root() -> tuple[str, str]:
-    path = Path(__file__).resolve().parents[1] / "configs" / "mypath.py"
+    path = Path(__file__).resolve().parents[2] / "configs" / "mypath.py"
     if not path.is_file():
         return "", ""
     names = runpy.run_path(str(path))

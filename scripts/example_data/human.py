@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.example.geometry import rotation_x, rotation_y, rotation_z
-from data.example.labels import PART_NAMES
-from data.example.stage import Paint, Pose, Stage, Thing
+from scripts.example_data.geometry import rotation_x, rotation_y, rotation_z
+from scripts.example_data.labels import PART_NAMES
+from scripts.example_data.stage import Paint, Pose, Stage, Thing
 
 SKINS = [(0.96, 0.8, 0.69), (0.87, 0.67, 0.53), (0.7, 0.49, 0.36), (0.45, 0.3, 0.22)]
 HAIRS = [(0.12, 0.09, 0.08), (0.35, 0.22, 0.12), (0.78, 0.62, 0.35), (0.5, 0.5, 0.5)]

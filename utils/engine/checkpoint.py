@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
-from data.tasks import tasks_named
 from models.released import RELEASED, describe, recognise, tasks_in
+from utils.engine.tasks import tasks_named
 
-PRETRAINED_DIR = Path(__file__).resolve().parents[1] / "pretrained_ckpts"
+PRETRAINED_DIR = Path(__file__).resolve().parents[2] / "pretrained_ckpts"
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
 PLAIN_TYPES = (int, float, str, bool, type(None), torch.Size)
 # Files of Lightning 1.x name a callback by its class; an empty class stands for it, so none of its code is run.

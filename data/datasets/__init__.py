@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.base import DatasetSpec, MultiTaskDataset
-from data.cityscapes import Cityscapes
-from data.nyud import NYUD
-from data.pascal_context import PASCALContext
-from data.tasks import Task
+from data.datasets.cityscapes import Cityscapes
+from data.datasets.nyud import NYUD
+from data.datasets.pascal_context import PASCALContext
 from data.transforms import Compose, eval_transform, fixed_transform, train_transform
+from utils.engine.tasks import Task
 
 DATASETS: dict[str, type[MultiTaskDataset]] = {
     "NYUD": NYUD,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.example import fittings, furniture, human, small
-from data.example.geometry import Solid, rotation_x, rotation_y, rotation_z
-from data.example.stage import Paint, Pose, Stage
+from scripts.example_data import fittings, furniture, human, small
+from scripts.example_data.geometry import Solid, rotation_x, rotation_y, rotation_z
+from scripts.example_data.stage import Paint, Pose, Stage
 
 # What may stand along the walls, by theme; earlier ones are tried first on the wall that the camera faces.
 THEMES = {

@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data.tasks import TASKS
-from evaluation.evaluate import evaluate
-from evaluation.results import format_table, save_results, selection_score, unscored
 from losses.schemes import MultiTaskLoss
 from models.build import intermediate_weight
 from utils import distributed
 from utils.batches import batches_on
-from utils.config import Config
+from utils.engine.build import build_benchmarks
+from utils.engine.config import Config
+from utils.engine.evaluate import evaluate
+from utils.engine.panel import batch_panel
+from utils.engine.results import format_table, save_results, selection_score, unscored
+from utils.engine.run import Run, prepare, restore_rng, save
+from utils.engine.schedule import learning_rate
+from utils.engine.tasks import TASKS
 from utils.finite import FiniteGuard
 from utils.logging import duration
-from utils.panel import batch_panel
 from utils.precision import autocast
-from utils.run import Run, prepare, restore_rng, save
-from utils.schedule import learning_rate
-from utils.setup import build_benchmarks
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config, resume: bool) -> dict:
@@ -98,7 +98,8 @@ def _loop(run: Run) -> dict:
             if stop.is_set and not finished:
                 guard.flush()
                 save(run, "last.pt")
-                log.info("interrupted: %s holds step %d; continue with --resume", config.run_dir / "last.pt", run.step)
+                logger.info("interrupted: %s holds step %d; continue with --resume", config.run_dir / "last.pt",
+                            run.step)
                 raise KeyboardInterrupt
     return run.metrics or {}
 
@@ -131,11 +132,11 @@ def run_evaluation(run: Run) -> None:
     run.metrics = results
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores)
-        log.info("evaluation at step %d\n%s", run.step, table)
+        logger.info("evaluation at step %d\n%s", run.step, table)
         for task, benchmark in benchmarks.items():
-            log.info("%s: %s", task, benchmark.report())
+            logger.info("%s: %s", task, benchmark.report())
         if empty := unscored(results):
-            log.warning("no valid pixel in the %s test split for %s: no score", config.val_db_name, ", ".join(empty))
+            logger.warning("no valid pixel in the %s test split for %s: no score", config.val_db_name, ", ".join(empty))
         run.writer.scalars("eval", run.step, {f"{t}/{k}": v for t, s in results.items() for k, v in s.items()})
         run.writer.image("predictions", run.step, panels[0])
         save_results(config.run_dir / "results" / f"step_{run.step}.json", results, step=run.step)
@@ -174,7 +175,7 @@ class _Interval:
         rate = (run.step - self.first_step) / (time.perf_counter() - self.start)
         images = rate * config.trBatch * distributed.world_size() * run.accumulate
         parts = " ".join(f"{name} {value:.3g}" for name, value in means.items() if name != "total")
-        log.info("step %d/%d  loss %.4g (%s)  lr %.2e  grad %.3g  %.3g it/s  %.3g img/s  mem %s  eta %s", run.step,
+        logger.info("step %d/%d  loss %.4g (%s)  lr %.2e  grad %.3g  %.3g it/s  %.3g img/s  mem %s  eta %s", run.step,
                  run.total_steps, means["total"], parts, lr, grad_norm.item(), rate, images, _memory(run.device),
                  duration((run.total_steps - run.step) / rate))
         run.writer.scalars("train", run.step, {**{f"loss/{k}": v for k, v in means.items()}, "lr": lr,

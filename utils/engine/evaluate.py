@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.tasks import TASKS, TaskContext
 from evaluation.boundary import BoundaryBenchmark
-from evaluation.results import VALID_PIXELS, Results
 from models.model import resize
+from utils.engine.results import VALID_PIXELS, Results
+from utils.engine.tasks import TASKS, TaskContext
 from utils.precision import autocast
 
 

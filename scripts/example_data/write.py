@@ -19,8 +19,8 @@ from PIL import Image
 from scipy.io import savemat
 from tqdm import tqdm
 
-from data.example.labels import LABELS, PART_NAMES
-from data.example.render import Rendered, render_scene
+from scripts.example_data.labels import LABELS, PART_NAMES
+from scripts.example_data.render import Rendered, render_scene
 
 MARKER, PARTIAL = "example.json", "example.partial.json"
 RENDERER = 1  # raise it when the same parameters give other bytes

@@ -5,9 +5,9 @@ All vectors are in camera coordinates; colours are linear RGB, float32, (3, N)."
 
 import numpy as np
 
-from data.example.geometry import dot, lit, rows, unit
-from data.example.scene import Scene
-from data.example.texture import colours
+from scripts.example_data.geometry import dot, lit, rows, unit
+from scripts.example_data.scene import Scene
+from scripts.example_data.texture import colours
 
 LAMP, DAY, SKY = 1.5, 0.22, 0.42  # strengths of lamp, daylight and ambient light
 
