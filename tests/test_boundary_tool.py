@@ -28,7 +28,7 @@ from utils.engine.config import load_config
 from utils.engine.results import delta_m_against, format_table, selection_score
 from utils.engine.tasks import TASKS, primary_score
 from utils.engine.train import train
-from utils.options import ConfigError
+from utils.engine.yaml_files import ConfigError
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
 PROTOCOL = Protocol(0.02)

@@ -1,151 +1,204 @@
-"""Reading YAML into dataclasses: `_base_` files, `key=value` arguments, types checked, mistakes named.
+"""Options: YAML values into dataclasses, types and values checked, every mistake named with its file and its key.
 
-Knows nothing of any particular key; `utils.engine.config` holds the schema.
+Knows no key of any experiment. An options class is a dataclass derived from `Options`; it belongs to what it
+configures and stands in the same file. `utils.table` finds it there without importing that file.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-import yaml
+Where = Callable[[str], str]        # dotted key -> the file (or argument) that holds it
 
 
 class ConfigError(ValueError):
     """A mistake in an experiment file or in a `key=value` argument."""
 
 
-def read_yaml(path: Path, chain: tuple[Path, ...]) -> tuple[dict, dict[str, str]]:
-    """The file's values merged over its `_base_` files, and for every dotted key the file it came from."""
-    if path.resolve() in chain:
-        raise ConfigError(f"{path}: its _base_ files include it again; remove one _base_ line")
-    if not path.is_file():
-        nearby = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yml")], n=1)
-        hint = f" (did you mean {nearby[0]}?)" if nearby else ""
-        raise FileNotFoundError(f"experiment file not found: {path}{hint}")
-    try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(own, dict):
-        raise ConfigError(f"{path} must hold 'key: value' lines, found {type(own).__name__}")
-    bases = own.pop("_base_", [])
-    merged, origin = {}, {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        base_values, base_origin = read_yaml(path.parent / base, (*chain, path.resolve()))
-        merged, origin = merge(merged, base_values), {**origin, **base_origin}
-    return merge(merged, own), {**origin, **{key: str(path) for key in dotted_keys(own)}}
+class OptionError(ValueError):
+    """An option whose value is impossible: its name, the value, and in words what would be valid."""
+
+    def __init__(self, name: str, value: Any, valid: str):
+        self.name, self.value, self.valid = name, value, valid
+        super().__init__(f"option '{name}' must be {valid}, got {value!r}")
 
 
-def merge(base: dict, over: dict) -> dict:
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = merge(out[key], value) if both else value
-    return out
+class Options:
+    """Base of options dataclasses. `__post_init__` calls `require` for what a type cannot say."""
+
+    def require(self, condition: object, name: str, valid: str) -> None:
+        """OptionError naming the option, its value and what would be valid, unless the condition holds."""
+        if not condition:
+            raise OptionError(name, getattr(self, name), valid)
+
+    def require_counts(self, *names: str, least: int = 1) -> None:
+        """Each of these options is `least` or more."""
+        for name in names:
+            self.require(getattr(self, name) >= least, name, f"a whole number of at least {least}")
+
+    def require_rates(self, *names: str) -> None:
+        """Each of these options is a probability below 1."""
+        for name in names:
+            self.require(0 <= getattr(self, name) < 1, name, "a rate in [0, 1)")
 
 
-def dotted_keys(values: dict, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in values.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            keys += dotted_keys(value, f"{prefix}{key}.")
-    return keys
+def nearest(word: Any, choices: Iterable[Any]) -> str:
+    """`did you mean 'x'?`, or the choices where none is similar."""
+    names = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names) or 'none'}"
 
 
-def nearest_origin(key: str, origin: dict[str, str], source: str) -> str:
-    parents = [key.rsplit(".", depth)[0] for depth in range(1, key.count(".") + 1)]
-    return next((origin[parent] for parent in parents if parent in origin), source)
+def choice(table: Mapping, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that holds a name of a `utils.table.Table`."""
+    return dataclasses.field(default=default, metadata={"table": table})
 
 
-def parse_scalar(text: str, override: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"argument '{override}': the value is not valid YAML") from error
+def options_of(name_field: str) -> Any:
+    """A dataclass field that holds the options of whatever the field `name_field`, a `choice`, names."""
+    return dataclasses.field(default=None, metadata={"options_of": name_field})
 
 
-def assign(values: dict, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"argument '{override}': '{key}' is not a group of keys")
-    values[keys[-1]] = value
+def given(default: Any = dataclasses.MISSING, **valid: Any) -> Any:
+    """A dataclass field with a range: `at_least`, `above`, `below` (numbers)."""
+    return dataclasses.field(default=default, metadata={"range": valid})
 
 
-def parse_dataclass(cls: type, values: Mapping, prefix: str, where: Callable[[str], str],
-                    also_known: frozenset[str] = frozenset()) -> Any:
-    """`values` as `cls`. `where(dotted_key)` names the key's file; `also_known` joins the suggestions."""
+def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = lambda key: "options") -> Any:
+    """`values` as an instance of the dataclass `cls`.
+
+    `prefix` stands before the key in messages ("model_kwargs."), `where(dotted_key)` names the file. A wrong type,
+    an unknown key and an impossible value are a ConfigError that says what would be right.
+    """
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where(prefix.rstrip('.'))}: '{prefix.rstrip('.')}' must be a group of keys "
+                          f"({', '.join(f.name for f in dataclasses.fields(cls))}), got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), [*fields, *also_known], n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"{where(f'{prefix}{key}')}: unknown key '{prefix}{key}'; {hint}")
+            raise ConfigError(f"{where(f'{prefix}{key}')}: unknown key '{prefix}{key}'; {nearest(key, fields)}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and values.get(name) is None:
             raise ConfigError(f"{where(f'{prefix}{name}')}: the key '{prefix}{name}' is required")
-    return cls(**{key: _convert(value, hints[key], f"{prefix}{key}", where) for key, value in values.items()})
+    hints = typing.get_type_hints(cls)
+    converted = {}
+    for name, f in fields.items():          # a field's options come after the name that they belong to
+        key = f"{prefix}{name}"
+        if "options_of" in f.metadata:
+            owner = f.metadata["options_of"]
+            table = fields[owner].metadata["table"]
+            kind = table.options(converted.get(owner, fields[owner].default))
+            converted[name] = parse(kind, values.get(name), f"{key}.", where)
+        elif name in values:
+            converted[name] = _field(values[name], f, hints[name], key, where)
+    try:
+        return cls(**converted)
+    except OptionError as error:
+        key = f"{prefix}{error.name}"
+        raise ConfigError(f"{where(key)}: '{key}' must be {error.valid}, got {_plain(error.value)!r}") from error
 
 
-def _convert(value: Any, hint: Any, key: str, where: Callable[[str], str]) -> Any:
+def _field(value: Any, f: dataclasses.Field, hint: Any, key: str, where: Where) -> Any:
+    if "table" in f.metadata:
+        try:
+            return f.metadata["table"].find(value)
+        except ValueError as error:
+            raise ConfigError(f"{where(key)}: '{key}': {error}") from error
+    result = _convert(value, hint, key, where)
+    checks = {"at_least": lambda x, bound: x >= bound, "above": lambda x, bound: x > bound,
+              "below": lambda x, bound: x < bound}
+    bounds = f.metadata.get("range", {})
+    if not all(checks[name](result, bound) for name, bound in bounds.items()):
+        words = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+        raise ConfigError(f"{where(key)}: '{key}' must be {words}, got {value!r}")
+    return result
+
+
+def _convert(value: Any, hint: Any, key: str, where: Where) -> Any:
     """The value as the field's type, or a ConfigError that says which types and values are valid."""
     def wrong(expected: str) -> ConfigError:
         return ConfigError(f"{where(key)}: '{key}' must be {expected}, got {value!r}")
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise wrong("a group of keys (" + ", ".join(f.name for f in dataclasses.fields(hint)) + ")")
-        return parse_dataclass(hint, value, f"{key}.", where)
+        return parse(hint, value, f"{key}.", where)
     if origin is Literal:
-        text = value.lower() if isinstance(value, str) else value
-        if text is False and "off" in args:     # YAML 1.1 reads off as false
-            text = "off"
-        if text not in args:
-            near = difflib.get_close_matches(str(text), args, n=1)
-            raise wrong("one of " + ", ".join(args) + (f" (did you mean '{near[0]}'?)" if near else ""))
-        return text
+        return _one_of(value, args, wrong)
     if origin in (types.UnionType, typing.Union):
-        return _convert_union(value, args, wrong, key, where)
+        return _convert_union(value, args, key, where, wrong)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or (args[-1] is not ... and len(value) != len(args)):
-            raise wrong("a list" if args[-1] is ... else f"a list of {len(args)} values")
+            raise wrong(_words(hint))
         kinds = args[:1] * len(value) if args[-1] is ... else args
         return tuple(_convert(v, kind, key, where) for v, kind in zip(value, kinds, strict=True))
     if hint is dict or origin is dict:
         if value is not None and not isinstance(value, Mapping):
             raise wrong("a group of keys")
         return {str(k): _convert(v, args[1], f"{key}.{k}", where) for k, v in (value or {}).items()}
-    return value if hint is Any else _convert_scalar(value, hint, wrong)
+    return _convert_scalar(value, hint, wrong)
 
 
-def _convert_union(value: Any, args: tuple, wrong: Callable, key: str, where: Callable) -> Any:
-    if value is None and type(None) in args:
+def _one_of(value: Any, valid: tuple, wrong: Callable[[str], ConfigError]) -> Any:
+    value = value.lower() if isinstance(value, str) else value
+    if value is False and "off" in valid:       # YAML 1.1 reads off as false
+        value = "off"
+    # A number that equals a choice is not enough: True == 1.
+    if not any(value == option and type(value) is type(option) for option in valid):
+        near = difflib.get_close_matches(str(value), [str(option) for option in valid], n=1)
+        raise wrong("one of " + ", ".join(map(str, valid)) + (f" (did you mean '{near[0]}'?)" if near else ""))
+    return value
+
+
+def _convert_union(value: Any, options: tuple, key: str, where: Where, wrong: Callable[[str], ConfigError]) -> Any:
+    if value is None and type(None) in options:
         return None
-    if isinstance(value, tuple(a for a in args if typing.get_origin(a) is None)):
-        return value
-    for option in (a for a in args if typing.get_origin(a) is not None):
-        return _convert(value, option, key, where)
-    raise wrong(" or ".join("empty" if a is type(None) else a.__name__ for a in args))
+    for option in options:
+        if option is bool or option is str:     # only what is one already: text would accept any number
+            if isinstance(value, option):
+                return value
+        elif option is not type(None):
+            try:
+                return _convert(value, option, key, where)
+            except ConfigError:
+                continue
+    raise wrong(" or ".join(_words(option) for option in options))
 
 
 def _convert_scalar(value: Any, hint: type, wrong: Callable[[str], ConfigError]) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)                 # YAML 1.1 reads 1e-4 as text
-        except ValueError:
+            number = float(value)               # YAML 1.1 reads 1e-4 as text
+        except (ValueError, OverflowError):
             raise wrong("a number") from None
+        if number != number:
+            raise wrong("a number")
+        return number
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise wrong({int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint])
+        raise wrong(_words(hint))
     return value
+
+
+def _words(hint: Any) -> str:
+    """A type in plain English."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return "a list" if args[-1] is ... else f"a list of {len(args)} values"
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, args))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false",
+            type(None): "empty"}.get(hint, "a group of keys")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

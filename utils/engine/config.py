@@ -20,7 +20,7 @@ import yaml
 from data.datasets import DATASETS
 from evaluation.boundary import BoundarySettings
 from utils.engine.tasks import TASKS, TaskContext, reference_keys
-from utils.options import ConfigError, assign, nearest_origin, parse_dataclass, parse_scalar, read_yaml
+from utils.engine.yaml_files import ConfigError, assign, nearest_origin, parse_dataclass, parse_scalar, read_yaml
 
 # Options of one decoder that the lineage writes at the top level. They are carried in `model_kwargs`.
 LINEAGE_MODEL_KEYS = frozenset({
