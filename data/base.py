@@ -1,8 +1,9 @@
 """What all data sets share: a description (`DatasetSpec`), where files lie (`Source`), one `Dataset` class.
 
-A data set is a table: its tasks with their class counts, and per map the files and the function that reads
+A data set is a table: its tasks with their class counts, and per label the files and the function that reads
 them. Nothing here or in the data sets branches on a task. Everything that can be wrong with a data folder
-is found before the first batch, or names the file it is about.
+is found before the first batch, or names the file it is about. PyTorch is not needed to read this file, so that an
+experiment file can be checked against a data set at once.
 """
 
 import os
@@ -10,16 +11,13 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import cv2
 import numpy as np
-from torch.utils.data import Dataset
 
-from data.files import read_rgb
-from utils.engine.tasks import Task
-
-_INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}
+from data.labels import LabelRules
+from evaluation.boundary.settings import BoundaryTruth
+from utils.files import read_rgb
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,7 @@ class DatasetSpec:
     tasks: Mapping[str, int]
     image_size: tuple[int, int]                     # (H, W) of the network's input
     class_names: Mapping[str, tuple[str, ...]]      # of the tasks that have classes
-    boundary_max_dist: float | None                 # tolerance of the boundary score, share of the diagonal
-    boundary_kind: str | None = None                # what its ground truth is: see evaluation.boundary.truth_boundary
-    boundary_list: str | None = None                # name of the list of images that published scores cover, if not all
+    boundary: BoundaryTruth | None = None           # ground truth of the boundary score
     label_size: tuple[int, int] | None = None       # (H, W) of the labels; None: as the network's input
     depth_range: tuple[float, float] | None = None  # depth is scored strictly between these; None: wherever not void
     colours: Mapping[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)   # of classes; else VOC's
@@ -43,13 +39,13 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one map, and their reader: `read(*paths)` -> H x W x C float32 (image: H x W x 3 uint8).
+    """The files of one label, and their reader: `read(*paths)`, a map as H x W x C float32, the image as uint8.
 
     A pattern may hold alternatives, "a/{id}.png|b/{id}.png": the first that exists is taken.
     """
 
     files: tuple[str, ...]
-    read: Callable[..., np.ndarray]
+    read: Callable[..., Any]
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -68,30 +64,29 @@ def find_folder(root: str | Path, spec: DatasetSpec) -> Path:
     return root / spec.folder
 
 
-class MultiTaskDataset(Dataset):
-    """Images with one label map per task.
+class MultiTaskDataset:
+    """Images with one label per task; a map-style data set of PyTorch.
 
     `dataset[(index, seed)]` applies `transform(sample, random.Random(seed))`; `dataset[index]` (evaluation)
-    uses the index as seed. Sample before the transform: "image" H x W x 3 uint8 RGB, each task H x W x C
-    float32 of the image's size, "meta" {"name": str, "size": (H, W)}. Without a transform that sample is
-    returned.
+    uses the index as seed. Sample before the transform: "image" H x W x 3 uint8 RGB, each task's label (maps: H x W x C
+    float32 of the image's size), "meta" {"name": str, "size": (H, W)}. Without a transform that sample is returned.
+    `labels` maps each wanted task to the rules of its label.
     """
 
     spec: ClassVar[DatasetSpec]
     sources: ClassVar[Mapping[str, Source]]      # "image" and every task of `spec`
-    boundary_source: ClassVar[Source | None] = None     # ground truth of the boundary score, H x W integers
 
-    def __init__(self, root: str | Path, split: str, tasks: Mapping[str, Task],
+    def __init__(self, root: str | Path, split: str, labels: Mapping[str, LabelRules],
                  transform: Callable[[dict, random.Random], dict] | None = None):
         spec = self.spec
         if split not in spec.splits:
             raise ValueError(f"{spec.name} has no split {split!r}; valid: {', '.join(spec.splits)}")
-        if absent := [name for name in tasks if name not in spec.tasks]:
+        if absent := [name for name in labels if name not in spec.tasks]:
             raise ValueError(f"{spec.name} has no labels for {', '.join(absent)}; "
                              f"its tasks: {', '.join(spec.tasks)}")
         self.folder = find_folder(root, spec)
         self.split, self.transform = split, transform
-        self.tasks = {name: tasks[name] for name in spec.tasks if name in tasks}
+        self.labels = {name: labels[name] for name in spec.tasks if name in labels}
         self.ids = self.list_ids(split)
         self.check_files()
         self.ids = self.select_ids()
@@ -117,10 +112,6 @@ class MultiTaskDataset(Dataset):
             found.append(next((p for p in options[:-1] if p.is_file()), options[-1]))
         return tuple(found)
 
-    def boundary_files(self, name: str) -> tuple[Path, ...]:
-        """Files of the boundary score's ground truth of the image with this id."""
-        return tuple(self.folder / pattern.format(id=name) for pattern in self.boundary_source.files)
-
     def missing_files(self) -> list[Path]:
         """Files the split needs that are not there; lists each folder once: fast on network disks."""
         listings: dict[str, set[str]] = {}
@@ -132,7 +123,7 @@ class MultiTaskDataset(Dataset):
                 listings[folder] = set(os.listdir(path)) if path.is_dir() else set()
             return file in listings[folder]
 
-        patterns = dict.fromkeys(p for key in ("image", *self.tasks) for p in self.sources[key].files)
+        patterns = dict.fromkeys(p for key in ("image", *self.labels) for p in self.sources[key].files)
         missing = []
         for pattern in patterns:
             options = pattern.split("|")
@@ -156,8 +147,8 @@ class MultiTaskDataset(Dataset):
         sample = self.load(self.ids[index])
         return sample if self.transform is None else self.transform(sample, random.Random(seed))
 
-    def read(self, key: str, name: str) -> np.ndarray:
-        """One map exactly as stored in its files (own size), H x W x C."""
+    def read(self, key: str, name: str) -> Any:
+        """One label, or the image, exactly as stored in its files (maps: own size, H x W x C)."""
         return self.sources[key].read(*self.paths(key, name))
 
     def load(self, name: str) -> dict:
@@ -165,14 +156,7 @@ class MultiTaskDataset(Dataset):
         image = self.read("image", name)
         size = image.shape[:2]
         sample = {"image": image}
-        for key, task in self.tasks.items():
-            label = self.read(key, name)
-            sample[key] = label if label.shape[:2] == size else resize_label(label, size, task.interp)
+        for key, rules in self.labels.items():
+            sample[key] = rules.fit(self.read(key, name), size)
         sample["meta"] = {"name": self.paths("image", name)[0].stem, "size": size}
         return sample
-
-
-def resize_label(label: np.ndarray, size: tuple[int, int], interp: str) -> np.ndarray:
-    """H x W x C float32 -> size[0] x size[1] x C; `interp` is "nearest" or "cubic"."""
-    resized = cv2.resize(label, size[::-1], interpolation=_INTERPOLATION[interp])
-    return resized.reshape(*size, label.shape[2])                      # OpenCV drops a single channel

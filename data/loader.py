@@ -7,14 +7,16 @@ but the step.
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from data.base import MultiTaskDataset
+from data.labels import LabelRules, stack
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -72,10 +74,11 @@ class EvalSampler(Sampler[int]):
         return len(self.indices)
 
 
-def collate(samples: list[dict]) -> dict:
-    """Stacks maps to (B, C, H, W); "meta" stays a list of dicts."""
-    maps = [{key: value for key, value in sample.items() if key != "meta"} for sample in samples]
-    return default_collate(maps) | {"meta": [sample["meta"] for sample in samples]}
+def collate(samples: list[dict], labels: Mapping[str, LabelRules]) -> dict:
+    """Images as (B, 3, H, W), labels as their rules say (maps: (B, C, H, W)); "meta" stays a list of dicts."""
+    return ({"image": stack([sample["image"] for sample in samples]),
+             "meta": [sample["meta"] for sample in samples]}
+            | {key: rules.collate([sample[key] for sample in samples]) for key, rules in labels.items()})
 
 
 def _init_worker(worker_id: int) -> None:
@@ -95,8 +98,9 @@ def _keep_freed_memory() -> None:
             mallopt(option, 32 * 2**20)                        # the largest value glibc accepts
 
 
-def _loader(dataset: Dataset, num_workers: int, **kwargs) -> DataLoader:
-    return DataLoader(dataset, num_workers=num_workers, collate_fn=collate, worker_init_fn=_init_worker,
+def _loader(dataset: MultiTaskDataset, num_workers: int, **kwargs) -> DataLoader:
+    return DataLoader(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
+                      worker_init_fn=_init_worker,
                       persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(), **kwargs)
 
 

@@ -1,41 +1,34 @@
 """Augmentation and preparation of samples, exactly as published (ASTMT, MTI-Net, ATRC, InvPT and successors).
 
-A sample is a dict of maps H x W x C and "meta". Each step is called with the sample and a
+A sample is a dict of "image" (H x W x 3), labels by task, and "meta". Each step is called with the sample and a
 `random.Random`-like object (random, uniform, randint); the order of the draws is part of the definition, so
-recorded draws can be replayed. What differs between tasks (fill value, flip, scale, void) is read from the
-rows of the task table.
+recorded draws can be replayed. What a step does to a label is the label's own affair (`data.labels`).
 
 Cheap by construction: crop and flip are views, 8-bit arithmetic runs through tables of 256 values, and
-`Pad` writes into channel-first memory, so that every map is copied once and `ToTensor` copies nothing.
+padding writes into channel-first memory, so that every map is copied once and `ToTensor` copies nothing.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from utils.engine.tasks import Task
+from data.labels import LabelRules, crop_map, map_to_tensor, pad_map, resize_map
 
 Sample = dict
 Step = Callable[[Sample, random.Random], Sample]
+Labels = Mapping[str, LabelRules]                        # task -> rules of its label
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)       # ImageNet, RGB
-CROP_GUIDE = "semseg"                                    # the label that tells a varied crop from a dull one
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 LEVELS = np.arange(256, dtype=np.float32)
 NORMALISE_TABLE = ((LEVELS[:, None] / 255 - MEAN) / STD)[None]         # (1, 256, 3)
 
 
-def _maps(sample: Sample) -> Iterator[str]:
-    return (key for key in sample if key != "meta")
-
-
-def _resize(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
-    """H x W x C -> size[0] x size[1] x C; OpenCV drops a single channel."""
-    return cv2.resize(array, size[::-1], interpolation=interpolation).reshape(*size, array.shape[2])
+def _each_label(sample: Sample, labels: Labels, change: Callable[[LabelRules, object], object]) -> dict[str, object]:
+    """The labels of a sample after `change(rules, label)`."""
+    return {key: change(rules, sample[key]) for key, rules in labels.items()}
 
 
 class Compose:
@@ -51,10 +44,10 @@ class Compose:
 
 
 class RandomScale:
-    """Resizes all maps by one factor: image bilinear in float32, labels nearest (normals, too)."""
+    """Resizes everything by one factor: image bilinear in float32, label maps nearest (normals, too)."""
 
-    def __init__(self, tasks: Mapping[str, Task], low: float = 0.5, high: float = 2.0):
-        self.tasks, self.low, self.high = tasks, low, high
+    def __init__(self, labels: Labels, low: float = 0.5, high: float = 2.0):
+        self.labels, self.low, self.high = labels, low, high
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         return self.apply(sample, rng.uniform(self.low, self.high))
@@ -65,48 +58,45 @@ class RandomScale:
             return sample
         height, width = sample["image"].shape[:2]
         size = int(height * factor), int(width * factor)
-        scaled = dict(sample, image=_resize(sample["image"].astype(np.float32), size, cv2.INTER_LINEAR))
-        for key, task in self.tasks.items():
-            scaled[key] = task.on_scale(_resize(sample[key], size, cv2.INTER_NEAREST), factor)
-        return scaled
+        image = resize_map(sample["image"].astype(np.float32), size, cv2.INTER_LINEAR)
+        return sample | {"image": image} | _each_label(
+            sample, self.labels, lambda rules, label: rules.scale(label, size, factor))
 
 
 class RandomCrop:
     """Cuts a window of at most `size`; a side shorter than the window is kept whole.
 
-    Up to ten positions are drawn until semantic segmentation shows at least two classes with the commonest
-    below `category_limit` of the labelled pixels; the position after ten refusals is taken unseen. Without
-    a semseg label the first position is taken.
+    Up to ten positions are drawn until the label that guides crops (semantic segmentation) shows at least two classes
+    with the commonest below `category_limit` of the labelled pixels; the position after ten refusals is taken unseen.
+    Without such a label the first position is taken.
     """
 
     max_tries = 10
 
-    def __init__(self, size: tuple[int, int], category_limit: float = 0.75, category_key: str = CROP_GUIDE):
-        self.size, self.category_limit, self.category_key = tuple(size), category_limit, category_key
+    def __init__(self, labels: Labels, size: tuple[int, int], category_limit: float = 0.75):
+        self.labels, self.size, self.category_limit = labels, tuple(size), category_limit
+        self.guide = next((key for key, rules in labels.items() if rules.guides_crop), None)
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         height, width = sample["image"].shape[:2]
         if (height, width) == self.size:
             return sample
         corner = self._draw(height, width, rng)
-        if self.category_key in sample:
-            label = sample[self.category_key]
+        if self.guide is not None:
             for _ in range(self.max_tries):
-                if self._is_varied(self._window(label, *corner)):
+                if self._is_varied(crop_map(sample[self.guide], *corner, self.size)):
                     break
                 corner = self._draw(height, width, rng)
         return self.apply(sample, *corner)
 
     def apply(self, sample: Sample, top: int, left: int) -> Sample:
-        """Crops all maps at this corner (views, no copies)."""
-        return sample | {key: self._window(sample[key], top, left) for key in _maps(sample)}
+        """Crops everything at this corner (maps: views, no copies)."""
+        return sample | {"image": crop_map(sample["image"], top, left, self.size)} | _each_label(
+            sample, self.labels, lambda rules, label: rules.crop(label, top, left, self.size))
 
     def _draw(self, height: int, width: int, rng: random.Random) -> tuple[int, int]:
         top = rng.randint(0, max(height - self.size[0], 0))
         return top, rng.randint(0, max(width - self.size[1], 0))
-
-    def _window(self, array: np.ndarray, top: int, left: int) -> np.ndarray:
-        return array[top:top + self.size[0], left:left + self.size[1]]
 
     def _is_varied(self, label: np.ndarray) -> bool:
         counts = cv2.calcHist([label.astype(np.uint8)], [0], None, [255], [0, 255])    # void = 255 is outside
@@ -114,18 +104,18 @@ class RandomCrop:
 
 
 class RandomFlip:
-    """Mirrors all maps left to right; a task's `on_flip` corrects what changes sign."""
+    """Mirrors everything left to right."""
 
-    def __init__(self, tasks: Mapping[str, Task], probability: float = 0.5):
-        self.tasks, self.probability = tasks, probability
+    def __init__(self, labels: Labels, probability: float = 0.5):
+        self.labels, self.probability = labels, probability
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         return self.apply(sample) if rng.random() < self.probability else sample
 
     def apply(self, sample: Sample) -> Sample:
         """Flips without drawing."""
-        flipped = sample | {key: sample[key][:, ::-1] for key in _maps(sample)}
-        return flipped | {key: task.on_flip(flipped[key]) for key, task in self.tasks.items()}
+        return sample | {"image": sample["image"][:, ::-1]} | _each_label(
+            sample, self.labels, lambda rules, label: rules.flip(label))
 
 
 def _linear_table(alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:
@@ -208,46 +198,37 @@ class RequireFit:
 
 
 class Pad:
-    """Centres all maps in a frame of at least `size` filled with 0 (image: mean colour) or the task's `pad_value`."""
+    """Centres everything in a frame of at least `size`; the image's border holds 0, the mean colour."""
 
-    def __init__(self, tasks: Mapping[str, Task], size: tuple[int, int]):
-        self.tasks, self.size = tasks, tuple(size)
+    def __init__(self, labels: Labels, size: tuple[int, int]):
+        self.labels, self.size = labels, tuple(size)
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
-        padded = dict(sample, image=self._pad(sample["image"], 0.0))
-        return padded | {key: self._pad(sample[key], task.pad_value) for key, task in self.tasks.items()}
-
-    def _pad(self, array: np.ndarray, value: float) -> np.ndarray:
-        height, width, channels = array.shape
+        height, width = sample["image"].shape[:2]
         frame = max(self.size[0], height), max(self.size[1], width)
-        top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
-        memory = np.empty((channels, *frame), np.float32)
-        canvas = memory.transpose(1, 2, 0)                             # (C, H, W) memory seen as (H, W, C)
-        canvas[:top] = canvas[top + height:] = value
-        canvas[top:top + height, :left] = canvas[top:top + height, left + width:] = value
-        canvas[top:top + height, left:left + width] = array
-        return canvas
+        return sample | {"image": pad_map(sample["image"], frame, 0.0)} | _each_label(
+            sample, self.labels, lambda rules, label: rules.pad(label, frame))
 
 
 class MarkVoid:
-    """Lets each task turn what carries no supervision into void."""
+    """Lets each label mark what carries no supervision."""
 
-    def __init__(self, tasks: Mapping[str, Task]):
-        self.tasks = tasks
+    def __init__(self, labels: Labels):
+        self.labels = labels
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
-        return sample | {key: task.mark_void(sample[key]) for key, task in self.tasks.items()}
+        return sample | _each_label(sample, self.labels, lambda rules, label: rules.mark_void(label))
 
 
 class ToTensor:
-    """H x W x C arrays -> C x H x W float32 tensors; "meta" stays."""
+    """Image H x W x 3 -> 3 x H x W float32 tensor, labels as their rules say; "meta" stays."""
 
-    def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Tensor | dict]:
-        return sample | {key: self._convert(sample[key]) for key in _maps(sample)}
+    def __init__(self, labels: Labels):
+        self.labels = labels
 
-    @staticmethod
-    def _convert(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), np.float32))
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
+        return sample | {"image": map_to_tensor(sample["image"])} | _each_label(
+            sample, self.labels, lambda rules, label: rules.to_tensor(label))
 
 
 class ResizeImage:
@@ -262,34 +243,45 @@ class ResizeImage:
 
 
 class ResizeLabels:
-    """All labels to `size`, nearest."""
+    """All labels to `size`, maps nearest."""
 
-    def __init__(self, tasks: Mapping[str, Task], size: tuple[int, int]):
-        self.tasks, self.size = tasks, tuple(size)
+    def __init__(self, labels: Labels, size: tuple[int, int]):
+        self.labels, self.size = labels, tuple(size)
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
-        return sample | {key: _resize(sample[key], self.size, cv2.INTER_NEAREST) for key in self.tasks}
+        return sample | _each_label(sample, self.labels, lambda rules, label: rules.resize(label, self.size))
 
 
-def train_transform(size: tuple[int, int], tasks: Mapping[str, Task],
-                    scale_range: tuple[float, float] = (0.5, 2.0), flip: float = 0.5,
-                    photometric: bool = True, category_limit: float = 0.75) -> Compose:
+def train_transform(size: tuple[int, int], labels: Labels, scale_range: tuple[float, float] = (0.5, 2.0),
+                    flip: float = 0.5, photometric: bool = True, category_limit: float = 0.75) -> Compose:
     """Random scale, crop, flip, colours; then as `eval_transform`. `size` is the network's input (H, W)."""
     colours = (PhotometricDistortion(),) if photometric else ()
-    return Compose((RandomScale(tasks, *scale_range), RandomCrop(size, category_limit),
-                    RandomFlip(tasks, flip), *colours, *eval_transform(size, tasks).steps))
+    return Compose((RandomScale(labels, *scale_range), RandomCrop(labels, size, category_limit),
+                    RandomFlip(labels, flip), *colours, *eval_transform(size, labels).steps))
 
 
-def eval_transform(size: tuple[int, int], tasks: Mapping[str, Task]) -> Compose:
+def eval_transform(size: tuple[int, int], labels: Labels) -> Compose:
     """Nothing is resized: normalise, pad to `size` (padding is void), mark void, to tensors."""
-    return Compose((RequireFit(size), Normalise(), Pad(tasks, size), MarkVoid(tasks), ToTensor()))
+    return Compose((RequireFit(size), Normalise(), Pad(labels, size), MarkVoid(labels), ToTensor(labels)))
 
 
-def fixed_transform(size: tuple[int, int], tasks: Mapping[str, Task],
-                    label_size: tuple[int, int] | None = None) -> Compose:
+def fixed_transform(size: tuple[int, int], labels: Labels, label_size: tuple[int, int] | None = None) -> Compose:
     """Cityscapes: image resized to `size`, labels to `label_size` (None: kept), no augmentation.
 
-    There is no padding and zero is a legal disparity (sky), so the tasks' void rules do not apply.
+    There is no padding and zero is a legal disparity (sky), so the labels' void rules do not apply.
     """
-    labels = (ResizeLabels(tasks, label_size),) if label_size else ()
-    return Compose((ResizeImage(size), *labels, Normalise(), ToTensor()))
+    resized = (ResizeLabels(labels, label_size),) if label_size else ()
+    return Compose((ResizeImage(size), *resized, Normalise(), ToTensor(labels)))
+
+
+def build_transform(image_size: tuple[int, int], fixed_label_size: tuple[int, int] | None, training: bool,
+                    labels: Labels, **augmentation) -> Compose:
+    """The transform of a split; `augmentation` goes to `train_transform`.
+
+    A data set whose labels have a size of their own (`fixed_label_size`, Cityscapes) is resized and never augmented.
+    """
+    if fixed_label_size is not None:
+        return fixed_transform(image_size, labels, fixed_label_size)
+    if training:
+        return train_transform(image_size, labels, **augmentation)
+    return eval_transform(image_size, labels)

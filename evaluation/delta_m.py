@@ -1,6 +1,5 @@
 """Multi-task gain: how much a multi-task model improves on single-task models (Maninis et al., CVPR 2019)."""
 
-
 from collections.abc import Mapping
 
 

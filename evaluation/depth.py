@@ -1,9 +1,12 @@
 """Depth errors pooled over all valid pixels of the set (Eigen et al., NeurIPS 2014)."""
 
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from evaluation.evaluator import Score, TaskContext
 from evaluation.meter import Meter, ratio
 
 MIN_DEPTH_M = 1e-9
@@ -14,12 +17,13 @@ class DepthMeter(Meter):
     """rmse and sq_rel (m), log_rmse (natural log), abs_rel, delta1..3 = share with max(p/t, t/p) < 1.25^k.
 
     The rmse is the root of the mean over all pixels, not a mean of per-image values. Predictions that are not
-    positive count as 1e-9 m, which dominates log_rmse where there are many (the InvPT lineage's convention).
+    positive count as 1e-9 m, which dominates log_rmse where there are many (InvPT's and its successors' convention).
     pred and target (B, 1, H, W) in metres. Valid: target != ignore and, with valid_range (lo, hi), lo <
     target < hi (Cityscapes disparity 0..80). A valid target must be positive for the relative and logarithmic
     figures.
     """
 
+    scores: ClassVar = (Score("rmse", "RMSE", False, decimals=4, unit="m"),)
     SUMS = ("squared", "squared_log", "absolute_rel", "squared_rel")
     COUNTS = ("num_valid", "delta1", "delta2", "delta3")
 
@@ -28,11 +32,15 @@ class DepthMeter(Meter):
         self.valid_range = valid_range
         super().__init__()
 
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "DepthMeter":
+        return cls(context.ignore_index, context.depth_range)
+
     def initial_state(self) -> dict[str, Tensor]:
         return ({name: torch.zeros((), dtype=torch.float64) for name in self.SUMS}
                 | {name: torch.zeros((), dtype=torch.int64) for name in self.COUNTS})
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = torch.ones_like(target, dtype=torch.bool)
         if self.ignore is not None:
             valid &= target != self.ignore

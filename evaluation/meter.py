@@ -1,19 +1,20 @@
-"""Base of all metrics: a handful of summed tensors, so that distributed evaluation is a single all-reduce.
+"""Base of the streaming evaluators: a handful of summed tensors, so that distributed evaluation is one all-reduce.
 
 Every published figure here is a function of counts over the whole validation set, never a mean of per-batch
 scores; therefore the result cannot depend on how images are grouped into batches or shared over processes.
 """
 
-
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from evaluation.evaluator import Evaluator
+from utils import distributed
 
-class Meter:
-    """update(pred, target) per batch, reduce() once at the end, compute() -> figures.
+
+class Meter(Evaluator):
+    """Streaming evaluator: update(pred, target) per batch, reduce() once at the end, compute() -> figures.
 
     `state` holds int64 counts and float64 sums, on the device of the data. pred is decoded (see each meter),
     target the label (B, C, H, W) float with void = ignore. Figures that need a valid pixel are NaN where
@@ -25,12 +26,6 @@ class Meter:
 
     def initial_state(self) -> dict[str, Tensor]:
         """Zeros of the right shapes and dtypes; the order of the keys is the same on every process."""
-        raise NotImplementedError
-
-    def update(self, pred: Tensor, target: Tensor) -> None:
-        raise NotImplementedError
-
-    def compute(self) -> dict[str, float]:
         raise NotImplementedError
 
     @property
@@ -58,12 +53,9 @@ class Meter:
         """
         assert not self._reduced, "reduce() called twice would count every process's pixels again"
         self._reduced = True
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flat = torch.cat([value.reshape(-1).double().to(device) for value in self.state.values()])
-        dist.all_reduce(flat)
-        parts = flat.cpu().split([value.numel() for value in self.state.values()])
+        flat = torch.cat([value.reshape(-1).double().cpu() for value in self.state.values()])
+        flat = distributed.sum_over_ranks(flat)
+        parts = flat.split([value.numel() for value in self.state.values()])
         self.state = {name: part.reshape(value.shape).to(value.dtype)
                       for (name, value), part in zip(self.state.items(), parts, strict=True)}
 

@@ -1,12 +1,14 @@
 """Angular error of surface normals, pooled over all valid pixels of the set."""
 
-
 import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.evaluator import Score, TaskContext
 from evaluation.meter import Meter, ratio
 
 CONVENTIONS = ("atan2", "arccos")
@@ -19,10 +21,12 @@ class NormalsMeter(Meter):
     """mean, median and rmse in degrees; "11.25", "22.5", "30" = percent of pixels below that angle.
 
     pred and target (B, 3, H, W); a pixel is valid if none of its three label channels is `ignore`. convention
-    "atan2" (InvPT lineage): both vectors scaled to unit length, 2 atan2(|p - g|, |p + g|), accurate near 0
+    "atan2" (InvPT and its successors): both vectors scaled to unit length, 2 atan2(|p - g|, |p + g|), accurate near 0
     and 180 degrees; a zero prediction scores 90. "arccos" (Multi-Task-Learning-PyTorch): arccos of the
     clipped dot product, the label used as stored - its 8-bit rounding makes the angles slightly different.
     """
+
+    scores: ClassVar = (Score("mean", "mErr", False, unit="deg"),)
 
     def __init__(self, ignore: float = 255.0, convention: str = "atan2"):
         if convention not in CONVENTIONS:
@@ -31,6 +35,10 @@ class NormalsMeter(Meter):
         self.convention = convention
         super().__init__()
 
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "NormalsMeter":
+        return cls(context.ignore_index)
+
     def initial_state(self) -> dict[str, Tensor]:
         return {"sum_deg": torch.zeros((), dtype=torch.float64),
                 "sum_squared_deg": torch.zeros((), dtype=torch.float64),
@@ -38,7 +46,7 @@ class NormalsMeter(Meter):
                 "num_below": torch.zeros(len(SHARES_DEG), dtype=torch.int64),
                 "histogram": torch.zeros(NUM_BINS, dtype=torch.int64)}
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = (target != self.ignore).all(dim=1)                     # (B, H, W)
         p, g = (maps.movedim(1, -1)[valid].double() for maps in (pred, target))    # (num_valid, 3)
         p = F.normalize(p, dim=-1, eps=1e-12)

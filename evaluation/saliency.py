@@ -1,14 +1,17 @@
 """Saliency: maximal F-measure (Achanta et al., CVPR 2009) in its two published variants, and a mean IoU.
 
-The InvPT lineage applies a second sigmoid to a value that already is a probability. The result lies in [0.5,
+The InvPT family applies a second sigmoid to a value that already is a probability. The result lies in [0.5,
 0.731], so of the 19 thresholds only 0.55 .. 0.70 do anything: published maxF figures sample the curve at four
 points and "everything". `maxF` reproduces that figure, `maxF_exact` is the sweep that was meant (ATRC, DeMT).
 """
 
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from evaluation.evaluator import Score, TaskContext
 from evaluation.meter import Meter, ratio
 
 BETA_SQUARED = 0.3
@@ -27,9 +30,15 @@ class SaliencyMeter(Meter):
     pred (B, 1, H, W) probability of the salient class, target (B, 1, H, W) 0 / 1 with void = ignore_index.
     """
 
+    scores: ClassVar = (Score("maxF", "maxF", True, scale=100, unit="%"),)
+
     def __init__(self, ignore_index: int = 255):
         self.ignore_index = ignore_index
         super().__init__()
+
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "SaliencyMeter":
+        return cls(context.ignore_index)
 
     def initial_state(self) -> dict[str, Tensor]:
         counts = ("tp", "predicted", "tp_exact", "predicted_exact")
@@ -38,7 +47,7 @@ class SaliencyMeter(Meter):
                 | {name: torch.zeros((), dtype=torch.int64) for name in ("positives", "num_images")}
                 | {name: torch.zeros(len(IMAGE_THRESHOLDS), dtype=torch.float64) for name in sums})
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         pred, target = pred.float().flatten(1).contiguous(), target.flatten(1)                  # (B, H*W)
         valid = target != self.ignore_index
         positive = target == 1

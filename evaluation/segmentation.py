@@ -1,9 +1,12 @@
 """Mean intersection over union of semantic segmentation and human parts."""
 
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from evaluation.evaluator import Score, TaskContext
 from evaluation.meter import Meter, ratio
 
 
@@ -11,19 +14,25 @@ class SegmentationMeter(Meter):
     """Counts per class over all valid pixels of the set; figures are fractions.
 
     `mIoU` averages over *all* classes and a class that is neither labelled nor predicted counts 0: the
-    convention of the InvPT lineage. `mIoU_present` leaves such classes out. `IoU/<k>` per class,
+    convention of InvPT and its successors. `mIoU_present` leaves such classes out. `IoU/<k>` per class,
     `pixel_accuracy`. pred (B, 1, H, W) class ids, target (B, 1, H, W) with void = ignore_index.
     """
+
+    scores: ClassVar = (Score("mIoU", "mIoU", True, scale=100, unit="%"),)
 
     def __init__(self, num_classes: int, ignore_index: int = 255):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         super().__init__()
 
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "SegmentationMeter":
+        return cls(context.num_channels, context.ignore_index)
+
     def initial_state(self) -> dict[str, Tensor]:
         return {name: torch.zeros(self.num_classes, dtype=torch.int64) for name in ("tp", "fp", "fn")}
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = target != self.ignore_index
         pred, target = pred[valid].long(), target[valid].long()        # (num_valid,)
         tp = self._count(target[pred == target], "label")

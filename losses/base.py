@@ -1,6 +1,5 @@
 """What all dense losses share: label checks, the void value and arithmetic that never drops below float32."""
 
-
 import torch
 from torch import Tensor, nn
 

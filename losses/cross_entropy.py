@@ -4,7 +4,6 @@ Both divide the summed loss by the number of valid pixels, never by the sum of c
 published loss weights of the InvPT family (Ye and Xu, ECCV 2022, and successors) were tuned for.
 """
 
-
 from collections.abc import Sequence
 
 import torch

@@ -4,7 +4,6 @@ The fixed positive weight (0.95 in most configs) is the convention of the ASTMT 
 selects the batch-wise weight of holistically-nested edge detection (Xie and Tu, ICCV 2015).
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,7 +4,6 @@ Squared coefficient of variation of the experts' mean gate (Shazeer et al., ICLR
 et al., CVPR 2024) over all tasks of a routing layer.
 """
 
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -1,6 +1,5 @@
 """L1 losses for regression: depth, and surface normals after scaling the prediction to unit length."""
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

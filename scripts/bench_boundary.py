@@ -9,7 +9,6 @@ compiled backend, the SciPy backend (maximum flow), and the plain twin (scikit-i
 of magnitude. --set then scores so many PNG files with worker processes, and reports the largest memory of a process.
 """
 
-
 import argparse
 import multiprocessing
 import resource

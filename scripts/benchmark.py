@@ -32,11 +32,10 @@ from data.loader import build_train_loader
 from models.ops import count_scan_flops
 from scripts import bench_scan
 from utils.distributed import pick_device
-from utils.engine.build import build_split, model_from_config, prepare_for_training
+from utils.engine.build import build_criterion, build_split, model_from_config, prepare_for_training
 from utils.engine.config import Config, load_config
-from utils.engine.schedule import build_optimizer
+from utils.engine.run import build_optimizer
 from utils.engine.tasks import TASKS
-from utils.engine.train import build_criterion
 from utils.precision import autocast
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -73,7 +72,8 @@ class Step:
         torch.manual_seed(0)
         self.model = model_from_config(config).to(self.device)
         prepare_for_training(self.model, config)
-        self.optimizer, self.criterion = build_optimizer(config, self.model), build_criterion(config)
+        self.criterion = build_criterion(config, self.model)
+        self.optimizer = build_optimizer(config, self.model, self.criterion)
         self.batch = _random_batch(config, self.device)
 
     @torch.inference_mode()
@@ -187,7 +187,7 @@ def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tenso
     size = config.label_size or config.input_size
     batch = {"image": torch.randn(config.trBatch, 3, *config.input_size, device=device)}
     for task in config.tasks:
-        batch[task] = torch.randint(0, 2, (config.trBatch, TASKS[task].label_channels, *size), device=device).float()
+        batch[task] = torch.randint(0, 2, (config.trBatch, TASKS.load(task).label.channels, *size), device=device).float()
     return batch
 
 

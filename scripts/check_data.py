@@ -9,7 +9,7 @@ unreadable or out of range.
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +22,9 @@ if str(ROOT) not in sys.path:
 
 from data.base import MultiTaskDataset  # noqa: E402
 from data.datasets import DATASETS  # noqa: E402
-from data.thinning import thin  # noqa: E402
-from utils.engine.tasks import VOID, Task, tasks_named  # noqa: E402
+from data.labels import VOID, LabelRules  # noqa: E402
+from evaluation.boundary.thinning import thin  # noqa: E402
+from utils.engine.tasks import label_rules  # noqa: E402
 
 MAX_LISTED = 50
 
@@ -79,10 +80,10 @@ QUESTIONS: dict[str, tuple[Callable[[np.ndarray], tuple[float, ...]], str]] = {
 }
 
 
-def open_split(name: str, db_root: str, split: str, tasks: dict[str, Task]) -> MultiTaskDataset:
+def open_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelRules]) -> MultiTaskDataset:
     """The data set without its own start-up checks, so that everything wrong can be listed at once."""
     lenient = {"check_files": lambda self: None, "select_ids": lambda self: self.ids}
-    return type(name, (DATASETS[name],), lenient)(db_root, split, tasks)
+    return type(name, (DATASETS.load(name),), lenient)(db_root, split, labels)
 
 
 def examine(dataset: MultiTaskDataset, name: str, reports: dict[str, MapReport]) -> list[str]:
@@ -99,7 +100,7 @@ def examine(dataset: MultiTaskDataset, name: str, reports: dict[str, MapReport])
             image_size = label.shape[:2]
             report.add(label, np.zeros(image_size, bool))
             continue
-        report.add(label, (dataset.tasks[key].mark_void(label) == VOID).all(axis=-1))
+        report.add(label, (dataset.labels[key].mark_void(label) == VOID).all(axis=-1))
         if image_size and label.shape[:2] not in (image_size, (1, 1)):     # 1 x 1: a map without objects
             report.resized[dataset.paths(key, name)[0].parent.relative_to(dataset.folder).as_posix()] += 1
         if key in QUESTIONS:
@@ -124,17 +125,17 @@ def describe(key: str, report: MapReport) -> str:
     return "\n".join(lines)
 
 
-def check_split(name: str, db_root: str, split: str, tasks: dict[str, Task], limit: int | None) -> list[str]:
+def check_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelRules], limit: int | None) -> list[str]:
     """Prints the report of one split; returns its problems."""
     try:
-        dataset = open_split(name, db_root, split, tasks)
+        dataset = open_split(name, db_root, split, labels)
     except (ValueError, OSError) as error:
         return [str(error)]
     missing = dataset.missing_files()
     problems = [f"missing: {path}" for path in missing]
     if double := len(dataset.ids) - len(set(dataset.ids)):
         problems.append(f"split {split!r} lists {double} id(s) more than once")
-    reports = {key: MapReport() for key in ("image", *dataset.tasks)}
+    reports = {key: MapReport() for key in ("image", *dataset.labels)}
     step = max(1, len(dataset.ids) // limit) if limit else 1
     chosen = [image_id for image_id in dataset.ids[::step]
               if all(path.is_file() for key in reports for path in dataset.paths(key, image_id))]
@@ -157,14 +158,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", help="default: all tasks of the data set")
     parser.add_argument("--limit", type=int, help="examine about this many images per split, evenly spaced")
     args = parser.parse_args(argv)
-    spec = DATASETS[args.dataset].spec
+    spec = DATASETS.load(args.dataset).spec
     try:
-        tasks = tasks_named(args.tasks or spec.tasks)
+        labels = label_rules(args.tasks or spec.tasks)
     except ValueError as error:
         parser.error(str(error))
     problems = []
     for split in (args.split,) if args.split else spec.splits:
-        problems += check_split(args.dataset, args.db_root, split, tasks, args.limit)
+        problems += check_split(args.dataset, args.db_root, split, labels, args.limit)
     if problems := list(dict.fromkeys(problems)):
         more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         print(f"{len(problems)} problem(s):", *problems[:MAX_LISTED], *more, sep="\n  ")

@@ -19,8 +19,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.engine.results import Results, delta_m_against, format_table, load_results
-from utils.engine.tasks import primary_score, reference_keys
+from utils.engine.results import Results, delta_m_against, format_table, load_results, reference_keys
+from utils.engine.tasks import TASKS
 
 INFER = Path("infer", "results.json")       # where `--run_mode infer` writes beside a checkpoint
 COMPARABLE = ("backbone", "val_db_name")    # what runs must share for their gain to mean anything
@@ -120,7 +120,7 @@ def check_tasks(multi: Results, rows: Mapping[str, Results], numbers: Sequence[t
         raise ValueError(f"no single-task run for {', '.join(lacking)}; --single gives {', '.join(seen)}")
     for run, results in {"the multi-task run": multi, **rows}.items():
         for task, scores in results.items():
-            key = primary_score(task, scores).key
+            key = TASKS.load(task).main_score(scores).key
             if not math.isfinite(scores.get(key, math.nan)):
                 raise ValueError(f"{run} has no {key} for {task}: no pixel of its test images was valid")
 
@@ -133,7 +133,7 @@ def _number(name: str, text: str) -> float:
 
 
 def _scores(results: Results) -> str:
-    return ", ".join(f"{task}/{primary_score(task, scores).key}" for task, scores in results.items())
+    return ", ".join(f"{task}/{TASKS.load(task).main_score(scores).key}" for task, scores in results.items())
 
 
 if __name__ == "__main__":

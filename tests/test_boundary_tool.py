@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.boundary import truth_source
 from PIL import Image
 from scipy.io import savemat
 
 import main as command_line
-from data.boundary import truth_source
 from data.datasets import build_dataset
 from data.datasets.nyud import NYUD as NYUDv2
 from evaluation.boundary import BoundaryBenchmark, BoundarySettings, BoundaryTotals, Protocol, image_counts

@@ -17,13 +17,13 @@ from skimage.morphology import thin as skimage_thin
 from data.base import resize_label
 from data.datasets import DATASETS, build_dataset, build_transform
 from data.datasets.pascal_context import NORMALS_IDS, has_people
-from data.files import read_depth, read_rgb
 from data.loader import EvalSampler, TrainBatchSampler, build_eval_loader, build_train_loader
-from data.thinning import thin
 from data.transforms import fixed_transform
+from evaluation.boundary.thinning import thin
 from scripts import check_data
 from tests.shared import golden, real_data
 from utils.engine.tasks import TASKS, tasks_named
+from utils.files import read_depth, read_rgb
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -12,13 +12,13 @@ from torch import nn
 
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
 from data.datasets import DATASETS, build_dataset
-from data.files import class_table, read_depth, read_table
 from models.build import DECODERS, build_model
 from models.model import Decoder, DecoderOutput
 from tests.shared import ROOT
 from utils.engine.config import TaskDictionary, load_config
 from utils.engine.tasks import TASKS, tasks_named
 from utils.engine.train import train
+from utils.files import class_table, read_depth, read_table
 
 
 def readme_code(first_line: str) -> dict:

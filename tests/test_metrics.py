@@ -19,7 +19,7 @@ from evaluation import (
     delta_m,
     save_edge_maps,
 )
-from evaluation.edge_maps import crop_from_padding
+from evaluation.boundary.edge_maps import crop_from_padding
 from evaluation.saliency import THRESHOLDS
 from losses import BalancedBCELoss
 from tests.shared import golden

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from data.palette import colour_depth, colour_normals, voc_palette
+from utils.engine.schedule import learning_rate
+
 from utils.engine.config import OptimizerKwargs, SchedulerKwargs
 from utils.engine.panel import batch_panel, prediction_panel
 from utils.engine.results import (
@@ -17,7 +18,6 @@ from utils.engine.results import (
     selection_score,
     unscored,
 )
-from utils.engine.schedule import learning_rate
 from utils.engine.tasks import TASKS, TaskContext, tasks_named
 
 RESULTS = {"semseg": {"mIoU": 0.5, "valid_pixels": 9}, "depth": {"rmse": 0.6, "valid_pixels": 9}}

@@ -1,6 +1,5 @@
 """Scans along routes: every order against an explicit permutation, groups, strides, and what compilers see of them."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from utils.engine.schedule import build_optimizer
 
 from models.blocks.recompute import recompute_blocks
 from models.build import DECODERS
@@ -11,7 +12,6 @@ from tests.conftest import TINY
 from utils.batches import batches_on
 from utils.engine.build import model_from_config, prepare_for_training
 from utils.engine.config import load_config
-from utils.engine.schedule import build_optimizer
 from utils.engine.train import build_criterion, train
 from utils.precision import set_float32_arithmetic
 

@@ -1,14 +1,19 @@
 """Batches on their way to the device."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def to_device(batch: Mapping, device: torch.device) -> dict:
-    """Tensors on the device, everything else as it is."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors on the device, also inside dictionaries and lists; everything else as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
 
 
 def batches_on(device: torch.device, batches: Iterable[Mapping]) -> Iterator[dict]:
@@ -24,17 +29,22 @@ def batches_on(device: torch.device, batches: Iterable[Mapping]) -> Iterator[dic
             following = None if following is None else to_device(following, device)
             arrived = copying.record_event()
         if ready is not None:
-            yield _handed_over(*ready, device)
+            batch, copied = ready
+            computing = torch.cuda.current_stream(device)
+            computing.wait_event(copied)
+            _keep_memory_for(computing, batch)
+            yield batch
         if following is None:
             return
         ready = following, arrived
 
 
-def _handed_over(batch: dict, arrived: torch.cuda.Event, device: torch.device) -> dict:
-    """The stream that computes waits for the copy, and the memory is not reused before it is done with it."""
-    current = torch.cuda.current_stream(device)
-    current.wait_event(arrived)
-    for value in batch.values():
-        if isinstance(value, Tensor):
-            value.record_stream(current)
-    return batch
+def _keep_memory_for(stream: torch.cuda.Stream, batch: Any) -> None:
+    """The batch's memory is not given to others before this stream is done with it."""
+    if isinstance(batch, Tensor):
+        batch.record_stream(stream)
+    elif isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list):
+        for value in batch:
+            _keep_memory_for(stream, value)

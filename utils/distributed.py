@@ -5,7 +5,7 @@ LOCAL_RANK; the latter also passes --local-rank, which main.py accepts). NCCL on
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 TIMEOUT = timedelta(minutes=30)     # every rank evaluates its share, so none waits for long
 
@@ -48,6 +49,15 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a CPU tensor over all processes, the same on each; every process takes part."""
+    if not dist.is_initialized():
+        return values
+    summed = values.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(summed)
+    return summed.cpu()
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of a tensor over all processes (the same on each)."""
     if dist.is_initialized():
@@ -55,6 +65,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def average_gradients(parameters: Iterable[Parameter]) -> None:
+    """Replaces each gradient by its mean over all processes; every process holds the same parameters."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = mean_over_ranks(parameter.grad)
 
 
 def gather_objects(item: Any) -> list[Any]:

@@ -57,9 +57,13 @@ def choice(table: Mapping, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"table": table})
 
 
-def options_of(name_field: str) -> Any:
-    """A dataclass field that holds the options of whatever the field `name_field`, a `choice`, names."""
-    return dataclasses.field(default=None, metadata={"options_of": name_field})
+def options_of(name_field: str, resolved: bool = True) -> Any:
+    """A dataclass field that holds the options of whatever the field `name_field`, a `choice`, names.
+
+    It is an instance of the options class, or with `resolved` False a dictionary of the options that were given: for
+    parts whose defaults depend on the other parts.
+    """
+    return dataclasses.field(default=None, metadata={"options_of": name_field, "resolved": resolved})
 
 
 def given(default: Any = dataclasses.MISSING, **valid: Any) -> Any:
@@ -73,10 +77,7 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
     `prefix` stands before the key in messages ("model_kwargs."), `where(dotted_key)` names the file. A wrong type,
     an unknown key and an impossible value are a ConfigError that says what would be right.
     """
-    values = {} if values is None else values
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where(prefix.rstrip('.'))}: '{prefix.rstrip('.')}' must be a group of keys "
-                          f"({', '.join(f.name for f in dataclasses.fields(cls))}), got {values!r}")
+    values = _group(values, prefix, where)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
@@ -91,9 +92,10 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
         key = f"{prefix}{name}"
         if "options_of" in f.metadata:
             owner = f.metadata["options_of"]
-            table = fields[owner].metadata["table"]
-            kind = table.options(converted.get(owner, fields[owner].default))
-            converted[name] = parse(kind, values.get(name), f"{key}.", where)
+            table, chosen = fields[owner].metadata["table"], converted.get(owner, fields[owner].default)
+            group = _group(values.get(name), f"{key}.", where)
+            options = parse(table.options(chosen), {**table.defaults(chosen), **group}, f"{key}.", where)
+            converted[name] = options if f.metadata["resolved"] else {k: getattr(options, k) for k in group}
         elif name in values:
             converted[name] = _field(values[name], f, hints[name], key, where)
     try:
@@ -101,6 +103,15 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
     except OptionError as error:
         key = f"{prefix}{error.name}"
         raise ConfigError(f"{where(key)}: '{key}' must be {error.valid}, got {_plain(error.value)!r}") from error
+
+
+def _group(values: Any, prefix: str, where: Where) -> Mapping:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        key = prefix.rstrip(".")
+        raise ConfigError(f"{where(key)}: '{key}' must be a group of keys, got {values!r}")
+    return values
 
 
 def _field(value: Any, f: dataclasses.Field, hint: Any, key: str, where: Where) -> Any:
@@ -127,6 +138,8 @@ def _convert(value: Any, hint: Any, key: str, where: Where) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if hasattr(hint, "from_yaml"):
+        return hint.from_yaml(value, key, where)
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, f"{key}.", where)
     if origin is Literal:

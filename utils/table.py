@@ -20,7 +20,9 @@ LIGHT_MODULES = ("dataclasses", "typing", "math", "collections.abc", "utils.opti
 
 
 class Table(dict):
-    """Names -> entries of one kind ("decoder"). An entry with an attribute `target` stands for what that names.
+    """Names -> entries of one kind ("decoder").
+
+    An entry with attributes `target` and `defaults` stands for what `target` names, with these options.
 
     `aliases` maps further spellings to names; upper and lower case make no difference.
     """
@@ -58,6 +60,10 @@ class Table(dict):
             return getattr(sys.modules[module], attribute).Config
         return _read_options(module, _config_name(_class(_parse(module), attribute)))
 
+    def defaults(self, name: str) -> Mapping[str, Any]:
+        """Options that an entry sets before a user's: its attribute `defaults`, e.g. the sizes of swin_large."""
+        return getattr(self[self.find(name)], "defaults", {})
+
     def _target(self, name: str) -> Any:
         entry = self[self.find(name)]
         return getattr(entry, "target", entry)
@@ -70,14 +76,15 @@ def _read_options(module: str, name: str) -> type[Options]:
     constants. The result is equal to the real class, not the same object; it serves for checking values.
     """
     tree = _parse(module)
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom) and any(a.name == name for a in statement.names):
+            return _read_options(statement.module, name)
     node = _class(tree, name)
     names: dict[str, Any] = {"__name__": module}
     bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
     needed: list[ast.stmt] = []
     for statement in tree.body:
-        if isinstance(statement, ast.Import) and all(a.name in LIGHT_MODULES for a in statement.names):
-            needed.append(statement)
-        elif isinstance(statement, ast.ImportFrom) and statement.module in LIGHT_MODULES:
+        if isinstance(statement, ast.Import) and all(a.name in LIGHT_MODULES for a in statement.names) or isinstance(statement, ast.ImportFrom) and statement.module in LIGHT_MODULES:
             needed.append(statement)
         elif isinstance(statement, ast.ImportFrom):
             names |= {a.name: _read_options(statement.module, a.name) for a in statement.names if a.name in bases}

@@ -12,13 +12,16 @@ from typing import ClassVar
 import numpy as np
 
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
-from data.files import class_table, read_table, read_uint8, read_uint16
-from data.palette import CITYSCAPES
+from utils.files import class_table, read_table, read_uint8, read_uint16
 
 CLASS_NAMES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
     "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )
+COLOURS = (  # of the 19 classes, as the data set's authors draw them
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
+    (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 # The published loader means the sky, train id 10, but compares *file* ids, where 10 is rail track and 23
 # the sky. Kept, because published scores rest on it (pixels with disparity 0 are trained on, but not scored).
@@ -51,8 +54,7 @@ class Cityscapes(MultiTaskDataset):
         image_size=(512, 1024),
         label_size=(1024, 2048),
         class_names={"semseg": CLASS_NAMES},
-        colours={"semseg": CITYSCAPES},
-        boundary_max_dist=None,
+        colours={"semseg": COLOURS},
         depth_range=(0.0, 80.0),
     )
     sources: ClassVar[Mapping[str, Source]] = {

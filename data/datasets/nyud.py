@@ -11,7 +11,8 @@ from typing import ClassVar
 import numpy as np
 
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
-from data.files import class_table, read_depth, read_table, read_uint8
+from evaluation.boundary.settings import BoundaryTruth
+from utils.files import class_table, read_depth, read_table, read_uint8
 
 CLASS_NAMES = (
     "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
@@ -36,8 +37,7 @@ class NYUD(MultiTaskDataset):
         tasks={"semseg": 40, "depth": 1, "normals": 3, "edge": 1},
         image_size=(448, 576),
         class_names={"semseg": CLASS_NAMES},
-        boundary_max_dist=0.011,
-        boundary_kind="nyud",
+        boundary=BoundaryTruth(("edge/{id}.png",), partial(read_uint8, channels=1), kind="nyud", max_dist=0.011),
         split_file="gt_sets/{split}.txt",
     )
     sources: ClassVar[Mapping[str, Source]] = {
@@ -47,4 +47,3 @@ class NYUD(MultiTaskDataset):
         "normals": Source(("normals/{id}.png",), partial(read_table, table=NORMALS_TABLE, channels=3)),
         "edge": Source(("edge/{id}.png",), partial(read_table, table=UNIT_TABLE)),
     }
-    boundary_source = Source(("edge/{id}.png",), partial(read_uint8, channels=1))

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
-from data.files import class_table, read_mat, read_table
-from data.thinning import thin
+from evaluation.boundary.settings import BoundaryTruth
+from evaluation.boundary.thinning import thin
+from utils.files import class_table, read_mat, read_table
 
 CLASS_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -24,6 +25,7 @@ CLASS_NAMES = (
     "tvmonitor",
 )
 PART_NAMES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+PARTS = "human_parts"
 PERSON = CLASS_NAMES.index("person")
 
 PART_IDS = {part: index for index, parts in enumerate((
@@ -107,9 +109,8 @@ class PASCALContext(MultiTaskDataset):
         tasks={"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1},
         image_size=(512, 512),
         class_names={"semseg": CLASS_NAMES, "human_parts": PART_NAMES},
-        boundary_max_dist=0.0075,
-        boundary_kind="regions",
-        boundary_list="test_new",
+        boundary=BoundaryTruth(("pascal-context/trainval/{id}.mat",), read_label_map, kind="regions", max_dist=0.0075,
+                               published_list="ImageSets/Context/test_new.txt"),
         split_file="ImageSets/Context/{split}.txt",
     )
     sources: ClassVar[Mapping[str, Source]] = {
@@ -121,10 +122,9 @@ class PASCALContext(MultiTaskDataset):
         "normals": Source(("normals_distill/{id}.png", "pascal-context/trainval/{id}.mat"), read_normals),
         "edge": Source(("pascal-context/trainval/{id}.mat",), read_edge),
     }
-    boundary_source = Source(("pascal-context/trainval/{id}.mat",), read_label_map)
 
     def select_ids(self) -> list[str]:
         """All ids; with body parts as the only task, those with people (the others would be all void)."""
-        if set(self.tasks) != {"human_parts"}:
+        if set(self.labels) != {PARTS}:
             return self.ids
-        return [name for name in self.ids if has_people(*self.paths("human_parts", name))]
+        return [name for name in self.ids if has_people(*self.paths(PARTS, name))]

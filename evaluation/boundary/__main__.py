@@ -10,7 +10,6 @@ Predictions are 8-bit grey PNG files, <name>.png, at the images' original sizes.
 published scores on NYUD-v2 do.
 """
 
-
 import argparse
 import json
 import logging

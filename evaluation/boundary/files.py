@@ -1,6 +1,5 @@
 """Folders of predictions and ground truth: which file belongs to which, and reading one image of each."""
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.files import read_mat, read_uint8, read_uint16
 from evaluation.boundary.protocol import Protocol, image_counts
 from evaluation.boundary.truth import truth_boundary
+from utils.files import read_mat, read_uint8, read_uint16
 
 TRUTH_SUFFIXES = (".png", ".mat", ".npy")
 

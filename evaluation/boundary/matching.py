@@ -1,12 +1,11 @@
 """Thinning, and maximum matching of predicted with true boundary pixels; two backends with equal results.
 
-`compiled` is matching.cpp with its headers, built on first use. `scipy` needs no compiler: scikit-image's `thin` (Lam,
-Lee, Suen, PAMI 1992; Matlab's `bwmorph(., 'thin', Inf)`) and SciPy's `maximum_flow` (Dinic), which on unit capacities
-is the method of Hopcroft and Karp. SciPy's own `maximum_bipartite_matching` finds the same number, but can take more
+`compiled` is matching.cpp with its headers, built on first use. `scipy` needs no compiler: the thinning of
+`evaluation.boundary.thinning` and SciPy's `maximum_flow` (Dinic), which on unit capacities is the method of Hopcroft
+and Karp. SciPy's own `maximum_bipartite_matching` finds the same number, but can take more
 than a minute for a single map where predicted and true pixels are about equally many. The SciPy backend is the
 fallback, and what the compiled one is tested against.
 """
-
 
 import functools
 import logging
@@ -17,6 +16,7 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_flow, min_weight_full_bipartite_matching
 
+from evaluation.boundary.thinning import thin as plain_thin
 from utils.extension import load_extension
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ COST_PER_PIXEL = 100                 # costs of the published matcher are whole 
 def _compiled() -> ModuleType | None:
     module, reason = load_extension("boundary_matching", SOURCES)
     if module is None:
-        logger.warning("boundary score: SciPy and scikit-image, no compiled code, some thirty times slower: %s", reason)
+        logger.warning("boundary score: SciPy, no compiled code, some thirty times slower: %s", reason)
     return module
 
 
@@ -49,8 +49,7 @@ def thin(mask: np.ndarray, backend: str = "auto") -> np.ndarray:
     """Thins an H x W boolean mask to lines one pixel wide, to convergence; outside counts as False."""
     if pick_backend(backend) == "compiled":
         return _compiled().thin(np.ascontiguousarray(mask, bool))
-    from skimage.morphology import thin as skimage_thin
-    return skimage_thin(mask)
+    return plain_thin(mask)
 
 
 def count_levels(levels: np.ndarray, truth: np.ndarray, num: int, distance: float,

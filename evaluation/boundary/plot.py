@@ -1,6 +1,5 @@
 """Precision-recall curve of a set as a picture, with curves of equal F behind it."""
 
-
 from pathlib import Path
 
 import numpy as np

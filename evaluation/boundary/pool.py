@@ -1,6 +1,5 @@
 """Counting images in worker processes while the caller goes on, in bounded memory."""
 
-
 import logging
 import multiprocessing
 import os

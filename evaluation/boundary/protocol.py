@@ -1,17 +1,15 @@
 """The protocol for one image: which thresholds, what is done to the prediction, how pixels are counted."""
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from evaluation.boundary.matching import cheapest_match, count_levels, thin
+from evaluation.boundary.settings import ProtocolName
 from evaluation.boundary.suppression import suppress
-
-ProtocolName = Literal["nms", "plain"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ PAMI 2011, in the variant of the multi-task papers, which does not interpolate b
 Counts are (..., 4) int64: cntR matched and sumR all ground-truth pixels, cntP matched and sumP all predicted ones.
 """
 
-
 from dataclasses import dataclass
 
 import numpy as np

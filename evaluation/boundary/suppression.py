@@ -5,7 +5,6 @@ The published tool smooths with running sums in single precision, so that its an
 are computed in double precision. Of 15,000 pixels at most 3 then fall on the other side of the comparison.
 """
 
-
 import numpy as np
 from scipy.ndimage import correlate1d
 

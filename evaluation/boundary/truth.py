@@ -5,15 +5,14 @@ Marques, "Supervised Evaluation of Image Segmentation and Object Proposal Techni
 that the networks are trained with: that one is the thinned Laplacian of the label map.
 """
 
-
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from evaluation.boundary.matching import thin
+from evaluation.boundary.settings import TruthKind
 
-TruthKind = Literal["boundary", "regions", "nyud"]
 TRUTH_KINDS: tuple[str, ...] = get_args(TruthKind)
 
 

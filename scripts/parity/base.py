@@ -1,6 +1,5 @@
 """What the parity checks share: a folder of reference numbers, one check, and how far off a result is."""
 
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

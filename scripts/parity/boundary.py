@@ -6,7 +6,6 @@ them the counts of the whole chain by as many; so the counts are compared from t
 and once more from the picture on.
 """
 
-
 from collections.abc import Iterator
 from pathlib import Path
 

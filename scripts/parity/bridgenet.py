@@ -6,7 +6,6 @@ labels, and tables of losses and gradient norms. The evaluation was computed in 
 and stored in float32: there, in float64, an error counts from half a unit of the stored value's last place on.
 """
 
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

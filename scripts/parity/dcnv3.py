@@ -5,7 +5,6 @@ by "kind". Backbones were computed in float64 and stored in float32: in float64 
 of the stored value's last place on.
 """
 
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

@@ -6,7 +6,6 @@ come closer than its rounding. "eval" and "train" are DeMT's attention over the 
 that within each image. A manifest lists the keys of the full-size models with their shapes.
 """
 
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

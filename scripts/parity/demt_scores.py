@@ -5,7 +5,6 @@ Arrays "<set>.pred.<task>", "<set>.label.<task>", "<set>.loss_unweighted.<task>"
 weight of edge pixels. All in float32.
 """
 
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -7,7 +7,6 @@ A manifest lists the keys of the full-size models with their shapes. TaskPrompte
 what differs is said by a class of cases of its own.
 """
 
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

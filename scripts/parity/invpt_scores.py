@@ -6,7 +6,6 @@ Without intermediate predictions ("<set>.loss.inter.<task>") a table is in the s
 in percent, depth scored between 0 and 80 m, and -1 for depth without a value.
 """
 
-
 import re
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data.palette import CITYSCAPES, voc_palette
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.palette import CITYSCAPES, voc_palette
 from evaluation import save_edge_maps
 from losses import MultiTaskLoss
 from models.model import resize

@@ -1,6 +1,5 @@
 """Data sets: what the loaders make of tiny data folders in the layouts of the published archives."""
 
-
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,6 +1,5 @@
 """Training losses: value and gradient of every loss, of the combined schemes and of the load balancing."""
 
-
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path

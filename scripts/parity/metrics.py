@@ -1,6 +1,5 @@
 """Scores and internal counts of every metric, in the convention of each published code base."""
 
-
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path

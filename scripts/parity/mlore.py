@@ -6,7 +6,6 @@ both gate modes with and without folding. Most references ran in float32 and are
 arithmetic; "eval64" and "train64" ran in float64. A manifest lists the keys of the full-size models with their shapes.
 """
 
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from losses.schemes import MultiTaskLoss
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from losses.schemes import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel, Predictions
 from models.released.mlore import is_dead, locate, recognises, reshaped

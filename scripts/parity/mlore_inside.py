@@ -1,6 +1,5 @@
 """Where the features that MLoRE's reference numbers name are found in our model."""
 
-
 from torch import Tensor, nn
 
 from models.model import MultiTaskModel, resize

@@ -1,6 +1,5 @@
 """What the checks of whole models share: features inside, keys of full-size models, norms of gradients."""
 
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np

@@ -6,7 +6,6 @@ and recorded tensors of a float32 and a float64 run. Where both runs recorded a 
 arithmetic asked for is compared. A recorded point inside the model that ours does not have is "not covered".
 """
 
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from losses.schemes import SCHEMES
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from losses import MultiTaskLoss
-from losses.schemes import SCHEMES
 from models.build import build_model
 from models.ops import count_scan_flops, selective_scan, set_scan_backend
 from models.released.mtmamba import convert, recognises

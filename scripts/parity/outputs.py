@@ -1,6 +1,5 @@
 """What is made of raw outputs: decoded predictions, edge PNGs, metrics of inputs with nothing to measure."""
 
-
 import math
 import tempfile
 from collections.abc import Iterator

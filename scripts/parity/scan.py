@@ -1,6 +1,5 @@
 """Selective scan: values, last state and all gradients of the recurrence."""
 
-
 from collections.abc import Iterator
 
 import torch

@@ -3,7 +3,6 @@
 The blocks are put together here from the reference's parameters: what is compared is `ss2d_core` alone.
 """
 
-
 from collections.abc import Iterator
 from pathlib import Path
 

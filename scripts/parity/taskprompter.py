@@ -4,7 +4,6 @@ Cases have the form of InvPT's (see there). Prompts after the last block are not
 them, and ours does not compute them.
 """
 
-
 import math
 from collections.abc import Callable, Iterator
 from typing import ClassVar

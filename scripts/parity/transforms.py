@@ -1,6 +1,5 @@
 """Augmentation: every single step with given parameters, and whole pipelines replayed from recorded draws."""
 
-
 import re
 from collections.abc import Iterator, Sequence
 

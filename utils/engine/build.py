@@ -1,25 +1,44 @@
 """From a `Config` to the objects it describes; what training, evaluation and prediction have in common."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data.base import MultiTaskDataset
-from data.boundary import truth_source
-from data.datasets import DATASETS, build_dataset, build_transform
-from data.transforms import CROP_GUIDE
-from evaluation.boundary import BoundaryBenchmark
+from data.datasets import DATASETS
+from data.transforms import build_transform
+from evaluation.boundary.settings import Mode
+from evaluation.evaluator import Split, TaskContext
+from losses.balancing import BALANCING
+from losses.multi_task import MultiTaskLoss
 from models.blocks.recompute import recompute_blocks
 from models.build import build_model
 from models.model import MultiTaskModel
-from models.ops import set_scan_backend
+from models.ops.selective_scan import set_scan_backend
 from utils.engine.checkpoint import load_model, read_checkpoint
 from utils.engine.config import Config
-from utils.engine.tasks import TASKS, tasks_named
+from utils.engine.tasks import TASKS, label_rules, tasks_named
 from utils.precision import set_float32_arithmetic
 
 logger = logging.getLogger(__name__)
+
+
+def task_contexts(config: Config) -> dict[str, TaskContext]:
+    """What losses, evaluators and views of the active tasks need to know of this experiment."""
+    spec = config.dataset
+    return {task: TaskContext(spec.tasks[task], config.ignore_index, config.task_dictionary.edge_w,
+                              spec.class_names.get(task, ()), spec.depth_range, spec.colours.get(task, ()))
+            for task in config.tasks}
+
+
+def evaluation_contexts(config: Config, dataset: MultiTaskDataset, boundary: Mode,
+                        progress: bool = False) -> dict[str, TaskContext]:
+    """`task_contexts` for an evaluation on this split; `boundary` says whether the boundary score is wanted."""
+    split = Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids), dataset.spec.boundary)
+    return {task: replace(context, split=split, boundary=config.boundary_kwargs, boundary_mode=boundary,
+                          progress=progress) for task, context in task_contexts(config).items()}
 
 
 def model_from_config(config: Config) -> MultiTaskModel:
@@ -27,9 +46,9 @@ def model_from_config(config: Config) -> MultiTaskModel:
     set_scan_backend(config.scan_backend)
     set_float32_arithmetic(config.precision)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
-    return build_model(config.model, config.backbone, outputs, config.input_size, output_size=config.label_size,
-                       neck=config.neck, head=config.head, backbone_kwargs=config.backbone_kwargs,
-                       neck_kwargs=config.neck_kwargs, model_kwargs=config.model_kwargs)
+    return build_model(config.model, config.backbone, outputs, config.input_size, label_size=config.label_size,
+                       neck=config.neck, backbone_kwargs=config.backbone_kwargs, neck_kwargs=config.neck_kwargs,
+                       model_kwargs=config.model_kwargs)
 
 
 def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
@@ -49,6 +68,19 @@ def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
             part.compile()
 
 
+def build_criterion(config: Config, model: MultiTaskModel) -> MultiTaskLoss:
+    """The task losses and their balance, as `loss_kwargs` says."""
+    settings, contexts = config.loss_kwargs, task_contexts(config)
+    losses = {task: TASKS.load(task).loss(context) for task, context in contexts.items()}
+    weights = {task: settings.loss_weights.get(task, 1.0) for task in config.tasks}
+    balancing = BALANCING.load(settings.loss_scheme)(config.tasks, weights, settings.scheme_kwargs)
+    intermediate = settings.intermediate_weight
+    if intermediate is None:
+        intermediate = model.decoder.intermediate_weight
+    return MultiTaskLoss(losses, balancing, intermediate, settings.loss_scope,
+                         use_intermediate=config.intermediate_supervision)
+
+
 def trained_model(config: Config, path: Path, device: torch.device) -> MultiTaskModel:
     """The configured model with a checkpoint's weights (its moving average where it has one), ready for inference."""
     checkpoint = read_checkpoint(path)
@@ -61,19 +93,13 @@ def trained_model(config: Config, path: Path, device: torch.device) -> MultiTask
 
 def build_split(config: Config, split: str) -> MultiTaskDataset:
     """The "train" or "val" split with its transforms."""
-    name = config.train_db_name if split == "train" else config.val_db_name
-    a = config.augmentation
-    tasks = tasks_named({*config.tasks, CROP_GUIDE} if split == "train" and a.always_guide_crop else config.tasks)
-    transform = build_transform(DATASETS[name].spec, split == "train", tasks, config.image_size, config.label_size,
-                                scale_range=a.scale_range, flip=a.flip_prob, photometric=a.photometric)
-    return build_dataset(name, config.db_root, split, tasks, transform)
-
-
-def build_benchmarks(config: Config, dataset: MultiTaskDataset, mode: str,
-                     progress: bool = False) -> dict[str, BoundaryBenchmark]:
-    """The benchmarks of the active tasks that have one, for one evaluation; none where `mode` is "off"."""
-    if mode == "off":
-        return {}
-    settings = config.boundary_kwargs
-    return {task: TASKS[task].benchmark(truth_source(dataset, settings.images, mode == "fast"), settings, progress)
-            for task in config.tasks if TASKS[task].benchmark is not None}
+    kind = DATASETS.load(config.train_db_name if split == "train" else config.val_db_name)
+    settings, training, names = config.augmentation, split == "train", set(config.tasks)
+    if training and settings.always_guide_crop:
+        names |= {name for name, task in tasks_named(kind.spec.tasks).items() if task.label.guides_crop}
+    labels = label_rules(names)
+    fixed_label_size = None if kind.spec.label_size is None else config.label_size or kind.spec.label_size
+    transform = build_transform(config.image_size or kind.spec.image_size, fixed_label_size, training, labels,
+                                scale_range=settings.scale_range, flip=settings.flip_prob,
+                                photometric=settings.photometric)
+    return kind(config.db_root, split, labels, transform)

@@ -1,58 +1,86 @@
-"""Scores of a model on a split: streaming, every rank its share, no image twice and none lost."""
+"""Scores of a model on a split: every rank its share, no image twice and none lost."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluation.boundary import BoundaryBenchmark
+from evaluation.evaluator import Evaluator, TaskContext
 from models.model import resize
+from utils.batches import to_device
 from utils.engine.results import VALID_PIXELS, Results
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 from utils.precision import autocast
+
+logger = logging.getLogger(__name__)
+
+Evaluators = Mapping[str, list[Evaluator]]
+
+
+def build_evaluators(contexts: Mapping[str, TaskContext]) -> Evaluators:
+    """Fresh evaluators of each task, for one evaluation."""
+    return {task: TASKS.load(task).build_evaluators(context) for task, context in contexts.items()}
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[Mapping], contexts: Mapping[str, TaskContext], device: torch.device, *,
-             precision: str = "fp32", benchmarks: Mapping[str, BoundaryBenchmark] | None = None,
-             export_dir: Path | None = None, progress: bool = False,
-             on_batch: Callable[[Mapping, Mapping[str, Tensor]], None] | None = None) -> Results:
+def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators, device: torch.device, *,
+             precision: str = "fp32", export_dir: Path | None = None, progress: bool = False,
+             on_batch: Callable[[Mapping, Mapping[str, Any]], None] | None = None) -> Results:
     """{task: {score: value}} over the images of all ranks' loaders; the same on every rank.
 
     Scores are computed on the padded frame, where padding is void, hence at original resolution. `precision` is
-    the config key. `benchmarks` adds scores to those of its tasks. `export_dir` receives the files of the tasks
-    that export any (boundary maps as PNG); `on_batch(batch, predictions)` sees every batch.
-    `valid_pixels` is among the scores: a task without any is not scored.
+    the config key. `export_dir` receives the files of the tasks that export any (boundary maps as PNG);
+    `on_batch(batch, predictions)` sees every batch. Where an evaluator counts its valid pixels, `valid_pixels` is
+    among the scores: a task without any is not scored.
     """
-    benchmarks = benchmarks or {}
     was_training = model.training
     model.eval()
-    meters = {task: TASKS[task].meter(context) for task, context in contexts.items()}
     with ExitStack() as stack:
-        for benchmark in benchmarks.values():
-            stack.enter_context(benchmark)
+        for evaluator in (e for of_task in evaluators.values() for e in of_task):
+            stack.callback(evaluator.close)
         for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True):
-            image = batch["image"].to(device, non_blocking=True)
             with autocast(device, precision):
-                logits = model(image).final
+                outputs = model(to_device(batch["image"], device)).final
             predictions = {}
-            for task, meter in meters.items():
-                label = batch[task].to(device, non_blocking=True)
-                predictions[task] = TASKS[task].decode(resize(logits[task].float(), label.shape[-2:]))
-                meter.update(predictions[task], label)
-                if export_dir is not None and TASKS[task].export is not None:
-                    TASKS[task].export(predictions[task], batch["meta"], export_dir)
-            for task, benchmark in benchmarks.items():
-                benchmark.update(predictions[task], batch["meta"])
+            for task, of_task in evaluators.items():
+                label, row = to_device(batch[task], device), TASKS.load(task)
+                predictions[task] = row.decode(_at_label_size(outputs[task], label))
+                for evaluator in of_task:
+                    evaluator.update(predictions[task], label, batch["meta"])
+                if export_dir is not None and row.export is not None:
+                    row.export(predictions[task], batch["meta"], export_dir)
             if on_batch is not None:
                 on_batch(batch, predictions)
-        for meter in (*meters.values(), *benchmarks.values()):
-            meter.reduce()
+        for evaluator in (e for of_task in evaluators.values() for e in of_task):
+            evaluator.reduce()
     model.train(was_training)
-    results = {task: {**meter.compute(), VALID_PIXELS: meter.valid_pixels} for task, meter in meters.items()}
-    for task, benchmark in benchmarks.items():
-        results[task] |= benchmark.compute()
-    return results
+    return {task: _scores(of_task) for task, of_task in evaluators.items()}
+
+
+def log_reports(evaluators: Evaluators) -> None:
+    """One line in the log for every evaluator that has more to say than its scores."""
+    for task, of_task in evaluators.items():
+        for evaluator in of_task:
+            if line := evaluator.report():
+                logger.info("%s: %s", task, line)
+
+
+def _at_label_size(output: Any, label: Any) -> Any:
+    """Raw maps (B, n, h, w) in float32 at the label's size; outputs that are no maps as they are."""
+    if isinstance(output, Tensor) and isinstance(label, Tensor):
+        return resize(output.float(), label.shape[-2:])
+    return output
+
+
+def _scores(evaluators: list[Evaluator]) -> dict[str, float]:
+    scores = {}
+    for evaluator in evaluators:
+        scores |= evaluator.compute()
+        if evaluator.valid_pixels is not None:
+            scores[VALID_PIXELS] = evaluator.valid_pixels
+    return scores

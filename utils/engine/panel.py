@@ -1,15 +1,17 @@
 """Pictures for people: one panel per image with the input, every task's prediction and a legend."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.palette import depth_range
 from data.transforms import MEAN, STD
-from utils.engine.tasks import TASKS, TaskContext
+from evaluation.evaluator import TaskContext
+from utils.engine.tasks import TASKS
+from utils.engine.views import Legend
 
 TILE_WIDTH = 320
 TITLE_HEIGHT = 22
@@ -17,29 +19,29 @@ LEGEND_LINE = 16
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
-def to_array(prediction: Tensor) -> np.ndarray:
-    """(C, H, W) tensor -> (H, W, C) array."""
-    return prediction.permute(1, 2, 0).cpu().numpy()
+def to_array(prediction: Any) -> Any:
+    """One image's prediction or label: a (C, H, W) tensor as (H, W, C) array, anything else as it is."""
+    return prediction.permute(1, 2, 0).cpu().numpy() if isinstance(prediction, Tensor) else prediction
 
 
-def batch_panel(batch: Mapping, predictions: Mapping[str, Tensor], contexts: Mapping[str, TaskContext]) -> np.ndarray:
+def batch_panel(batch: Mapping, predictions: Mapping[str, Any], contexts: Mapping[str, TaskContext]) -> np.ndarray:
     """First image of a validation batch: predictions in the upper row, labels below. Returns RGB (H, W, 3) uint8."""
     image = batch["image"][0].permute(1, 2, 0).cpu().numpy() * STD + MEAN
     rgb = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     rows = []
     for maps in ({t: to_array(p[0]) for t, p in predictions.items()}, {t: to_array(batch[t][0]) for t in predictions}):
-        pictures = [_fit(TASKS[task].colourise(m, contexts[task]), rgb) for task, m in maps.items()]
+        pictures = [_fit(TASKS.load(task).view.picture(m, contexts[task], rgb), rgb) for task, m in maps.items()]
         rows.append(np.concatenate([rgb, *pictures], axis=1))
     return np.concatenate(rows, axis=0)
 
 
-def prediction_panel(rgb: np.ndarray, maps: Mapping[str, np.ndarray],
-                     contexts: Mapping[str, TaskContext]) -> np.ndarray:
-    """Input (H, W, 3) uint8 and decoded predictions (H, W, C) of one image -> titled tiles with legends, RGB uint8."""
+def prediction_panel(rgb: np.ndarray, predictions: Mapping[str, Any], contexts: Mapping[str, TaskContext]) -> np.ndarray:
+    """Input (H, W, 3) uint8 and decoded predictions of one image -> titled tiles with legends, RGB uint8."""
     height = max(1, round(TILE_WIDTH * rgb.shape[0] / rgb.shape[1]))
     tiles = [_tile("input", rgb, height, [])]
-    tiles += [_tile(task, TASKS[task].colourise(m, contexts[task]), height, _legend(task, m, contexts[task]))
-              for task, m in maps.items()]
+    for task, prediction in predictions.items():
+        view, context = TASKS.load(task).view, contexts[task]
+        tiles.append(_tile(task, view.picture(prediction, context, rgb), height, view.legend(prediction, context)))
     columns = min(3, len(tiles))
     tallest = max(tile.height for tile in tiles)
     rows = -(-len(tiles) // columns)
@@ -49,7 +51,7 @@ def prediction_panel(rgb: np.ndarray, maps: Mapping[str, np.ndarray],
     return np.asarray(sheet)
 
 
-def _tile(title: str, picture: np.ndarray, height: int, legend: list[tuple[tuple[int, int, int], str]]) -> Image.Image:
+def _tile(title: str, picture: np.ndarray, height: int, legend: Legend) -> Image.Image:
     """One picture with its title above and its legend below, `TILE_WIDTH` wide."""
     lines = -(-len(legend) // 2)
     tile = Image.new("RGB", (TILE_WIDTH, TITLE_HEIGHT + height + 4 + lines * LEGEND_LINE), PAPER)
@@ -63,23 +65,6 @@ def _tile(title: str, picture: np.ndarray, height: int, legend: list[tuple[tuple
         draw.rectangle((x + 2, y + 2, x + 14, y + 13), fill=colour, outline=INK)
         draw.text((x + 19, y + 1), text, INK, font)
     return tile
-
-
-def _legend(task: str, prediction: np.ndarray, context: TaskContext) -> list[tuple[tuple[int, int, int], str]]:
-    """(colour, text) entries: the classes that occur by area, the depth range, or what the colours mean."""
-    kind = TASKS[task].legend
-    if kind == "classes":
-        ids, counts = np.unique(prediction, return_counts=True)
-        top = ids[np.argsort(-counts)][:8].astype(int)
-        names = context.class_names
-        return [(tuple(map(int, context.palette[i])), names[i] if i < len(names) else str(i)) for i in top]
-    if kind == "depth":
-        near, far = depth_range(prediction[..., 0])
-        unit = TASKS[task].score.unit
-        return [((122, 4, 3), f"near {near:.2f} {unit}"), ((48, 18, 59), f"far {far:.2f} {unit}")]
-    if kind == "normals":
-        return [((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"), ((127, 127, 255), "+z")]
-    return [((0, 0, 0), "0"), ((255, 255, 255), "1")]
 
 
 def _fit(picture: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import read_rgb
 from data.loader import build_eval_loader
 from data.transforms import MEAN, STD
+from evaluation.evaluator import TaskContext
 from models.model import MultiTaskModel, resize
 from utils import distributed
-from utils.engine.build import build_benchmarks, build_split, trained_model
+from utils.engine.build import build_split, evaluation_contexts, task_contexts, trained_model
 from utils.engine.config import Config
-from utils.engine.evaluate import evaluate
+from utils.engine.evaluate import build_evaluators, evaluate, log_reports
 from utils.engine.panel import prediction_panel, to_array
-from utils.engine.results import Results, format_table, save_results, unscored
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.results import Results, check_reference, format_table, save_results, unscored
+from utils.engine.tasks import TASKS
+from utils.engine.views import save_rgb
+from utils.files import read_rgb
 from utils.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -35,21 +37,21 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
     Under a launcher every rank evaluates its share. A task without a valid pixel in the whole split is a ValueError,
     after the other scores have been reported.
     """
+    check_reference(config.single_task_scores)
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
         model = trained_model(config, checkpoint, device)
         dataset, progress = build_split(config, "val"), distributed.is_main() and config.progress
         loader = build_eval_loader(dataset, config.valBatch, config.nworkers, distributed.rank(),
                                    distributed.world_size())
-        benchmarks = build_benchmarks(config, dataset, config.boundary_infer, progress)
-        results = evaluate(model, loader, {t: config.task_context(t) for t in config.tasks}, device,
-                           precision=config.precision, benchmarks=benchmarks, export_dir=output_dir, progress=progress)
+        evaluators = build_evaluators(evaluation_contexts(config, dataset, config.boundary_infer, progress))
+        results = evaluate(model, loader, evaluators, device, precision=config.precision, export_dir=output_dir,
+                           progress=progress)
         if distributed.is_main():
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name)
             logger.info("%s on %s\n%s", checkpoint, config.val_db_name,
                      format_table({config.version_name: results}, config.single_task_scores))
-            for task, benchmark in benchmarks.items():
-                logger.info("%s: %s", task, benchmark.report())
+            log_reports(evaluators)
             logger.info("scores: %s  boundary maps: %s", output_dir / "results.json", output_dir / "edge")
         if empty := unscored(results):
             raise ValueError(f"the {config.val_db_name} test split has no valid pixel for {', '.join(empty)}: "
@@ -74,7 +76,7 @@ def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir
                  device: torch.device) -> list[Path]:
     """This rank's share of the images."""
     model = trained_model(config, checkpoint, device)
-    contexts = {task: config.task_context(task) for task in config.tasks}
+    contexts = task_contexts(config)
     names = _unique_names(paths)
     paths = paths[distributed.rank()::distributed.world_size()]
     panels, failed = [], []
@@ -88,7 +90,7 @@ def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir
         maps = predict_image(model, rgb, config, device)
         panels.append(_write(output_dir, names[path], rgb, maps, contexts))
     if panels:
-        formats = {task: TASKS[task].raw_format for task in config.tasks}
+        formats = {task: TASKS.load(task).view.raw_format for task in config.tasks}
         (output_dir / "formats.json").write_text(json.dumps(formats, indent=1) + "\n", encoding="ascii")
         logger.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
     if failed:
@@ -112,7 +114,7 @@ def predict_image(model: MultiTaskModel, rgb: np.ndarray, config: Config,
     for task, full in logits.items():
         full = resize(full.float(), config.input_size)                       # data sets may ask for other label sizes
         cut = full[..., top:top + h, left:left + w]
-        maps[task] = to_array(TASKS[task].decode(resize(cut, (height, width)))[0])
+        maps[task] = to_array(TASKS.load(task).decode(resize(cut, (height, width)))[0])
     return maps
 
 
@@ -150,20 +152,10 @@ def _frame(rgb: np.ndarray, size: tuple[int, int]) -> tuple[Tensor, tuple[int, i
 def _write(output_dir: Path, name: str, rgb: np.ndarray, maps: dict[str, np.ndarray],
            contexts: dict[str, TaskContext]) -> Path:
     for task, prediction in maps.items():
-        raw, colour = output_dir / "raw" / task / name, output_dir / "colour" / task / f"{name}.png"
-        raw.parent.mkdir(parents=True, exist_ok=True)
-        colour.parent.mkdir(parents=True, exist_ok=True)
-        TASKS[task].write_raw(raw, prediction)
-        _save_rgb(colour, TASKS[task].colourise(prediction, contexts[task]))
-    panel = output_dir / "panels" / f"{name}.png"
-    panel.parent.mkdir(parents=True, exist_ok=True)
-    _save_rgb(panel, prediction_panel(rgb, maps, contexts))
-    return panel
-
-
-def _save_rgb(path: Path, rgb: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"could not write {path}: is the disk full or the folder read-only?")
+        view = TASKS.load(task).view
+        view.write(output_dir / "raw" / task / name, prediction)
+        save_rgb(output_dir / "colour" / task / f"{name}.png", view.picture(prediction, contexts[task], rgb))
+    return save_rgb(output_dir / "panels" / f"{name}.png", prediction_panel(rgb, maps, contexts))
 
 
 def _unique_names(paths: list[Path]) -> dict[Path, str]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.delta_m import delta_m
-from utils.engine.tasks import TASKS, Score, primary_score, reference_keys
+from evaluation.evaluator import Score
+from utils.engine.tasks import TASKS
+from utils.options import ConfigError, nearest
 
 Results = dict[str, dict[str, float]]       # task -> score -> value
 VALID_PIXELS = "valid_pixels"               # a count, which every task has
@@ -20,19 +22,33 @@ def selection_score(results: Results) -> float:
     """
     logs, empty = [], unscored(results)
     for task, scores in results.items():
-        score = primary_score(task, scores)
+        score = TASKS.load(task).main_score(scores)
         value = scores[score.key]
         if task not in empty:
             logs.append((1 if score.higher_is_better else -1) * math.log(max(value, 1e-6)))
     return sum(logs) / len(logs) if logs else float("-inf")
 
 
+def reference_keys() -> dict[str, tuple[str, Score]]:
+    """Names of single-task scores -> (task, score): `edge` is the score that is always there, `edge/odsF` any other."""
+    rows = {name: TASKS.load(name).scores for name in TASKS}
+    named = {f"{name}/{score.key}": (name, score) for name, scores in rows.items() for score in scores}
+    return {name: (name, scores[0]) for name, scores in rows.items()} | named
+
+
+def check_reference(reference: Mapping[str, float]) -> None:
+    """ConfigError for a name in `single_task_scores` that is no task and no score of one."""
+    for key in reference:
+        if key not in reference_keys():
+            raise ConfigError(f"single_task_scores: unknown score '{key}'; {nearest(key, reference_keys())}")
+
+
 def delta_m_against(results: Results, reference: Mapping[str, float]) -> float | None:
     """Multi-task gain in percent over the reference scores of the same tasks; None where a task has no reference.
 
-    A reference is named by its task, or as task/score for a benchmark's score (edge/odsF), which has precedence.
+    See `reference_keys` for the names; of two references of a task the later key has precedence (edge/odsF over edge).
     """
-    compared = {task: (key, score) for key, (task, score) in reference_keys().items()      # the benchmark's come last
+    compared = {task: (key, score) for key, (task, score) in reference_keys().items()
                 if key in reference and score.key in results.get(task, {})}
     if not results or compared.keys() != results.keys():
         return None
@@ -44,11 +60,10 @@ def delta_m_against(results: Results, reference: Mapping[str, float]) -> float |
 def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None) -> str:
     """Markdown table: one row per named result, the scores of each task as papers print them, and delta_m.
 
-    A benchmark's score has a column where any of the rows has it.
+    A score has a column where any of the rows has it.
     """
-    columns = [(task, score) for task, score in reference_keys().values()
+    columns = [(task, score) for task in TASKS for score in TASKS.load(task).scores
                if any(score.key in results.get(task, {}) for results in rows.values())]
-    columns.sort(key=lambda column: list(TASKS).index(column[0]))      # stable: the benchmark's comes second
     with_gain = bool(reference)
     header = ["", *(_column(*column) for column in columns), *(["delta_m %"] if with_gain else [])]
     lines = [header, ["---"] * len(header)]
@@ -88,4 +103,4 @@ def load_results(path: Path) -> Results:
 
 def unscored(results: Results) -> Sequence[str]:
     """Tasks whose scores mean nothing because no pixel was valid."""
-    return [task for task, scores in results.items() if not scores[VALID_PIXELS]]
+    return [task for task, scores in results.items() if scores.get(VALID_PIXELS) == 0]

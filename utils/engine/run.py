@@ -13,11 +13,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from data.loader import build_eval_loader, build_train_loader
+from losses.multi_task import MultiTaskLoss
 from utils import distributed
-from utils.engine.build import build_split, model_from_config, prepare_for_training
+from utils.engine.build import build_criterion, build_split, model_from_config, prepare_for_training
 from utils.engine.checkpoint import load_model, load_pretrained, read_checkpoint, save_checkpoint
-from utils.engine.config import Config, save_config
-from utils.engine.schedule import build_optimizer
+from utils.engine.config import Config, config_from_dict, save_config
+from utils.engine.optimizers import OPTIMIZERS
+from utils.engine.results import check_reference
 from utils.logging import RunWriter, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Run:
     model: nn.Module                      # the plain model; `wrapped` is the same under DDP
     wrapped: nn.Module
     ema: AveragedModel | None
+    criterion: MultiTaskLoss              # with the state of the loss balancing
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     writer: RunWriter
@@ -53,6 +56,7 @@ class Run:
 
 def prepare(config: Config, device: torch.device, resume: bool) -> Run:
     """Builds data, model and optimiser, restores a checkpoint, and writes config.yaml. Nothing is written on error."""
+    check_reference(config.single_task_scores)
     run_dir, world = config.run_dir, distributed.world_size()
     last = run_dir / "last.pt"
     checkpoint = read_checkpoint(last) if resume and last.exists() else None
@@ -73,8 +77,9 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
     elif checkpoint is None and distributed.is_main():
         logger.warning("pretrained is false: the backbone starts from random weights")
     prepare_for_training(model.to(device), config)
-    run = Run(config, device, model, _wrap(model, config, device), _average(model, config),
-              build_optimizer(config, model), torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+    criterion = build_criterion(config, model).to(device)
+    run = Run(config, device, model, _wrap(model, config, device), _average(model, config), criterion,
+              build_optimizer(config, model, criterion), torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
               RunWriter(None, False), train_loader, val_loader, accumulate,
               min(config.max_iter, config.epochs * steps_per_epoch), steps_per_epoch)
     torch.manual_seed(config.seed + 1 + distributed.rank())   # different stochastic depth on every rank
@@ -83,6 +88,14 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
     distributed.barrier()                                 # no rank writes before all have checked
     _open_run_dir(run, resume, checkpoint is not None)
     return run
+
+
+def build_optimizer(config: Config, model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:
+    """One group of the model's parameters, as published; what the loss balancing learns has no weight decay."""
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if learned := list(criterion.parameters()):
+        groups.append({"params": learned, "weight_decay": 0.0})
+    return OPTIMIZERS.load(config.optimizer).build(groups, config.optimizer_kwargs)
 
 
 def accumulation(config: Config, world: int) -> int:
@@ -103,7 +116,7 @@ def save(run: Run, *names: str) -> None:
     if distributed.is_main():
         checkpoint = {
             "model": run.model.state_dict(), "ema": None if run.ema is None else run.ema.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": rng, "step": run.step,
+            "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": rng, "step": run.step,
             "epoch": run.step // run.steps_per_epoch, "best": run.best, "metrics": run.metrics,
             "config": run.config.to_dict(), "git": _git_hash(),
         }
@@ -120,11 +133,20 @@ def _restore(run: Run, checkpoint: dict, path: Path) -> None:
                          f"ema_decay is {run.config.ema_decay}")
     if run.ema is not None:
         run.ema.load_state_dict(checkpoint["ema"])
+    _restore_criterion(run.criterion, checkpoint.get("criterion", {}), path)
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
     run.step, run.best, run.metrics = checkpoint["step"], checkpoint["best"], checkpoint["metrics"]
     run.rng = checkpoint["rng"]
     _report_changes(run.config, checkpoint["config"])
+
+
+def _restore_criterion(criterion: nn.Module, state: dict, path: Path) -> None:
+    if state.keys() != criterion.state_dict().keys():
+        raise ValueError(f"{path} holds the state of another loss balancing ({', '.join(state) or 'none'}) than "
+                         f"loss_kwargs asks for ({', '.join(criterion.state_dict()) or 'none'}); resume with the "
+                         "loss_scheme it was trained with")
+    criterion.load_state_dict(state)
 
 
 def restore_rng(run: Run) -> None:
@@ -183,7 +205,7 @@ def _open_run_dir(run: Run, resume: bool, found: bool) -> None:
 
 
 def _report_changes(config: Config, stored: dict) -> None:
-    now = config.to_dict()
+    now, stored = config.to_dict(), config_from_dict(stored, "the checkpoint").to_dict()
     changed = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in now.items() if stored.get(key) != value]
     if changed:
         logger.warning("resumed with another configuration: %s", "; ".join(changed))

@@ -19,18 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from losses.schemes import MultiTaskLoss
-from models.build import intermediate_weight
 from utils import distributed
 from utils.batches import batches_on
-from utils.engine.build import build_benchmarks
+from utils.engine.build import evaluation_contexts
 from utils.engine.config import Config
-from utils.engine.evaluate import evaluate
+from utils.engine.evaluate import build_evaluators, evaluate, log_reports
 from utils.engine.panel import batch_panel
 from utils.engine.results import format_table, save_results, selection_score, unscored
 from utils.engine.run import Run, prepare, restore_rng, save
-from utils.engine.schedule import learning_rate
-from utils.engine.tasks import TASKS
+from utils.engine.schedules import SCHEDULES
 from utils.finite import FiniteGuard
 from utils.logging import duration
 from utils.precision import autocast
@@ -51,17 +48,21 @@ def train(config: Config, resume: bool) -> dict:
 
 def _loop(run: Run) -> dict:
     config, device = run.config, run.device
-    criterion = build_criterion(config)
+    schedule = SCHEDULES.load(config.scheduler)(config.scheduler_kwargs, config.optimizer_kwargs.lr, config.max_iter)
     batches = batches_on(device, iter(run.train_loader))
     restore_rng(run)                                        # after the loader, which draws from the generators
     if run.step == 0 and config.eval_at_start:
         run_evaluation(run)
-    guard, meter = FiniteGuard(device), _Interval(run)
+    guard, meter, parameters = FiniteGuard(device), _Interval(run), list(run.model.parameters())
+
+    def backward(loss: Tensor, **options: object) -> None:
+        run.scaler.scale(loss / run.accumulate).backward(**options)
+
     run.model.train()
     with _stop_request() as stop, tqdm(total=run.total_steps, initial=run.step, unit="it", leave=False,
                                        disable=None if distributed.is_main() and config.progress else True) as bar:
         while run.step < run.total_steps:
-            lr = learning_rate(run.step, config.max_iter, config.optimizer_kwargs.lr, config.scheduler_kwargs)
+            lr = schedule(run.step)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             passes = []
@@ -70,9 +71,10 @@ def _loop(run: Run) -> dict:
                 with _no_sync(run.wrapped, micro < run.accumulate - 1):
                     with autocast(device, config.precision):
                         out = run.wrapped(batch["image"])
-                    losses = criterion(out.final, batch, out.intermediate, out.extra)
-                    run.scaler.scale(losses["total"] / run.accumulate).backward()
+                    losses = run.criterion(out.final, batch, out.intermediate, out.extra)
+                    run.criterion.balancing.backward(losses, backward, parameters)
                 passes.append({name: loss.detach() for name, loss in losses.items()})
+            distributed.average_gradients(run.criterion.parameters())     # the model's are averaged by DDP
             meter.add(passes)
             run.scaler.unscale_(run.optimizer)
             grad_norm = clip_grad_norm_(run.model.parameters(), config.grad_clip_param.max_norm,
@@ -104,39 +106,28 @@ def _loop(run: Run) -> dict:
     return run.metrics or {}
 
 
-def build_criterion(config: Config) -> MultiTaskLoss:
-    """The task losses and their combination, as `loss_kwargs` says."""
-    k = config.loss_kwargs
-    losses = {task: TASKS[task].loss(config.task_context(task)) for task in config.tasks}
-    weights = {task: k.loss_weights.get(task, 1.0) for task in config.tasks}
-    inter = k.intermediate_weight
-    if inter is None:
-        inter = intermediate_weight(config.model, config.backbone, config.model_kwargs)
-    return MultiTaskLoss(losses, weights, k.loss_scheme, inter, k.loss_scope,
-                         use_intermediate=config.intermediate_supervision)
-
-
 def run_evaluation(run: Run) -> None:
     """Evaluates, reports, and (after the first update) saves last.pt, and best.pt if this is the best so far."""
     config = run.config
     panels: list = []
-
-    def keep_first(batch: dict, predictions: dict[str, Tensor]) -> None:
-        if distributed.is_main() and not panels:
-            panels.append(batch_panel(batch, predictions, {t: config.task_context(t) for t in config.tasks}))
-
     progress = distributed.is_main() and config.progress
-    benchmarks = build_benchmarks(config, run.val_loader.dataset, config.boundary_eval, progress)
-    results = evaluate(run.evaluated, run.val_loader, {t: config.task_context(t) for t in config.tasks}, run.device,
-                       precision=config.precision, benchmarks=benchmarks, on_batch=keep_first, progress=progress)
+    contexts = evaluation_contexts(config, run.val_loader.dataset, config.boundary_eval, progress)
+
+    def keep_first(batch: dict, predictions: dict) -> None:
+        if distributed.is_main() and not panels:
+            panels.append(batch_panel(batch, predictions, contexts))
+
+    evaluators = build_evaluators(contexts)
+    results = evaluate(run.evaluated, run.val_loader, evaluators, run.device, precision=config.precision,
+                       on_batch=keep_first, progress=progress)
     run.metrics = results
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores)
         logger.info("evaluation at step %d\n%s", run.step, table)
-        for task, benchmark in benchmarks.items():
-            logger.info("%s: %s", task, benchmark.report())
+        log_reports(evaluators)
         if empty := unscored(results):
-            logger.warning("no valid pixel in the %s test split for %s: no score", config.val_db_name, ", ".join(empty))
+            logger.warning("no valid pixel in the %s test split for %s: no score", config.val_db_name,
+                           ", ".join(empty))
         run.writer.scalars("eval", run.step, {f"{t}/{k}": v for t, s in results.items() for k, v in s.items()})
         run.writer.image("predictions", run.step, panels[0])
         save_results(config.run_dir / "results" / f"step_{run.step}.json", results, step=run.step)

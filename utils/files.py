@@ -11,8 +11,6 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 DEPTH_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 MAX_DEPTH_M = 255.0      # 255 marks void in every label, so a measured depth must stay below it
@@ -134,6 +132,8 @@ def class_table(valid: dict[int, int], other: float = np.nan) -> np.ndarray:
 
 def read_mat(path: Path, variable: str) -> Any:
     """One variable of a Matlab file, structs as objects with attributes, 1 x 1 arrays unpacked."""
+    from scipy.io import loadmat  # slow to import, and only PASCAL-Context has such files
+    from scipy.io.matlab import MatReadError
     try:
         content = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=[variable])
     except FileNotFoundError:

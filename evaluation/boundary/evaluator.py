@@ -1,106 +1,74 @@
 """The boundary score as part of an evaluation: counts every predicted image in the background."""
 
-
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluation.boundary.edge_maps import edge_maps
 from evaluation.boundary.matching import pick_backend
 from evaluation.boundary.pool import CountingPool, default_workers
-from evaluation.boundary.protocol import Protocol, ProtocolName, image_counts
+from evaluation.boundary.protocol import Protocol, image_counts
 from evaluation.boundary.scores import COUNT_NAMES, BoundaryTotals
-from evaluation.boundary.truth import TruthKind, truth_boundary
-from evaluation.edge_maps import edge_maps
-
-logger = logging.getLogger(__name__)
+from evaluation.boundary.settings import BoundarySettings
+from evaluation.boundary.source import TruthSource, truth_source
+from evaluation.boundary.truth import truth_boundary
+from evaluation.evaluator import Evaluator, Score, TaskContext
+from utils import distributed
 
 SMALL_SET = 32       # so few images are counted before workers have started
 
 
-@dataclass(frozen=True)
-class BoundarySettings:
-    """What published evaluations differ in, and the number of worker processes.
+class BoundaryEvaluator(Evaluator):
+    """odsF, oisF and AP of the images of a `TruthSource`, counted in worker processes (a pooled evaluator)."""
 
-    images: `test_new` takes the images of the data set's list of that name (PASCAL), `all` the whole split, `auto` the
-    list where it lies in the data folder. nyud_gt: `seism` reads NYUD's edge pictures as if they were label maps,
-    `thin` thins them. protocol, max_dist: see `Protocol`; an empty max_dist is the data set's. workers: empty for the
-    machine's cores (none for few images), 0 for none.
-    """
-
-    images: Literal["auto", "test_new", "all"] = "auto"
-    nyud_gt: Literal["seism", "thin"] = "seism"
-    protocol: ProtocolName = "nms"
-    max_dist: float | None = None
-    workers: int | None = None
-
-
-@dataclass(frozen=True)
-class TruthSource:
-    """Where the ground truth of a split comes from.
-
-    `find(name)` gives the files of an image and `read(*files)` their H x W map of this `kind`. `names`: the images
-    that are scored, None for every one; `covered` says which in words.
-    """
-
-    find: Callable[[str], tuple[Path, ...]]
-    read: Callable[..., np.ndarray]
-    kind: TruthKind
-    max_dist: float
-    num_images: int
-    names: frozenset[str] | None = None
-    covered: str = "all"
-
-
-class BoundaryBenchmark:
-    """`update` per batch, `reduce` once at the end, `compute`; a context manager that ends its workers."""
+    scores: ClassVar = (Score("odsF", "odsF", True, scale=100, unit="%"),)
+    on_request: ClassVar = True
 
     def __init__(self, source: TruthSource, settings: BoundarySettings, progress: bool = False):
-        self.source, self.settings, self.progress = source, settings, progress
-        self.kind = "boundary" if source.kind == "nyud" and settings.nyud_gt == "thin" else source.kind
-        self.protocol = Protocol(settings.max_dist or source.max_dist, settings.protocol)
+        self.source, self.progress = source, progress
+        kind = source.truth.kind
+        self.kind = "boundary" if kind == "nyud" and settings.nyud_gt == "thin" else kind
+        self.protocol = Protocol(settings.max_dist or source.truth.max_dist, settings.protocol)
         workers = settings.workers
         if workers is None:
-            ranks = dist.get_world_size() if dist.is_initialized() else 1
-            workers = 0 if source.num_images <= SMALL_SET else default_workers(ranks)
+            workers = 0 if source.num_images <= SMALL_SET else default_workers(distributed.world_size())
         self.totals = BoundaryTotals.empty(len(self.protocol.thresholds))
         self.pool = CountingPool(self.totals, workers)
 
-    def __enter__(self) -> "BoundaryBenchmark":
-        return self
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "BoundaryEvaluator | None":
+        """Only where `boundary_infer` or `boundary_eval` asks for it."""
+        if context.boundary_mode == "off" or context.split is None:
+            return None
+        source = truth_source(context.split, context.boundary.images, context.boundary_mode == "fast")
+        return cls(source, context.boundary, context.progress)
 
-    def __exit__(self, *error: object) -> None:
-        self.pool.__exit__(*error)
+    def close(self) -> None:
+        self.pool.__exit__()
 
-    def update(self, prediction: Tensor, meta: Sequence[Mapping]) -> None:
+    def update(self, prediction: Tensor, target: Tensor | None = None, meta: Sequence[Mapping] = ()) -> None:
         """prediction (B, 1, H, W) edge probability in the padded frame; meta: each image's "name" and "size".
 
-        What is scored is what `save_edge_maps` writes, so the files give the same score.
+        The ground truth comes from the data set's files, not from the training label `target`. What is scored is what
+        `save_edge_maps` writes, so the files give the same score.
         """
         for picture, image in zip(edge_maps(prediction, meta), meta, strict=True):
             if self.source.names is None or image["name"] in self.source.names:
-                self.pool.submit(count_prediction, picture, self.source.read, self.source.find(image["name"]),
-                                 self.kind, self.protocol)
+                self.pool.submit(count_prediction, picture, self.source.truth.read,
+                                 self.source.files(image["name"]), self.kind, self.protocol)
 
     def reduce(self) -> None:
         """Waits for the workers and adds up the counts of all processes (one all-reduce)."""
         with tqdm(total=len(self.pool), desc="boundary score", unit="image", leave=False,
                   disable=None if self.progress else True) as bar:
             self.pool.finish(bar)
-        if not dist.is_initialized():
-            return
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         flat = np.concatenate([self.totals.counts.ravel(), self.totals.best, [self.totals.images]])
-        summed = torch.from_numpy(flat).to(device)                     # (4 K + 5,) int64
-        dist.all_reduce(summed)
-        flat = summed.cpu().numpy()
+        flat = distributed.sum_over_ranks(torch.from_numpy(flat)).numpy()             # (4 K + 5,) int64
         self.totals.counts[:] = flat[:-5].reshape(-1, 4)
         self.totals.best[:] = flat[-5:-1]
         self.totals.images = int(flat[-1])

@@ -1,33 +1,42 @@
-"""The "boundary loss" of the InvPT lineage, an indicator during training; the real score is odsF in `boundary`."""
+"""The "boundary loss" of InvPT and its successors, an indicator during training; the real score is odsF in `boundary`."""
 
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from evaluation.evaluator import Score, TaskContext
 from evaluation.meter import Meter, ratio
-from losses import BalancedBCELoss
+from losses.edge import BalancedBCELoss
 
 
 class EdgeLossMeter(Meter):
     """`loss`: balanced BCE of the sigmoid *output* taken as if it were a logit, mean over all valid pixels.
 
-    The double sigmoid is the InvPT lineage's convention, kept so that validation curves compare; the value is
+    The double sigmoid is InvPT's and its successors' convention, kept so that validation curves compare; the value is
     no likelihood. BridgeNet reports it as "Boundary Loss" in place of odsF, but it says little: with w = 0.95 and a
     share f of edge pixels a perfect prediction scores 0.0347 + 0.263 f and one without any edge 0.0347 + 0.624 f,
     so most of a typical 0.04 is constant, and f alone makes the values of two data sets differ.
     pred (B, 1, H, W) edge probability, target (B, 1, H, W) in [0, 1] with void = ignore_index.
     """
 
+    scores: ClassVar = (Score("loss", "boundary loss", False, decimals=4),)
+
     def __init__(self, pos_weight: float | None = 0.95, ignore_index: int = 255):
         self.loss = BalancedBCELoss(pos_weight, ignore_index)
         self.ignore_index = ignore_index
         super().__init__()
 
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "EdgeLossMeter":
+        return cls(context.edge_w, context.ignore_index)
+
     def initial_state(self) -> dict[str, Tensor]:
         return {"sum_loss": torch.zeros((), dtype=torch.float64),
                 "num_valid": torch.zeros((), dtype=torch.int64)}
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         num_valid = (target != self.ignore_index).sum()
         self.add(sum_loss=self.loss(pred.double(), target) * num_valid, num_valid=num_valid)
 

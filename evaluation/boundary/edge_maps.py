@@ -1,6 +1,5 @@
 """Edge maps as PNG files, the input of the external and internal boundary benchmarks."""
 
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

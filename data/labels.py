@@ -1,0 +1,163 @@
+"""Label rules: what reading, transforms and collation must know of a task's label, and nothing else of the task.
+
+Most labels are maps (`MapLabel`). A label of another kind, such as a list of boxes, is a class of its own with the
+same methods: transforms and loaders call these and never look into a label.
+Maps are H x W x C float32 arrays; void is 255 in every channel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+VOID = 255.0
+INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}
+
+
+class LabelRules:
+    """What happens to a label while its image is prepared. Sizes are (height, width)."""
+
+    guides_crop: bool = False       # whether its classes tell a varied crop from a dull one (`transforms.RandomCrop`)
+
+    def fit(self, label: Any, size: tuple[int, int]) -> Any:
+        """The label of a file, brought to the size of its image."""
+        raise NotImplementedError
+
+    def resize(self, label: Any, size: tuple[int, int]) -> Any:
+        """At another size, values as they are."""
+        raise NotImplementedError
+
+    def scale(self, label: Any, size: tuple[int, int], factor: float) -> Any:
+        """The image was enlarged by `factor` to `size`, as if the camera had come nearer."""
+        return self.resize(label, size)
+
+    def crop(self, label: Any, top: int, left: int, size: tuple[int, int]) -> Any:
+        """Of at most `size`, cut out at this corner."""
+        raise NotImplementedError
+
+    def flip(self, label: Any) -> Any:
+        """Mirrored left to right."""
+        raise NotImplementedError
+
+    def pad(self, label: Any, frame: tuple[int, int]) -> Any:
+        """Centred in a larger frame (rounded down)."""
+        raise NotImplementedError
+
+    def mark_void(self, label: Any) -> Any:
+        """With what carries no supervision marked."""
+        return label
+
+    def to_tensor(self, label: Any) -> Any:
+        """As the loss takes it, of one image."""
+        raise NotImplementedError
+
+    def collate(self, labels: Sequence[Any]) -> Any:
+        """The labels of a batch's images together."""
+        return list(labels)
+
+
+@dataclass(frozen=True)
+class MapLabel(LabelRules):
+    """A label map.
+
+    channels: C. interp: how a file of another size is brought to the image's. pad_value: what padding holds.
+    guides_crop: for maps of class ids.
+    """
+
+    channels: int = 1
+    interp: str = "nearest"
+    pad_value: float = VOID
+    guides_crop: bool = False
+
+    def fit(self, label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return label if label.shape[:2] == size else resize_map(label, size, INTERPOLATION[self.interp])
+
+    def resize(self, label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return resize_map(label, size, cv2.INTER_NEAREST)
+
+    def crop(self, label: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
+        return crop_map(label, top, left, size)
+
+    def flip(self, label: np.ndarray) -> np.ndarray:
+        return label[:, ::-1]
+
+    def pad(self, label: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
+        return pad_map(label, frame, self.pad_value)
+
+    def to_tensor(self, label: np.ndarray) -> Any:
+        return map_to_tensor(label)
+
+    def collate(self, labels: Sequence[Any]) -> Any:
+        return stack(labels)
+
+
+@dataclass(frozen=True)
+class DepthLabel(MapLabel):
+    """Depth in metres: a nearer camera divides it; 0 means "not measured"."""
+
+    pad_value: float = 0.0
+
+    def scale(self, label: np.ndarray, size: tuple[int, int], factor: float) -> np.ndarray:
+        return self.resize(label, size) / np.float32(factor)
+
+    def mark_void(self, label: np.ndarray) -> np.ndarray:
+        return np.where(label == 0, np.float32(VOID), label)
+
+
+@dataclass(frozen=True)
+class NormalsLabel(MapLabel):
+    """Unit vectors (x to the right): mirroring negates x; a zero vector has no direction."""
+
+    channels: int = 3
+    interp: str = "cubic"
+    pad_value: float = 0.0
+
+    def flip(self, label: np.ndarray) -> np.ndarray:
+        return label[:, ::-1] * np.array([-1, 1, 1], label.dtype)
+
+    def mark_void(self, label: np.ndarray) -> np.ndarray:
+        return np.where((label == 0).all(axis=-1, keepdims=True), np.float32(VOID), label)
+
+
+@dataclass(frozen=True)
+class PartsLabel(MapLabel):
+    """Body parts: a map (also a crop) without any person supervises nothing, not even its background."""
+
+    def mark_void(self, label: np.ndarray) -> np.ndarray:
+        return label if np.any((label != 0) & (label != VOID)) else np.full_like(label, VOID)
+
+
+def resize_map(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
+    """H x W x C -> size[0] x size[1] x C; OpenCV drops a single channel."""
+    return cv2.resize(array, size[::-1], interpolation=interpolation).reshape(*size, array.shape[2])
+
+
+def crop_map(array: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
+    """A view, no copy."""
+    return array[top:top + size[0], left:left + size[1]]
+
+
+def pad_map(array: np.ndarray, frame: tuple[int, int], value: float) -> np.ndarray:
+    """H x W x C -> frame[0] x frame[1] x C float32, centred; the memory is channel-first, as tensors want it."""
+    height, width, channels = array.shape
+    top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
+    memory = np.empty((channels, *frame), np.float32)
+    canvas = memory.transpose(1, 2, 0)                             # (C, H, W) memory seen as (H, W, C)
+    canvas[:top] = canvas[top + height:] = value
+    canvas[top:top + height, :left] = canvas[top:top + height, left + width:] = value
+    canvas[top:top + height, left:left + width] = array
+    return canvas
+
+
+def map_to_tensor(array: np.ndarray) -> Any:
+    """H x W x C array -> C x H x W float32 tensor; no copy where the memory is channel-first already."""
+    import torch  # here, so that label rules and data sets can be read without it
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), np.float32))
+
+
+def stack(tensors: Sequence[Any]) -> Any:
+    """B tensors of one shape -> (B, ...); in a worker process in shared memory, which spares a copy."""
+    from torch.utils.data import default_collate
+    return default_collate(list(tensors))

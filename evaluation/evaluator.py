@@ -1,0 +1,92 @@
+"""What every evaluator is: scores of one task, gathered image by image, summed over processes.
+
+Two kinds exist. A streaming one keeps a few sums (`evaluation.meter.Meter`); a pooled one hands images to worker
+processes and adds up what they count (`evaluation.boundary.evaluator`). The loop that runs them knows neither.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from evaluation.boundary.settings import BoundarySettings, BoundaryTruth, Mode
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score that is printed: its key in the results, its direction, and how papers print it."""
+
+    key: str
+    label: str
+    higher_is_better: bool
+    scale: float = 1.0        # printed = scale * value
+    decimals: int = 2
+    unit: str = ""
+
+    def format(self, value: float) -> str:
+        """The value as papers print it."""
+        return f"{value * self.scale:.{self.decimals}f}"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images that are evaluated: where they lie, which ones, and their boundary ground truth, if any."""
+
+    dataset: str
+    name: str
+    folder: Path
+    ids: tuple[str, ...]
+    boundary: BoundaryTruth | None = None
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a loss, an evaluator or a view of a task may depend on besides its inputs.
+
+    num_channels: of the network's output. edge_w: weight of the edge class in its loss. depth_range: depth is scored
+    strictly between these. The fields from `split` on matter in an evaluation only; without a split nothing can be
+    evaluated that needs more than the labels of a batch.
+    """
+
+    num_channels: int
+    ignore_index: int = 255
+    edge_w: float = 0.95
+    class_names: tuple[str, ...] = ()
+    depth_range: tuple[float, float] | None = None
+    colours: tuple[tuple[int, int, int], ...] = ()
+    split: Split | None = None
+    boundary: BoundarySettings = BoundarySettings()
+    boundary_mode: Mode = "off"
+    progress: bool = False
+
+
+class Evaluator:
+    """`update` per batch, `reduce` once at the end, `compute`; `close` in any case."""
+
+    scores: ClassVar[tuple[Score, ...]]         # those of `compute` that tables print, the most important first
+    on_request: ClassVar[bool] = False          # whether `for_task` may return None
+    valid_pixels: int | None = None             # what the scores rest on; None where the evaluator does not count it
+
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "Evaluator | None":
+        """The evaluator for a task in this evaluation, or None where it has not been asked for."""
+        raise NotImplementedError(f"{cls.__name__}.for_task")
+
+    def update(self, prediction: Any, target: Any, meta: Sequence[Mapping] = ()) -> None:
+        """Takes a batch: decoded predictions and labels as the task has them, and each image's name and size."""
+        raise NotImplementedError(f"{type(self).__name__}.update")
+
+    def reduce(self) -> None:
+        """Adds up what all processes have seen. Every process calls it, once, also one that saw no image."""
+        raise NotImplementedError(f"{type(self).__name__}.reduce")
+
+    def compute(self) -> dict[str, float]:
+        """All scores by key, after `reduce`."""
+        raise NotImplementedError(f"{type(self).__name__}.compute")
+
+    def report(self) -> str:
+        """One line for the log that the scores do not tell, or nothing."""
+        return ""
+
+    def close(self) -> None:
+        """Ends worker processes, if any."""

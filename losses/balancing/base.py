@@ -1,0 +1,45 @@
+"""The contract of a loss balancing scheme."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from utils.options import Options
+
+
+@dataclass
+class NoOptions(Options):
+    """Of a scheme that has none."""
+
+
+class Balancing(nn.Module):
+    """Turns the losses of a training step into gradients.
+
+    A module, so that learned weights are its parameters (the optimizer updates them with the model's; their gradients
+    are averaged over processes) and what it remembers are buffers: both are saved and resumed with the run. What it
+    computes from losses must be the same on every process: average over them with `utils.distributed`.
+
+    `Config` is the dataclass of its options, the keys of `loss_kwargs.scheme_kwargs` in an experiment file.
+    """
+
+    Config: ClassVar[type[Options]] = NoOptions
+
+    def __init__(self, tasks: Sequence[str], weights: Mapping[str, float], config: Options):
+        super().__init__()
+        self.tasks, self.weights, self.config = tuple(tasks), dict(weights), config
+
+    def combine(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The losses of some tasks, each 0-dim, as one number: of a mini-batch, or of one image (`loss_scope`)."""
+        raise NotImplementedError(f"{type(self).__name__}.combine")
+
+    def backward(self, losses: Mapping[str, Tensor], backward: Callable[..., None],
+                 parameters: Sequence[nn.Parameter]) -> None:
+        """Adds this pass's gradients to `.grad`.
+
+        losses: all that `MultiTaskLoss` returned, with "total". backward(loss, **kwargs): `loss.backward(**kwargs)`
+        with the factors of accumulation and of mixed precision. parameters: the model's. By default the gradient of
+        the total; a scheme that works on gradients replaces this.
+        """
+        backward(losses["total"])

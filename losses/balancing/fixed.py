@@ -1,0 +1,33 @@
+"""Schemes with fixed weights per task.
+
+The weighted sum needs weights tuned by hand. The sum of logarithms (MTMamba, Lin et al., ECCV 2024) has the gradient
+sum_t w_t grad(L_t) / L_t  and is free of the losses' scales, but it is not linear: the log of a batch's loss is not
+the mean of the logs of its images.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from losses.balancing.base import Balancing, NoOptions
+
+LOG_EPS = 1e-8
+
+
+class WeightedSum(Balancing):
+    """sum_t w_t L_t."""
+
+    Config = NoOptions
+
+    def combine(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[task] * loss for task, loss in losses.items()]).sum()
+
+
+class LogSum(Balancing):
+    """sum_t w_t ln(L_t + 1e-8)."""
+
+    Config = NoOptions
+
+    def combine(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[task] * torch.log(loss + LOG_EPS) for task, loss in losses.items()]).sum()

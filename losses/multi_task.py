@@ -1,0 +1,101 @@
+"""All losses of a training step in one place, and what one loss belongs to.
+
+Losses of a mini-batch pool its valid pixels. `scope` states whether one "loss" is that of a process's mini-batch or
+of an image, so that the objective does not silently depend on how many processes share a batch.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losses.balancing.base import Balancing
+
+SCOPES = ("process", "image")
+INTER = "inter/"                     # prefix of an intermediate prediction's loss
+Outputs = Mapping[str, Any]          # task -> its output or label: (B, C, H, W), or one entry per image
+
+
+class MultiTaskLoss(nn.Module):
+    """All losses of a training step: every task, its intermediate predictions, further terms and their total.
+
+    tasks_losses: task -> loss module. balancing: makes the total of the tasks' losses, and the backward pass.
+    intermediate_weight: factor of the intermediate predictions' sum (1 in InvPT, 0.5 in BridgeNet);
+    use_intermediate False leaves them out. scope: "process" takes the losses over this process's mini-batch
+    (InvPT and its successors); "image" takes them per image (own valid pixels, own class balance, own log) and
+    averages over the images, so the objective is the same for every split of a global batch - MTMamba's
+    published runs had one image per process.
+    """
+
+    def __init__(self, tasks_losses: Mapping[str, nn.Module], balancing: Balancing,
+                 intermediate_weight: float = 1.0, scope: str = "process", use_intermediate: bool = True):
+        super().__init__()
+        if scope not in SCOPES:
+            raise ValueError(f"loss_scope '{scope}' is unknown; valid: {', '.join(SCOPES)}")
+        self.tasks_losses = nn.ModuleDict(tasks_losses)
+        self.balancing = balancing
+        self.intermediate_weight = intermediate_weight
+        self.scope = scope
+        self.use_intermediate = use_intermediate
+
+    def forward(self, final: Outputs, labels: Outputs, intermediate: Outputs | None = None,
+                extra: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Un-weighted loss per task, `inter/<task>`, the extras, and `total`; all 0-dim.
+
+        final, intermediate: task -> raw outputs (B, n_t, H, W), intermediate for some tasks or none; labels: task
+        -> (B, C, H, W), or for a task without maps a sequence of B entries; extra: name -> 0-dim term, already
+        weighted, added to the total whichever the scheme. Under scope "image" every figure is the mean over the
+        images.
+        """
+        outputs = {task: _of(final, task, "prediction") for task in self.tasks_losses}
+        labels = {task: _of(labels, task, "label") for task in self.tasks_losses}
+        if self.use_intermediate:
+            outputs |= {f"{INTER}{task}": logits for task, logits in (intermediate or {}).items()}
+        parts = [self._one(*part) for part in self._split(outputs, labels)]
+        losses = {key: torch.stack([part[key] for part in parts]).mean() for key in parts[0]}
+        for name, term in (extra or {}).items():
+            losses[name] = term
+            losses["total"] = losses["total"] + term
+        return losses
+
+    def _one(self, outputs: Outputs, labels: Outputs) -> dict[str, Tensor]:
+        """Losses and total of one unit of the scope: the mini-batch or a single image."""
+        final = {task: loss(outputs[task], labels[task]) for task, loss in self.tasks_losses.items()}
+        inter = {task: loss(outputs[INTER + task], labels[task])
+                 for task, loss in self.tasks_losses.items() if INTER + task in outputs}
+        total = self.balancing.combine(final)
+        if inter:
+            total = total + self.intermediate_weight * self.balancing.combine(inter)
+        return final | {INTER + task: loss for task, loss in inter.items()} | {"total": total}
+
+    def _split(self, outputs: Outputs, labels: Outputs) -> Iterator[tuple[Outputs, Outputs]]:
+        """The whole batch, or its images one by one."""
+        if self.scope == "process":
+            yield outputs, labels
+            return
+        outputs = {key: images_of(batch) for key, batch in outputs.items()}
+        labels = {task: images_of(batch) for task, batch in labels.items()}
+        for i in range(len(next(iter(labels.values())))):
+            yield ({key: images[i] for key, images in outputs.items()},
+                   {task: images[i] for task, images in labels.items()})
+
+
+def images_of(batch: Any) -> Sequence[Any]:
+    """A batch as B batches of one image: tensors (B, ...), sequences of B entries, and dictionaries of either.
+
+    `split` and not indexing: the backward pass of split joins the B gradients once, while every index writes a
+    zero-filled gradient of the full batch, i.e. B^2 traffic.
+    """
+    if isinstance(batch, Tensor):
+        return batch.split(1)
+    if isinstance(batch, Mapping):
+        parts = {key: images_of(value) for key, value in batch.items()}
+        return [{key: images[i] for key, images in parts.items()} for i in range(len(next(iter(parts.values()))))]
+    return [[entry] for entry in batch]
+
+
+def _of(outputs: Outputs, task: str, what: str) -> Any:
+    if task not in outputs:
+        raise ValueError(f"no {what} for task '{task}'; got: {', '.join(outputs) or 'none'}")
+    return outputs[task]

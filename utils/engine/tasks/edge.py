@@ -1,0 +1,25 @@
+"""Boundaries: the probability that a pixel lies on one.
+
+The score is odsF where an evaluation asks for it (`boundary_infer`, `boundary_eval`), which takes a while; the
+boundary loss always.
+"""
+
+import torch
+
+from data.labels import MapLabel
+from evaluation.boundary.edge_loss import EdgeLossMeter
+from evaluation.boundary.edge_maps import save_edge_maps
+from evaluation.boundary.evaluator import BoundaryEvaluator
+from losses.edge import BalancedBCELoss
+from utils.engine.tasks.task import Task
+from utils.engine.views import PROBABILITY
+
+EDGE = Task(
+    num_channels=1,
+    label=MapLabel(),
+    loss=lambda context: BalancedBCELoss(context.edge_w, context.ignore_index),
+    decode=torch.sigmoid,
+    evaluators=(BoundaryEvaluator, EdgeLossMeter),
+    view=PROBABILITY,
+    export=save_edge_maps,
+)

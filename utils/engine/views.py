@@ -1,0 +1,156 @@
+"""Predictions and labels for people: colours, legends, files. Everything here takes and gives NumPy arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from evaluation.evaluator import TaskContext
+
+Colour = tuple[int, int, int]
+Legend = list[tuple[Colour, str]]
+
+
+@dataclass(frozen=True)
+class View:
+    """How one kind of prediction is shown and stored. A prediction of one image is a map H x W x C, or what the
+    task's decoding gives.
+
+    picture(prediction, context, rgb) -> RGB uint8 (H, W, 3), where rgb (H, W, 3) uint8 is the image to draw on, if need
+    be. legend(prediction, context): (colour, text) entries. write(path, prediction): writes the raw values beside
+    `path`, with a suffix of its own, and returns the file. raw_format: what it holds, with units.
+    """
+
+    picture: Callable[[Any, TaskContext, np.ndarray], np.ndarray]
+    legend: Callable[[Any, TaskContext], Legend]
+    write: Callable[[Path, Any], Path]
+    raw_format: str
+
+
+# ------------------------------------------------------------ classes
+
+
+def voc_palette(num_colours: int = 256) -> np.ndarray:
+    """The PASCAL VOC palette, (num_colours, 3) uint8 RGB: bit i of every colour spells the class index."""
+    index = np.arange(num_colours)[:, None] >> (3 * np.arange(8))             # (N, 8) three bits a step
+    bits = (index[..., None] >> np.arange(3)) & 1                             # (N, 8, 3): r, g, b
+    return (bits << (7 - np.arange(8))[None, :, None]).sum(axis=1).astype(np.uint8)
+
+
+VOC = voc_palette()
+
+
+def palette(context: TaskContext) -> np.ndarray:
+    """(n, 3) uint8 RGB: the data set's own, or PASCAL VOC's, whose black is left to a background."""
+    if context.colours:
+        return np.array(context.colours, dtype=np.uint8)
+    has_background = not context.class_names or context.class_names[0] == "background"
+    return VOC if has_background else np.roll(VOC, -1, axis=0)
+
+
+def colour_classes(class_id: np.ndarray, colours: np.ndarray = VOC) -> np.ndarray:
+    """Class ids (H, W) -> RGB uint8 (H, W, 3); `colours` (n, 3) holds the colour of each class, void (255) is white."""
+    ids = class_id.astype(np.int64)
+    return np.where((ids == 255)[..., None], np.uint8(255), colours[ids % len(colours)])
+
+
+def _classes_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
+    """The eight classes with the largest area."""
+    ids, counts = np.unique(prediction, return_counts=True)
+    names, colours = context.class_names, palette(context)
+    return [(tuple(map(int, colours[i])), names[i] if i < len(names) else str(i))
+            for i in ids[np.argsort(-counts)][:8].astype(int)]
+
+
+# ------------------------------------------------------------ depth, normals, probabilities
+
+
+def colour_depth(depth_m: np.ndarray) -> np.ndarray:
+    """Metres (H, W) -> RGB uint8 (H, W, 3), near = red, far = blue, stretched between the 2nd and 98th percentile."""
+    valid = (depth_m > 0) & (depth_m < 255)
+    if not valid.any():
+        return np.zeros((*depth_m.shape, 3), np.uint8)
+    near, far = depth_range(depth_m)
+    grey = 255 - np.clip((depth_m - near) / max(far - near, 1e-6), 0, 1) * 255
+    rgb = cv2.cvtColor(cv2.applyColorMap(grey.astype(np.uint8), cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
+    return np.where(valid[..., None], rgb, np.uint8(0))
+
+
+def depth_range(depth_m: np.ndarray) -> tuple[float, float]:
+    """The nearest and farthest depth that `colour_depth` tells apart, in metres."""
+    valid = depth_m[(depth_m > 0) & (depth_m < 255)]
+    return (float(np.percentile(valid, 2)), float(np.percentile(valid, 98))) if valid.size else (0.0, 0.0)
+
+
+def _depth_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
+    near, far = depth_range(prediction[..., 0])
+    return [((122, 4, 3), f"near {near:.2f} m"), ((48, 18, 59), f"far {far:.2f} m")]
+
+
+def colour_normals(normals: np.ndarray) -> np.ndarray:
+    """Unit vectors (H, W, 3) -> RGB uint8, component c as (c + 1) / 2 * 255; zero and void vectors are black."""
+    void = (np.abs(normals).sum(axis=-1) == 0) | (normals > 1.5).any(axis=-1)
+    rgb = np.clip((normals + 1) * 127.5, 0, 255).astype(np.uint8)
+    return np.where(void[..., None], np.uint8(0), rgb)
+
+
+def colour_probability(probability: np.ndarray) -> np.ndarray:
+    """Probabilities (H, W) in [0, 1] -> grey RGB uint8 (H, W, 3); void (255) is mid-grey."""
+    grey = np.where(probability > 1.5, 127, np.clip(probability, 0, 1) * 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+# ------------------------------------------------------------ files
+
+
+def save_rgb(path: Path, rgb: np.ndarray) -> Path:
+    """Writes RGB uint8 (H, W, 3); creates the folder."""
+    return _write_png(path, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+
+
+def _write_png(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), image):
+        raise OSError(f"could not write {path}: is the disk full or the folder read-only?")
+    return path
+
+
+def _write_16_bits(path: Path, values: np.ndarray) -> Path:
+    return _write_png(path.with_suffix(".png"), np.clip(values + 0.5, 0, 65535).astype(np.uint16))
+
+
+def _write_vectors(path: Path, vectors: np.ndarray) -> Path:
+    path = path.with_suffix(".npy")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, vectors.astype(np.float32))
+    return path
+
+
+CLASSES = View(
+    picture=lambda x, context, rgb: colour_classes(x[..., 0], palette(context)),
+    legend=_classes_legend,
+    write=lambda path, x: _write_png(path.with_suffix(".png"), x[..., 0].astype(np.uint8)),
+    raw_format="8-bit PNG, class index",
+)
+DEPTH_MAP = View(
+    picture=lambda x, context, rgb: colour_depth(x[..., 0]),
+    legend=_depth_legend,
+    write=lambda path, x: _write_16_bits(path, x[..., 0] * 1000),
+    raw_format="16-bit PNG, millimetres",
+)
+VECTORS = View(
+    picture=lambda x, context, rgb: colour_normals(x),
+    legend=lambda x, context: [((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"),
+                               ((127, 127, 255), "+z")],
+    write=_write_vectors,
+    raw_format="npy float32 (H, W, 3), unit vectors",
+)
+PROBABILITY = View(
+    picture=lambda x, context, rgb: colour_probability(x[..., 0]),
+    legend=lambda x, context: [((0, 0, 0), "0"), ((255, 255, 255), "1")],
+    write=lambda path, x: _write_16_bits(path, x[..., 0] * 65535),
+    raw_format="16-bit PNG, probability * 65535",
+)
