@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Reads the experiment, then imports what the mode needs: a mistake in the file is told before PyTorch is loaded."""
+    """Reads the experiment, then imports what the mode needs: a mistake is told before PyTorch is loaded."""
     from utils.engine.config import config_from_dict, load_config
     if args.config_exp is not None:
         config = load_config(args.config_exp, args.overrides)

@@ -187,7 +187,8 @@ def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tenso
     size = config.label_size or config.input_size
     batch = {"image": torch.randn(config.trBatch, 3, *config.input_size, device=device)}
     for task in config.tasks:
-        batch[task] = torch.randint(0, 2, (config.trBatch, TASKS.load(task).label.channels, *size), device=device).float()
+        shape = (config.trBatch, TASKS.load(task).label.channels, *size)
+        batch[task] = torch.randint(0, 2, shape, device=device).float()
     return batch
 
 

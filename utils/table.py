@@ -84,21 +84,26 @@ def _read_options(module: str, name: str) -> type[Options]:
     bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
     needed: list[ast.stmt] = []
     for statement in tree.body:
-        if isinstance(statement, ast.Import) and all(a.name in LIGHT_MODULES for a in statement.names) or isinstance(statement, ast.ImportFrom) and statement.module in LIGHT_MODULES:
+        if _is_light(statement):
             needed.append(statement)
         elif isinstance(statement, ast.ImportFrom):
             names |= {a.name: _read_options(statement.module, a.name) for a in statement.names if a.name in bases}
-        elif isinstance(statement, ast.Assign) and _is_constant(statement.value):
-            needed.append(statement)
         elif isinstance(statement, ast.ClassDef) and statement.name in bases:
             names[statement.name] = _read_options(module, statement.name)
     exec(compile(ast.Module([*needed, node], []), f"options of {module}", "exec"), names)
     return names[name]
 
 
-def _is_constant(value: ast.expr) -> bool:
+def _is_light(statement: ast.stmt) -> bool:
+    """An import of `LIGHT_MODULES`, or a constant."""
+    if isinstance(statement, ast.Import):
+        return all(alias.name in LIGHT_MODULES for alias in statement.names)
+    if isinstance(statement, ast.ImportFrom):
+        return statement.module in LIGHT_MODULES
+    if not isinstance(statement, ast.Assign):
+        return False
     try:
-        ast.literal_eval(value)
+        ast.literal_eval(statement.value)
     except ValueError:
         return False
     return True

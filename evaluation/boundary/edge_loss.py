@@ -1,4 +1,4 @@
-"""The "boundary loss" of InvPT and its successors, an indicator during training; the real score is odsF in `boundary`."""
+"""The "boundary loss" of InvPT and its successors, an indicator during training; the real score is odsF."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar

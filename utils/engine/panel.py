@@ -35,7 +35,8 @@ def batch_panel(batch: Mapping, predictions: Mapping[str, Any], contexts: Mappin
     return np.concatenate(rows, axis=0)
 
 
-def prediction_panel(rgb: np.ndarray, predictions: Mapping[str, Any], contexts: Mapping[str, TaskContext]) -> np.ndarray:
+def prediction_panel(rgb: np.ndarray, predictions: Mapping[str, Any],
+                     contexts: Mapping[str, TaskContext]) -> np.ndarray:
     """Input (H, W, 3) uint8 and decoded predictions of one image -> titled tiles with legends, RGB uint8."""
     height = max(1, round(TILE_WIDTH * rgb.shape[0] / rgb.shape[1]))
     tiles = [_tile("input", rgb, height, [])]

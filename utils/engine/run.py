@@ -78,10 +78,12 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
         logger.warning("pretrained is false: the backbone starts from random weights")
     prepare_for_training(model.to(device), config)
     criterion = build_criterion(config, model).to(device)
-    run = Run(config, device, model, _wrap(model, config, device), _average(model, config), criterion,
-              build_optimizer(config, model, criterion), torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-              RunWriter(None, False), train_loader, val_loader, accumulate,
-              min(config.max_iter, config.epochs * steps_per_epoch), steps_per_epoch)
+    run = Run(
+        config, device, model, wrapped=_wrap(model, config, device), ema=_average(model, config), criterion=criterion,
+        optimizer=build_optimizer(config, model, criterion),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), writer=RunWriter(None, False),
+        train_loader=train_loader, val_loader=val_loader, accumulate=accumulate,
+        total_steps=min(config.max_iter, config.epochs * steps_per_epoch), steps_per_epoch=steps_per_epoch)
     torch.manual_seed(config.seed + 1 + distributed.rank())   # different stochastic depth on every rank
     if checkpoint is not None:
         _restore(run, checkpoint, last)
@@ -116,7 +118,8 @@ def save(run: Run, *names: str) -> None:
     if distributed.is_main():
         checkpoint = {
             "model": run.model.state_dict(), "ema": None if run.ema is None else run.ema.state_dict(),
-            "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": rng, "step": run.step,
+            "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(), "rng": rng, "step": run.step,
             "epoch": run.step // run.steps_per_epoch, "best": run.best, "metrics": run.metrics,
             "config": run.config.to_dict(), "git": _git_hash(),
         }
