@@ -48,7 +48,7 @@ def count(config: Config) -> list[tuple[str, str]]:
         model = model_from_config(config).eval()
         image = torch.empty(1, 3, *config.input_size)
     parts = {"encoder": model.encoder, "neck": model.neck, "decoder": model.decoder, "heads": model.heads}
-    rows = [(f"parameters, {name}", f"{_parameters(part):,}") for name, part in parts.items() if part is not None]
+    rows = [(f"parameters, {name}", f"{_parameters(part):,}") for name, part in parts.items() if _parameters(part)]
     rows.append(("parameters, total", f"{_parameters(model):,}"))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
     with torch.no_grad(), counter as products, count_scan_flops() as scans:
@@ -73,7 +73,7 @@ class Step:
         torch.manual_seed(0)
         self.model = model_from_config(config).to(self.device)
         prepare_for_training(self.model, config)
-        self.optimizer, self.criterion = build_optimizer(config, self.model), build_criterion(config)
+        self.optimizer, self.criterion = build_optimizer(config, self.model), build_criterion(config, self.model)
         self.batch = _random_batch(config, self.device)
 
     @torch.inference_mode()

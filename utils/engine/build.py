@@ -1,5 +1,6 @@
 """From a `Config` to the objects it describes; what training, evaluation and prediction have in common."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from data.datasets import DATASETS, build_dataset, build_transform
 from data.transforms import CROP_GUIDE
 from evaluation.boundary import BoundaryBenchmark
 from models.blocks.recompute import recompute_blocks
-from models.build import build_model
+from models.build import build_model, resolve_name
+from models.decoders import DECODERS
 from models.model import MultiTaskModel
 from models.ops import set_scan_backend
 from utils.engine.checkpoint import load_model, read_checkpoint
@@ -27,9 +29,14 @@ def model_from_config(config: Config) -> MultiTaskModel:
     set_scan_backend(config.scan_backend)
     set_float32_arithmetic(config.precision)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
-    return build_model(config.model, config.backbone, outputs, config.input_size, output_size=config.label_size,
-                       neck=config.neck, head=config.head, backbone_kwargs=config.backbone_kwargs,
-                       neck_kwargs=config.neck_kwargs, model_kwargs=config.model_kwargs)
+    name, options = resolve_name(config.model, config.backbone, config.model_kwargs), dict(config.model_kwargs)
+    if name != config.model:
+        logger.info("model '%s' on backbone '%s' with these options is %s", config.model, config.backbone, name)
+    if config.head != "default" and "head" in {field.name for field in dataclasses.fields(DECODERS.options(name))}:
+        options["head"] = config.head
+    return build_model(name, config.backbone, outputs, config.input_size, label_size=config.label_size,
+                       neck=config.neck, backbone_kwargs=config.backbone_kwargs, neck_kwargs=config.neck_kwargs,
+                       model_kwargs=options)
 
 
 def prepare_for_training(model: MultiTaskModel, config: Config) -> None:

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from losses.schemes import MultiTaskLoss
-from models.build import intermediate_weight
+from models.model import MultiTaskModel
 from utils import distributed
 from utils.batches import batches_on
 from utils.engine.build import build_benchmarks
@@ -51,7 +51,7 @@ def train(config: Config, resume: bool) -> dict:
 
 def _loop(run: Run) -> dict:
     config, device = run.config, run.device
-    criterion = build_criterion(config)
+    criterion = build_criterion(config, run.model)
     batches = batches_on(device, iter(run.train_loader))
     restore_rng(run)                                        # after the loader, which draws from the generators
     if run.step == 0 and config.eval_at_start:
@@ -104,14 +104,14 @@ def _loop(run: Run) -> dict:
     return run.metrics or {}
 
 
-def build_criterion(config: Config) -> MultiTaskLoss:
-    """The task losses and their combination, as `loss_kwargs` says."""
+def build_criterion(config: Config, model: MultiTaskModel) -> MultiTaskLoss:
+    """The task losses and their combination, as `loss_kwargs` says, and where it is silent the model's decoder."""
     k = config.loss_kwargs
     losses = {task: TASKS[task].loss(config.task_context(task)) for task in config.tasks}
     weights = {task: k.loss_weights.get(task, 1.0) for task in config.tasks}
     inter = k.intermediate_weight
     if inter is None:
-        inter = intermediate_weight(config.model, config.backbone, config.model_kwargs)
+        inter = model.decoder.intermediate_weight
     return MultiTaskLoss(losses, weights, k.loss_scheme, inter, k.loss_scope,
                          use_intermediate=config.intermediate_supervision)
 
