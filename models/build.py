@@ -1,158 +1,81 @@
-"""From names to a model: the tables of decoders and necks, and the check that the parts fit together."""
+"""From names and options to a model, and the check that its parts fit together."""
 
 import dataclasses
-import difflib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from models.backbones import build_backbone, default_options
-from models.blocks.pyramid import SimplePyramid
-from models.decoders.bim import BIMDecoder
-from models.decoders.bridgenet import BridgeNetDecoder
-from models.decoders.demt import DeMTDecoder
-from models.decoders.fcn import FCNDecoder
-from models.decoders.invpt import InvPTDecoder
-from models.decoders.mlore import MLoREDecoder
-from models.decoders.mtmamba import MTMambaDecoder
-from models.decoders.mtmamba_plus import MTMambaPlusDecoder
-from models.decoders.multi_scale import MultiScaleDecoder
-from models.decoders.taskprompter import TaskPrompterDecoder
-from models.model import Decoder, MultiTaskModel
-
-DECODERS: dict[str, type[Decoder]] = {
-    "bim": BIMDecoder,
-    "bridgenet": BridgeNetDecoder,
-    "demt": DeMTDecoder,
-    "fcn": FCNDecoder,
-    "invpt": InvPTDecoder,
-    "mlore": MLoREDecoder,
-    "mtmamba": MTMambaDecoder,
-    "mtmamba_plus": MTMambaPlusDecoder,
-    "mtmamba++": MTMambaPlusDecoder,  # the paper's spelling
-    "multi_scale": MultiScaleDecoder,
-    "taskprompter": TaskPrompterDecoder,
-}
-
-# The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
-SHARED_NAME = "TransformerNet"
-TELLING_OPTIONS = {
-    "InvPT": ("PRED_OUT_NUM_CONSTANT", "mtt_resolution_downsample_rate"),
-    "TaskPrompter": ("prompt_len", "chan_nheads", "use_ctr"),
-    "MLoRE": ("topk", "spe_rank", "pre_softmax"),
-}
-
-logger = logging.getLogger(__name__)
+from models.backbones import BACKBONES, PROMPTED
+from models.decoder import BuildContext
+from models.decoders import DECODERS
+from models.model import MultiTaskModel
+from models.necks import NECKS
+from utils.options import Options, parse
+from utils.table import Table
 
 
-def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], *,
-                output_size: tuple[int, int] | None = None, neck: str = "none", head: str = "default",
-                backbone_kwargs: Mapping[str, Any] | None = None, neck_kwargs: Mapping[str, Any] | None = None,
-                model_kwargs: Mapping[str, Any] | None = None) -> MultiTaskModel:
+def build_model(model: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], *,
+                label_size: tuple[int, int] | None = None, neck: str = "none",
+                model_kwargs: Mapping[str, Any] | Options | None = None,
+                backbone_kwargs: Mapping[str, Any] | Options | None = None,
+                neck_kwargs: Mapping[str, Any] | Options | None = None) -> MultiTaskModel:
     """Builds a model with fresh weights.
 
-    `tasks` maps each task to its number of output channels, in the order of the task table (the order is part of
-    the model). `image_size` is (height, width) of the input. Parts that do not fit raise a ValueError that says
-    what the decoder needs and what the backbone gives.
+    `model`, `backbone` and `neck` are names of DECODERS, BACKBONES and NECKS; the options of each are a plain mapping
+    or have been parsed already. `tasks` maps each task to its number of output channels, in the order of the task
+    table (the order is part of the model). `image_size` is (height, width) of the input, `label_size` that of the
+    predictions: by default that of the image, and the decoder's options may ask for another. Parts that do not fit
+    raise a ValueError that says what the decoder needs and what the backbone gives.
     """
-    lineage_name, name = name, resolve_name(name, backbone, model_kwargs or {})
-    if name != lineage_name:
-        logger.info("model '%s' on backbone '%s' with these options is %s", lineage_name, backbone, name)
-    decoder_class = _decoder_class(name)
-    if head not in ("default", *decoder_class.head_names):
-        raise ValueError(f"head '{head}' is not available for model '{name}'; leave `head` out for the decoder's own")
-    options = dict(model_kwargs or {})
-    if head != "default" and "head" in _options(decoder_class):  # a decoder with several heads
-        options["head"] = head
-    config = decoder_config(name, options)
-    preferred = default_options(backbone, decoder_class.backbone_options)
-    encoder, inner = _encoder(name, backbone, tasks, image_size, neck, config, {**preferred, **(backbone_kwargs or {})})
-    if decoder_class.needs_image_size:
-        inner["image_size"] = image_size
-    neck_module = _pyramid(encoder, neck_kwargs or {}) if neck == "pyramid" else None
-    maps = encoder if neck_module is None else neck_module
+    decoder_class, config = DECODERS.load(model), _options(DECODERS, model, model_kwargs, "model_kwargs.")
+    neck_class, neck_config = NECKS.load(neck), _options(NECKS, neck, neck_kwargs, "neck_kwargs.")
+    backbone_config = _options(BACKBONES, backbone, backbone_kwargs, "backbone_kwargs.")
+    wanted = decoder_class.backbone_options(tasks, config)
     try:
-        decoder = decoder_class(dict(tasks), maps.channels, maps.strides, config, **inner)
+        if "prompting" in wanted and NECKS.find(neck) != "none":
+            raise ValueError(f"it works inside its backbone, there is no place for the neck '{neck}'; leave `neck` out")
+        encoder = build_backbone(backbone, image_size, backbone_config, wanted)
+        between = neck_class(encoder.channels, encoder.strides, neck_config)
+        num_heads = encoder.num_heads if "prompting" in wanted else ()
+        decoder = decoder_class(
+            BuildContext(dict(tasks), between.channels, between.strides, tuple(image_size), num_heads), config)
     except ValueError as error:
-        plain_vit = neck == "none" and not inner and encoder.strides == encoder.strides[:1] * 4
-        hint = "; `neck: pyramid` makes the four maps" if plain_vit else ""
-        raise ValueError(f"model '{name}' on backbone '{backbone}': {error}{hint}") from error
-    multiple = decoder.input_multiple or max(maps.strides)
+        raise ValueError(f"model '{model}' on backbone '{backbone}': {error}") from error
+    multiple = decoder.input_multiple or max(between.strides)
     if any(side % multiple for side in image_size):
-        raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{name}' "
+        raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{model}' "
                          f"on backbone '{backbone}'")
     heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
-    return MultiTaskModel(encoder, neck_module, decoder, heads, decoder.output_size or output_size)
+    return MultiTaskModel(encoder, between, decoder, heads, config.label_size or label_size)
 
 
-def _encoder(name: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], neck: str,
-             config: Any, backbone_kwargs: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone, and what a decoder whose prompts run inside it must know besides its maps."""
-    prompting = _decoder_class(name).prompting(len(tasks), config)
-    if prompting is None:
-        return build_backbone(backbone, image_size, **backbone_kwargs), {}
-    if neck != "none":
-        raise ValueError(f"model '{name}' works inside its backbone, there is no place for the neck '{neck}'; "
-                         "leave `neck` out")
-    try:
-        encoder = build_backbone(backbone, image_size, prompting=prompting, **backbone_kwargs)
-    except ValueError as error:
-        raise ValueError(f"model '{name}': {error}") from error
-    return encoder, {"num_heads": encoder.num_heads}
+def build_backbone(name: str, image_size: tuple[int, int], options: Mapping[str, Any] | Options | None = None,
+                   wanted: Mapping[str, Any] | None = None) -> nn.Module:
+    """Builds a backbone with random weights (pretrained ones: `utils.engine.checkpoint.load_pretrained`).
 
-
-def _pyramid(encoder: nn.Module, options: Mapping[str, Any]) -> SimplePyramid:
-    if options.keys() != {"embed_dim"}:
-        raise ValueError("neck 'pyramid' takes neck_kwargs.embed_dim, the width of its finest map, and nothing else; "
-                         f"got {dict(options)}")
-    return SimplePyramid(encoder.channels, encoder.strides, **options)
-
-
-def resolve_name(name: str, backbone: str, options: Mapping[str, Any]) -> str:
-    """The decoder that an experiment file means: 'TransformerNet' stands for several, told apart by options.
-
-    BridgeNet's files have InvPT's options. With an InternImage backbone they mean BridgeNet; with a ViT they are
-    taken as InvPT's, and BridgeNet must be asked for by name. Options of none or of several are a ValueError.
+    `options` stand above the sizes of the name's row in BACKBONES. `wanted` is what a decoder would like
+    (`Decoder.backbone_options`): it fills options that are None, and its entry `prompting` asks for the variant with
+    task prompts inside. The result also knows where its ImageNet weights are, as `pretrained_tag` and
+    `pretrained_file`. ValueError: an unknown name or option, a value that is missing or does not fit.
     """
-    if name.lower() != SHARED_NAME.lower():
-        return name
-    meant = [decoder for decoder, own in TELLING_OPTIONS.items() if any(key in options for key in own)]
-    if len(meant) != 1:
-        found = f"those of {' and '.join(meant)} are there" if meant else "none of theirs is there"
-        raise ValueError(f"model '{name}' is {', '.join(TELLING_OPTIONS)} or BridgeNet, depending on its "
-                         f"options, and {found}; name the decoder itself, e.g. model: InvPT")
-    return "BridgeNet" if meant == ["InvPT"] and backbone.startswith("intern") else meant[0]
+    config, wanted = _options(BACKBONES, name, options, "backbone_kwargs."), wanted or {}
+    unset = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None}
+    config = dataclasses.replace(config, **{key: value for key, value in wanted.items() if key in unset})
+    entry, size = BACKBONES[BACKBONES.find(name)], tuple(image_size)
+    if "prompting" not in wanted:
+        backbone = BACKBONES.load(name)(config, size)
+    elif entry.target in PROMPTED:
+        backbone = PROMPTED.load(entry.target)(config, size, wanted["prompting"])
+    else:
+        able = ", ".join(key for key, other in BACKBONES.items() if other.target in PROMPTED)
+        raise ValueError(f"backbone '{name}' cannot carry task prompts inside its blocks; those that can: {able}")
+    backbone.pretrained_tag, backbone.pretrained_file = entry.pretrained_tag, entry.pretrained_file
+    return backbone
 
 
-def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
-    """The decoder's config dataclass from the experiment file's `model_kwargs`; unknown options are a ValueError."""
-    config_class, known = _decoder_class(name).Config, _options(_decoder_class(name))
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"model_kwargs.{key} is not an option of model '{name}'; "
-                             + (f"did you mean '{near[0]}'?" if near else f"its options: {', '.join(known)}"))
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    try:
-        return config_class(**frozen)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model_kwargs of model '{name}': {error}") from error
-
-
-def _options(decoder_class: type[Decoder]) -> list[str]:
-    return [field.name for field in dataclasses.fields(decoder_class.Config)]
-
-
-def intermediate_weight(name: str, backbone: str, options: Mapping[str, Any]) -> float:
-    """Published factor of the losses of a model's preliminary predictions; the files of the lineage do not hold it."""
-    return _decoder_class(resolve_name(name, backbone, options)).intermediate_weight
-
-
-def _decoder_class(name: str) -> type[Decoder]:
-    if name.lower() in DECODERS:
-        return DECODERS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), [*DECODERS, SHARED_NAME], n=1)
-    raise ValueError(f"unknown model '{name}'; " + (f"did you mean '{near[0]}'? " if near else "")
-                     + f"available: {', '.join(DECODERS)}")
+def _options(table: Table, name: str, given: Mapping[str, Any] | Options | None, prefix: str) -> Any:
+    """The options of an entry, checked; `given` itself where it has been parsed already."""
+    if given is not None and not isinstance(given, Mapping):
+        return given
+    return parse(table.options(name), given, prefix, lambda key: f"{table.kind} '{name}'")

@@ -20,10 +20,11 @@ from utils.engine.checkpoint import atomic_path, download_weights  # noqa: E402
 
 def download(name: str, out_dir: Path) -> Path:
     """Saves the weights of a backbone name or timm tag under `out_dir`; returns the file, kept if there."""
-    entry = BACKBONES.get(name)
+    entry = BACKBONES[BACKBONES.find(name)] if name in (*BACKBONES, *BACKBONES.aliases) else None
     tag = entry.pretrained_tag if entry else name
     if tag is None and entry.pretrained_file:
-        raise ValueError(f"fetch {entry.pretrained_file} from {entry.cls.pretrained_home} and put it in {out_dir}")
+        home = BACKBONES.load(name).pretrained_home
+        raise ValueError(f"fetch {entry.pretrained_file} from {home} and put it in {out_dir}")
     if tag is None:
         raise ValueError(f"backbone '{name}' has no ImageNet weights: its sizes come from the configuration")
     path = out_dir / f"{tag}.safetensors"

@@ -8,36 +8,50 @@ Letters: B batch, C channels of a branch, H W its size, i the finer and j the co
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from timm.models.hrnet import HighResolutionModule, HighResolutionNet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from models.model import resize
+from models.blocks.resize import resize
+from utils.options import Options
 
 STEM_WIDTH = 64
 
 
-class HRNetBackbone(HighResolutionNet):
-    """HRNet without classifier; accepts any image size (sizes round up).
+@dataclass(frozen=True)
+class HRNetConfig(Options):
+    """Options of the backbone.
 
-    Args:
-        width: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
-        num_blocks: residual blocks of every branch in every module.
-        num_modules: modules of the stages with two, three and four branches.
-        stem_blocks: bottleneck blocks before the first branching.
+    width: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
+    num_blocks: residual blocks of every branch in every module.
+    num_modules: modules of the stages with two, three and four branches.
+    stem_blocks: bottleneck blocks before the first branching.
     """
 
+    width: int
+    num_blocks: int
+    num_modules: tuple[int, int, int]
+    stem_blocks: int
+
+    def __post_init__(self):
+        self.require_counts("width", "num_blocks", "stem_blocks")
+        self.require(min(self.num_modules) >= 1, "num_modules", "numbers of at least 1")
+
+
+class HRNetBackbone(HighResolutionNet):
+    """HRNet without classifier; accepts any image size (sizes round up)."""
+
+    Config = HRNetConfig
     recomputed = (BasicBlock, Bottleneck)
     never_pretrained = ()
 
-    def __init__(self, width: int, num_blocks: int, num_modules: Sequence[int], stem_blocks: int):
-        if len(num_modules) != 3:
-            raise ValueError(f"HRNet has 3 stages of several branches but got num_modules {tuple(num_modules)}")
-        channels = tuple(width * 2**branch for branch in range(4))
-        stages = {f"stage{branches}": _stage("BASIC", modules, (num_blocks,) * branches, channels[:branches])
-                  for branches, modules in zip((2, 3, 4), num_modules, strict=True)}
-        stem = _stage("BOTTLENECK", 1, (stem_blocks,), (STEM_WIDTH,))
+    def __init__(self, config: HRNetConfig, image_size: tuple[int, int]):
+        channels = tuple(config.width * 2**branch for branch in range(4))
+        stages = {f"stage{branches}": _stage("BASIC", modules, (config.num_blocks,) * branches, channels[:branches])
+                  for branches, modules in zip((2, 3, 4), config.num_modules, strict=True)}
+        stem = _stage("BOTTLENECK", 1, (config.stem_blocks,), (STEM_WIDTH,))
         super().__init__({"stem_width": STEM_WIDTH, "stage1": stem, **stages}, head="none")
         self.channels, self.strides = channels, (4, 8, 16, 32)
 

@@ -6,8 +6,10 @@ odd indices in the keys; `to_own_layout` renames them. Maps are channels-last in
 Letters: B batch, H W grid of the level, C channels, G groups, K points of a kernel.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from models.blocks.init import init_linear
 from models.ops import Kernel, dcnv3
+from utils.options import Options
 
 EPS = 1e-6  # of every LayerNorm
 
@@ -25,6 +28,52 @@ RENAMES = tuple((re.compile(pattern), target) for pattern, target in (
     (r"\bdcn\.dw_conv\.0\.", "dcn.dw_conv."), (r"\bdcn\.dw_conv\.1\.1\.", "dcn.dw_norm."),
     (r"\bdcn\.center_feature_scale_proj_", "dcn.centre_scale."), (r"(norm\d?)\.[01]\.(?=weight|bias)", r"\1."),
 ))
+
+
+@dataclass(frozen=True)
+class InternImageConfig(Options):
+    """Options of the backbone.
+
+    embed_dim: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
+    depths, groups: blocks and DCNv3 groups per level (published: 16 channels per group).
+    offset_scale: factor of the sampling grid, regular part and offsets alike.
+    post_norm, layer_scale, res_post_norm: see `InternImageBlock`. Without post_norm, or with center_feature_scale,
+    every level ends with a norm.
+    dw_kernel_size: side of the convolution that predicts places and weights; empty: kernel_size.
+    drop_path_rate: stochastic depth of the last block; rises linearly from 0 over all blocks.
+    """
+
+    embed_dim: int
+    depths: tuple[int, int, int, int]
+    groups: tuple[int, int, int, int]
+    offset_scale: float = 1.0
+    post_norm: bool = True
+    layer_scale: float | None = 1.0
+    res_post_norm: bool = False
+    center_feature_scale: bool = False
+    kernel_size: int = 3
+    dw_kernel_size: int | None = None
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.4
+
+    def __post_init__(self):
+        self.require(self.embed_dim >= 2 and self.embed_dim % 2 == 0, "embed_dim", "an even number of at least 2")
+        self.require(min(self.depths) >= 1, "depths", "numbers of at least 1")
+        divided = all(groups >= 1 and dim % groups == 0 for dim, groups in zip(self.channels, self.groups, strict=True))
+        self.require(divided, "groups", f"divisors of the levels' channels, {self.channels}")
+        for name in ("kernel_size", "dw_kernel_size"):
+            side = getattr(self, name)
+            self.require(side is None or (side >= 1 and side % 2 == 1), name, "an odd number")
+        self.require(0 < self.mlp_ratio < math.inf, "mlp_ratio", "a positive number")
+        self.require(0 < self.offset_scale < math.inf, "offset_scale", "a positive number")
+        self.require(not self.res_post_norm or (not self.post_norm and self.layer_scale is None), "res_post_norm",
+                     "false unless post_norm is false and layer_scale empty")
+        self.require_rates("drop_path_rate")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the levels."""
+        return tuple(self.embed_dim * 2**level for level in range(4))
 
 
 def to_own_layout(key: str) -> str:
@@ -43,8 +92,6 @@ class DeformableConv(nn.Module):
     def __init__(self, channels: int, groups: int, kernel_size: int = 3, padding: int = 1, dilation: int = 1,
                  offset_scale: float = 1.0, dw_kernel_size: int | None = None, centre_scale: bool = False):
         super().__init__()
-        if channels % groups:
-            raise ValueError(f"InternImage level of {channels} channels cannot be split into {groups} groups")
         self.groups = groups
         self.kernel = Kernel((kernel_size,) * 2, padding=(padding,) * 2, dilation=(dilation,) * 2,
                              offset_scale=offset_scale)
@@ -89,9 +136,6 @@ class InternImageBlock(nn.Module):
     def __init__(self, channels: int, groups: int, mlp_ratio: float, post_norm: bool, layer_scale: float | None,
                  res_post_norm: bool, drop_path: float, **conv):
         super().__init__()
-        if res_post_norm and (post_norm or layer_scale is not None):
-            raise ValueError("InternImage option res_post_norm goes with post_norm false and no layer_scale, got "
-                             f"post_norm {post_norm} and layer_scale {layer_scale}")
         self.post_norm = post_norm
         self.norm1, self.norm2 = nn.LayerNorm(channels, eps=EPS), nn.LayerNorm(channels, eps=EPS)
         self.dcn = DeformableConv(channels, groups, **conv)
@@ -158,40 +202,25 @@ class Level(nn.Module):
 
 
 class InternImageBackbone(nn.Module):
-    """InternImage; accepts any image size (sizes round up).
+    """InternImage; accepts any image size (sizes round up)."""
 
-    Args:
-        embed_dim: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
-        depths, groups: blocks and DCNv3 groups per level (published: 16 channels per group).
-        offset_scale: factor of the sampling grid, regular part and offsets alike.
-        post_norm, layer_scale, res_post_norm: see `InternImageBlock`. Without post_norm, or with
-            center_feature_scale, every level ends with a norm.
-        dw_kernel_size: side of the convolution that predicts places and weights; None = kernel_size.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 over all blocks.
-    """
-
+    Config = InternImageConfig
     recomputed = (InternImageBlock,)
     never_pretrained = ()
     pretrained_home = "https://huggingface.co/OpenGVLab/InternImage"
 
-    def __init__(self, embed_dim: int, depths: Sequence[int], groups: Sequence[int], offset_scale: float = 1.0,
-                 post_norm: bool = True, layer_scale: float | None = 1.0, res_post_norm: bool = False,
-                 center_feature_scale: bool = False, kernel_size: int = 3, dw_kernel_size: int | None = None,
-                 mlp_ratio: float = 4.0, drop_path_rate: float = 0.4):
+    def __init__(self, config: InternImageConfig, image_size: tuple[int, int]):
         super().__init__()
-        if len(depths) != 4 or len(groups) != 4:
-            raise ValueError(f"InternImage has 4 levels but got depths {tuple(depths)} and groups {tuple(groups)}")
-        if embed_dim % 2 or kernel_size % 2 == 0:
-            raise ValueError("InternImage needs an even embed_dim and an odd kernel_size but got "
-                             f"{embed_dim} and {kernel_size}")
-        self.channels, self.strides = tuple(embed_dim * 2**level for level in range(4)), (4, 8, 16, 32)
-        self.patch_embed = Stem(embed_dim)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        self.channels, self.strides = config.channels, (4, 8, 16, 32)
+        self.patch_embed = Stem(config.embed_dim)
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(list(config.depths))
+        block = {"mlp_ratio": config.mlp_ratio, "post_norm": config.post_norm, "layer_scale": config.layer_scale,
+                 "res_post_norm": config.res_post_norm, "kernel_size": config.kernel_size,
+                 "padding": config.kernel_size // 2, "offset_scale": config.offset_scale,
+                 "dw_kernel_size": config.dw_kernel_size, "centre_scale": config.center_feature_scale}
+        has_norm = not config.post_norm or config.center_feature_scale
         self.levels = nn.ModuleList(
-            Level(channels, rates[level].tolist(), level == 3, not post_norm or center_feature_scale,
-                  groups=groups[level], mlp_ratio=mlp_ratio, post_norm=post_norm, layer_scale=layer_scale,
-                  res_post_norm=res_post_norm, kernel_size=kernel_size, padding=kernel_size // 2,
-                  offset_scale=offset_scale, dw_kernel_size=dw_kernel_size, centre_scale=center_feature_scale)
+            Level(channels, rates[level].tolist(), level == 3, has_norm, groups=config.groups[level], **block)
             for level, channels in enumerate(self.channels))
         init_linear(self)
         for module in self.modules():

@@ -8,14 +8,14 @@ of that branch per side, w attention windows, L positions of one of them.
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.backbones.swin import SwinBackbone, SwinBlock
+from models.backbones.swin import SwinBackbone, SwinBlock, SwinConfig
 from models.blocks.init import init_linear
 from models.blocks.prompting import PromptedMap, Prompting, channel_attention, channel_scores, new_prompts
 
@@ -74,38 +74,37 @@ class PromptedSwin(SwinBackbone):
     """Swin that returns one `PromptedMap` per stage, the first three after merging: strides 8, 16, 32, 32.
 
     The image is first resized by `prompting.image_scale`; strides count its pixels then. A stage that is not
-    larger than the window is one window without shift. Other arguments as `SwinBackbone`'s; ValueError where
-    the grids fit neither the merging nor the windows.
+    larger than the window is one window without shift. ValueError where the grids fit neither the merging nor the
+    windows of the channel branch.
     """
 
     recomputed = ("run_block",)
     never_pretrained = ("task_prompts", "prompting", "merging")
 
-    def __init__(self, prompting: Prompting, image_size: Sequence[int], embed_dim: int, depths: Sequence[int],
-                 num_heads: Sequence[int], window_size: int, patch_size: int = 4, **arguments):
-        self.image_size, self.image_scale = tuple(image_size), prompting.image_scale
-        grids = _grids(self.image_size, patch_size, prompting)
-        windows = tuple(min(window_size, *grid) for grid in grids)
-        super().__init__(embed_dim, depths, num_heads, windows, patch_size=patch_size, **arguments)
-        if not all(block.pad_before_roll for layer in self.layers for block in layer.blocks):
+    def __init__(self, config: SwinConfig, image_size: tuple[int, int], prompting: Prompting):
+        if not config.pad_before_roll:
             raise ValueError("a Swin with prompts pads before it rolls; leave backbone_kwargs.pad_before_roll true")
-        for layer, grid in zip(self.layers, grids, strict=True):
+        grids = _grids(image_size, config.patch_size, prompting)
+        windows = tuple(min(window, *grid) for window, grid in zip(config.windows, grids, strict=True))
+        super().__init__(replace(config, window_size=windows), image_size)
+        self.image_size, self.image_scale = image_size, prompting.image_scale
+        for layer, window, grid in zip(self.layers, config.windows, grids, strict=True):
             for block in layer.blocks:
-                if min(grid) <= window_size:
+                if min(grid) <= window:
                     block.shift_size = (0, 0)
         for stage in range(NUM_STAGES):
             delattr(self, f"norm{stage}")
         self.norm = nn.LayerNorm(self.channels[-1], eps=1e-5)
-        num_prompts, last = prompting.num_prompts, (NUM_STAGES - 1, depths[-1] - 1)
-        self.task_prompts = new_prompts(num_prompts, embed_dim)
+        num_prompts, last = prompting.num_prompts, (NUM_STAGES - 1, config.depths[-1] - 1)
+        self.task_prompts = new_prompts(num_prompts, config.embed_dim)
         self.prompting = nn.ModuleList(
             nn.ModuleList(ChannelBranch(dim, height * width, prompting, is_last=(stage, index) == last)
-                          for index in range(depths[stage]))
+                          for index in range(config.depths[stage]))
             for stage, (dim, (height, width)) in enumerate(zip(self.channels, grids, strict=True)))
         self.merging = nn.ModuleList(
             PromptMerging(dim, heads, num_prompts)
-            for dim, heads in zip(self.channels[:-1], num_heads[:-1], strict=True))
-        self.num_heads = tuple(num_heads)
+            for dim, heads in zip(self.channels[:-1], config.num_heads[:-1], strict=True))
+        self.num_heads = config.num_heads
         self.channels = (*self.channels[1:], self.channels[-1])
         self.strides = (*self.strides[1:], self.strides[-1])
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, cat, nn
 
-from models.backbones.vit import ViTBackbone
+from models.backbones.vit import ViTBackbone, ViTConfig
 from models.blocks.init import init_linear
 from models.blocks.prompting import PromptedMap, Prompting, channel_attention, channel_scores, new_prompts
 
@@ -45,13 +45,16 @@ class ChannelBranch(nn.Module):
 
 
 class PromptedViT(ViTBackbone):
-    """ViT that returns a `PromptedMap` per tap. Arguments as `ViTBackbone`'s; ValueError where windows do not fit."""
+    """ViT that returns a `PromptedMap` per tap. ValueError where the windows do not fit its grid."""
 
     recomputed = ("run_block",)
     never_pretrained = ("task_prompts", "prompting")
 
-    def __init__(self, prompting: Prompting, **arguments):
-        super().__init__(**arguments)
+    def __init__(self, config: ViTConfig, image_size: tuple[int, int], prompting: Prompting):
+        super().__init__(config, image_size)
+        if config.class_token is False:
+            raise ValueError("a ViT with prompts has the class token's row of the position embedding, as the published "
+                             "ones; leave backbone_kwargs.class_token out")
         grid, n = self.patch_embed.grid_size, prompting.num_windows
         if any(side % n for side in grid):
             raise ValueError(f"a token grid of {grid[0]}x{grid[1]} cannot be cut into the {n}x{n} windows of "

@@ -10,6 +10,7 @@ Letters: B batch, H W token grid of the stage, C channels, w window side.
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,10 +21,50 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
 from models.blocks.init import init_linear
+from utils.options import Options
 
 logger = logging.getLogger(__name__)
 
 DERIVED_BUFFERS = ("relative_position_index", "attn_mask")  # stored by some releases, computed by us
+
+
+@dataclass(frozen=True)
+class SwinConfig(Options):
+    """Options of the backbone.
+
+    embed_dim: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
+    depths, num_heads: blocks and attention heads of every stage.
+    window_size: side of the square attention window, in tokens; one for all stages or one per stage.
+    drop_path_rate: stochastic depth of the last block; rises linearly from 0 over all blocks.
+    pad_before_roll: order of the original code; false is timm's (see `SwinBlock`).
+    patch_size: side of a patch in pixels; the stride of the finest map, 4 in all published models.
+    """
+
+    embed_dim: int
+    depths: tuple[int, int, int, int]
+    num_heads: tuple[int, int, int, int]
+    window_size: int | tuple[int, int, int, int]
+    drop_path_rate: float = 0.1
+    pad_before_roll: bool = True
+    patch_size: int = 4
+
+    def __post_init__(self):
+        self.require_counts("embed_dim", "patch_size")
+        self.require_rates("drop_path_rate")
+        self.require(min(self.depths) >= 1, "depths", "numbers of at least 1")
+        self.require(min(self.windows) >= 1, "window_size", "a side of at least 1")
+        divided = all(heads >= 1 and dim % heads == 0 for dim, heads in zip(self.channels, self.num_heads, strict=True))
+        self.require(divided, "num_heads", f"divisors of the stages' channels, {self.channels}")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the stages."""
+        return tuple(self.embed_dim * 2**stage for stage in range(4))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Window sides of the stages."""
+        return (self.window_size,) * 4 if isinstance(self.window_size, int) else self.window_size
 
 
 class SwinBlock(SwinTransformerBlock):
@@ -73,41 +114,23 @@ class SwinStage(nn.Module):
 
 
 class SwinBackbone(nn.Module):
-    """Swin with a LayerNorm (eps 1e-5) on each stage output; accepts any image size (sizes round up).
+    """Swin with a LayerNorm (eps 1e-5) on each stage output; accepts any image size (sizes round up)."""
 
-    Args:
-        embed_dim: channels of the finest map; the four maps have 1, 2, 4, 8 times as many.
-        depths, num_heads: one entry per stage.
-        window_size: side of the square attention window, in tokens; one for all stages or one per stage.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 over all blocks.
-        pad_before_roll: order of the original code; False is timm's (see `SwinBlock`).
-        patch_size: side of a patch in pixels; the stride of the finest map, 4 in all published models.
-    """
-
+    Config = SwinConfig
     recomputed = (SwinBlock,)
     never_pretrained = ("norm0", "norm1", "norm2", "norm3")  # no such layers in a classifier
 
-    def __init__(self, embed_dim: int, depths: Sequence[int], num_heads: Sequence[int],
-                 window_size: int | Sequence[int], drop_path_rate: float = 0.1, pad_before_roll: bool = True,
-                 patch_size: int = 4):
+    def __init__(self, config: SwinConfig, image_size: tuple[int, int]):
         super().__init__()
-        if len(depths) != 4 or len(num_heads) != 4:
-            raise ValueError(f"Swin has 4 stages but got depths {tuple(depths)} "
-                             f"and num_heads {tuple(num_heads)}")
-        self.channels = tuple(embed_dim * 2**stage for stage in range(4))
-        for dim, heads in zip(self.channels, num_heads, strict=True):
-            if dim % heads:
-                raise ValueError(f"Swin stage of {dim} channels cannot be split into {heads} heads")
-        windows = (window_size,) * 4 if isinstance(window_size, int) else tuple(window_size)
-        if len(windows) != 4:
-            raise ValueError(f"Swin has 4 stages but got window_size {windows}")
-        self.strides = tuple(patch_size * 2**stage for stage in range(4))
+        self.channels = config.channels
+        self.strides = tuple(config.patch_size * 2**stage for stage in range(4))
         self.patch_embed = PatchEmbed(
-            img_size=None, patch_size=patch_size, embed_dim=embed_dim, norm_layer=partial(nn.LayerNorm, eps=1e-5),
-            output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+            img_size=None, patch_size=config.patch_size, embed_dim=config.embed_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-5), output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").split(list(config.depths))
         self.layers = nn.ModuleList(
-            SwinStage(dim, stage > 0, num_heads[stage], windows[stage], rates[stage].tolist(), pad_before_roll)
+            SwinStage(dim, stage > 0, config.num_heads[stage], config.windows[stage], rates[stage].tolist(),
+                      config.pad_before_roll)
             for stage, dim in enumerate(self.channels))
         init_linear(self)  # the paper's setting; position tables are initialised by timm
         for stage, dim in enumerate(self.channels):

@@ -7,7 +7,8 @@ Letters: B batch, C channels, H W token grid, N = H * W.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,49 +18,73 @@ from einops import rearrange
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
+from utils.options import Options
+
 logger = logging.getLogger(__name__)
 
 PATCH_KEY_NPZ = "embedding/kernel"  # names in the original AugReg files
 POSITION_KEY_NPZ = "Transformer/posembed_input/pos_embedding"
 
 
-class ViTBackbone(VisionTransformer):
-    """ViT whose maps are the tokens after four blocks, without the class token.
+@dataclass(frozen=True)
+class ViTConfig(Options):
+    """Options of the backbone.
 
-    The position embedding belongs to one grid, so the module accepts only the image size it was built for.
-
-    Args:
-        image_size: (height, width) in pixels, multiples of the patch size.
-        embed_dim, depth, num_heads: width, number of blocks, attention heads.
-        patch_size: side of a patch in pixels, also the stride of the maps.
-        taps: blocks (counted from 1) after which to read the tokens; default the four quarters of the depth.
-            A tap on the last block is read after the final LayerNorm, the others are not normalised.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
-        class_token: False leaves it out, with its row of the position embedding, as some multi-task models do.
+    embed_dim, depth, num_heads: width, number of blocks, attention heads.
+    patch_size: side of a patch in pixels, also the stride of the maps.
+    taps: blocks (counted from 1) after which to read the tokens; empty: the four quarters of the depth.
+    drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+    class_token: false leaves it out, with its row of the position embedding; empty: as the decoder's published
+    models have it, and true where they say nothing.
     """
 
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    taps: tuple[int, ...] | None = None
+    drop_path_rate: float = 0.15
+    class_token: bool | None = None
+
+    def __post_init__(self):
+        self.require_counts("embed_dim", "depth", "num_heads", "patch_size")
+        self.require_rates("drop_path_rate")
+        self.require(self.embed_dim % self.num_heads == 0, "num_heads", f"a divisor of embed_dim, {self.embed_dim}")
+        rising = list(self.tapped) == sorted(set(self.tapped))
+        self.require(self.tapped and rising and self.tapped[0] >= 1 and self.tapped[-1] <= self.depth, "taps",
+                     f"numbers that rise within 1 to {self.depth}, the depth; by default its four quarters")
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """The blocks after which tokens are read."""
+        if self.taps is not None:
+            return self.taps
+        return tuple(self.depth * quarter // 4 for quarter in (1, 2, 3, 4))
+
+
+class ViTBackbone(VisionTransformer):
+    """ViT whose maps are the tokens after some of its blocks, without the class token.
+
+    A tap on the last block is read after the final LayerNorm, the others are not normalised. The position embedding
+    belongs to one grid: images have `image_size`, (height, width) in pixels, both multiples of the patch size.
+    """
+
+    Config = ViTConfig
     recomputed = (Block,)
     never_pretrained = ()
 
-    def __init__(self, image_size: Sequence[int], embed_dim: int, depth: int, num_heads: int,
-                 patch_size: int = 16, taps: Sequence[int] | None = None, drop_path_rate: float = 0.15,
-                 class_token: bool = True):
+    def __init__(self, config: ViTConfig, image_size: tuple[int, int]):
         height, width = image_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"ViT needs an image size of multiples of {patch_size} but got {height}x{width}")
-        if embed_dim % num_heads:
-            raise ValueError(f"ViT of {embed_dim} channels cannot be split into {num_heads} heads")
-        taps = tuple(taps) if taps is not None else tuple(depth * quarter // 4 for quarter in (1, 2, 3, 4))
-        if list(taps) != sorted(set(taps)) or not taps or taps[0] < 1 or taps[-1] > depth:
-            raise ValueError(f"ViT taps must rise within 1..{depth} (its depth) but got {taps}")
+        if height % config.patch_size or width % config.patch_size:
+            raise ValueError(f"a ViT needs an image size of multiples of {config.patch_size} but got {height}x{width}")
         super().__init__(
-            img_size=(height, width), patch_size=patch_size, embed_dim=embed_dim, depth=depth,
-            num_heads=num_heads, num_classes=0, global_pool="", class_token=class_token,
-            drop_path_rate=drop_path_rate)
+            img_size=(height, width), patch_size=config.patch_size, embed_dim=config.embed_dim, depth=config.depth,
+            num_heads=config.num_heads, num_classes=0, global_pool="", class_token=config.class_token is not False,
+            drop_path_rate=config.drop_path_rate)
         self.image_size = (height, width)
-        self.taps = taps
-        self.channels = (embed_dim,) * len(taps)
-        self.strides = (patch_size,) * len(taps)
+        self.taps = config.tapped
+        self.channels = (config.embed_dim,) * len(self.taps)
+        self.strides = (config.patch_size,) * len(self.taps)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Normalised image (B, 3, H*patch, W*patch) -> one map (B, C, H, W) per tap, shallowest first."""

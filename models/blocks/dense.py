@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.model import resize
+from models.blocks.resize import resize
 
 
 def concat_at_finest(feats: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks.channels import ChannelLayerNorm
-from models.model import resize
+from models.blocks.resize import resize
 
 
 class MultiScaleSum(nn.Module):

@@ -1,1 +1,19 @@
-"""Multi-task decoders, one file each."""
+"""The decoders that an experiment file may name. A new one is one file and one row here.
+
+The contract is the class `Decoder` in `models.decoder`.
+"""
+
+from utils.table import Table
+
+DECODERS = Table("model", {
+    "bim": "models.decoders.bim:BIMDecoder",
+    "bridgenet": "models.decoders.bridgenet:BridgeNetDecoder",
+    "demt": "models.decoders.demt:DeMTDecoder",
+    "fcn": "models.decoders.fcn:FCNDecoder",
+    "invpt": "models.decoders.invpt:InvPTDecoder",
+    "mlore": "models.decoders.mlore:MLoREDecoder",
+    "mtmamba": "models.decoders.mtmamba:MTMambaDecoder",
+    "mtmamba_plus": "models.decoders.mtmamba_plus:MTMambaPlusDecoder",
+    "multi_scale": "models.decoders.multi_scale:MultiScaleDecoder",
+    "taskprompter": "models.decoders.taskprompter:TaskPrompterDecoder",
+}, aliases={"mtmamba++": "mtmamba_plus"})       # the paper's spelling

@@ -14,27 +14,29 @@ D = expand * C, N state size, R = ceil(C / 16) rank of the step size. Maps betwe
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.checks import Options
-from models.blocks.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
 from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
+from models.decoder import BuildContext
+from models.decoders.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
+from models.decoders.options import DecoderOptions
 from models.ops import Route, ss2d_core
 
 
-@dataclass
-class BIMConfig(Options, owner="BIM"):
+@dataclass(frozen=True)
+class BIMConfig(DecoderOptions):
     """Options of the decoder; the paper's symbols where it gives any."""
 
     msst_depth: int = 2  # N in F^s_{t,N}: MSST layers per task and stage (gap filled from MTMamba)
-    order: str = "msst_first"  # or bcfr_first: which block leads a stage (gap)
-    ms_scan: str = "scale"  # or window: how MS-Scan makes its granularities (gap)
+    order: Literal["msst_first", "bcfr_first"] = "msst_first"  # which block leads a stage (gap)
+    ms_scan: Literal["scale", "window"] = "scale"  # how MS-Scan makes its granularities (gap)
     scales: tuple[int, ...] = (1, 2, 4)  # pooling factor of each group of channels, for ms_scan = scale
     windows: tuple[int, ...] = (0, 8, 2)  # window side of each group, 0 = full map, for ms_scan = window
     d_state: int = 16  # N of the state-space model
@@ -42,13 +44,10 @@ class BIMConfig(Options, owner="BIM"):
     drop_path_rate: float = 0.2  # stochastic depth of the first residual branch, falling linearly to 0 at the last
 
     def __post_init__(self):
-        self.scales, self.windows = tuple(self.scales), tuple(self.windows)
-        self.require(self.order in ("msst_first", "bcfr_first"), "order", "msst_first or bcfr_first")
-        self.require(self.ms_scan in ("scale", "window"), "ms_scan", "scale or window")
-        self.require(self.scales and min(self.scales) >= 1, "scales", "pooling factors >= 1")
-        self.require(self.windows and min(self.windows) >= 0, "windows", "window sides >= 0")
+        self.require(self.scales and min(self.scales) >= 1, "scales", "one or more pooling factors of at least 1")
+        self.require(self.windows and min(self.windows) >= 0, "windows", "one or more window sides of at least 0")
         self.require_counts("msst_depth", "d_state", "expand")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
+        self.require_rates("drop_path_rate")
 
 
 class MSScan(nn.Module):
@@ -60,7 +59,7 @@ class MSScan(nn.Module):
         self.sizes = config.scales if self.pooled else config.windows
         share, extra = divmod(width, len(self.sizes))
         if share == 0:
-            raise ValueError(f"BIM: {width} channels cannot be split into {len(self.sizes)} MS-Scan groups")
+            raise ValueError(f"{width} channels cannot be split into {len(self.sizes)} MS-Scan groups")
         self.widths = [share + (g < extra) for g in range(len(self.sizes))]
         self.groups = nn.ModuleList(S6(group, rank, config.d_state, routes=4) for group in self.widths)
 
@@ -180,19 +179,18 @@ class MFRStage(nn.Module):
 class BIMDecoder(CoarseToFineDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    `tasks` fixes the task order of the scans. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is that of the scans. Raises ValueError when the encoder's maps do not fit.
     """
 
     Config = BIMConfig
     recomputed = (MSSTLayer, BCFRBlock)
-    name = "bim"
 
-    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int],
-                 config: BIMConfig):
-        super().__init__(tasks, in_channels, strides)
+    def __init__(self, context: BuildContext, config: BIMConfig):
+        super().__init__(context)
         rates = stage_rates(config.drop_path_rate, config.msst_depth)
         self.stages = nn.ModuleList(
-            MFRStage(tasks, width, rates[stage], config) for stage, width in enumerate(reversed(in_channels[:-1])))
+            MFRStage(self.tasks, width, rates[stage], config)
+            for stage, width in enumerate(reversed(context.channels[:-1])))
 
     def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         return self.stages[index](feats, skip)

@@ -14,8 +14,10 @@ Axes: B batch, T tasks (their order matters), D preliminary width, C stage width
 stage's task maps, H' W' that of its bridge, N heads, Q queries, L keys.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +26,20 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.blocks.channels import ChannelLayerNorm, ChannelMlp
-from models.blocks.checks import Options, check_tasks
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
 from models.blocks.init import INIT_STD
 from models.blocks.multi_scale_sum import MultiScaleSum
-from models.model import Decoder, DecoderOutput, resize
+from models.blocks.resize import resize
+from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import DecoderOptions
 
 NUM_STAGES = 3
 CONV_STD = 0.001  # of the initial weights of the stages; linear layers as everywhere
 FEW_TASKS, DEPTH_OF_FEW, DEPTH_OF_MANY = 4, 18, 12  # published for NYUD-v2's four and PASCAL-Context's five tasks
 
 
-@dataclass
-class BridgeNetConfig(Options, owner="BridgeNet"):
+@dataclass(frozen=True)
+class BridgeNetConfig(DecoderOptions):
     """Options of the decoder. The first three are keys of the published experiment files.
 
     mtt_resolution_downsample_rate: deepest backbone map / first grid; empty = 2 for a plain ViT, 1 for a pyramid.
@@ -49,28 +52,24 @@ class BridgeNetConfig(Options, owner="BridgeNet"):
 
     embed_dim: int = 512  # D, width of the preliminary features
     PRED_OUT_NUM_CONSTANT: int = 64  # P: the stages have the widths D + P, (D + P) / 2, (D + P) / 4
-    mtt_resolution_downsample_rate: int | None = None
+    mtt_resolution_downsample_rate: Literal[1, 2, 4] | None = None
     refine_depth: tuple[int, int, int] | None = None
     dilations: tuple[int, ...] = (1, 2, 5)  # of a TFR stack's blocks, repeated
     squeeze_ratio: int = 2  # stage width / width inside a TFR block
     num_heads: int = 2
     mlp_ratio: float = 4.0
-    attention_scale: str = "width"
-    refine_from: str = "preliminary"
+    attention_scale: Literal["width", "head"] = "width"
+    refine_from: Literal["preliminary", "tpp"] = "preliminary"
     drop_path_rate: float = 0.15  # of a TFR stack's last block, rising linearly from 0
 
     def __post_init__(self):
-        rate, depth = self.mtt_resolution_downsample_rate, self.refine_depth
         self.require_counts("embed_dim", "num_heads", "squeeze_ratio")
-        self.require(self.PRED_OUT_NUM_CONSTANT >= 0, "PRED_OUT_NUM_CONSTANT", "at least 0")
-        self.require(rate is None or rate in (1, 2, 4), "mtt_resolution_downsample_rate", "1, 2, 4 or nothing")
-        self.require(depth is None or isinstance(depth, Sequence) and len(depth) == NUM_STAGES and min(depth) >= 1,
-                     "refine_depth", "three whole numbers of at least 1 or nothing")
-        self.require(self.dilations and min(self.dilations) >= 1, "dilations", "numbers of at least 1")
-        self.require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
-        self.require(self.attention_scale in ("width", "head"), "attention_scale", "width or head")
-        self.require(self.refine_from in ("preliminary", "tpp"), "refine_from", "preliminary or tpp")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
+        self.require_counts("PRED_OUT_NUM_CONSTANT", least=0)
+        self.require(self.refine_depth is None or min(self.refine_depth) >= 1, "refine_depth",
+                     "three whole numbers of at least 1, or empty")
+        self.require(self.dilations and min(self.dilations) >= 1, "dilations", "one or more numbers of at least 1")
+        self.require(0 < self.mlp_ratio < math.inf, "mlp_ratio", "a positive number")
+        self.require_rates("drop_path_rate")
         widths = (self.embed_dim, *self.widths)
         self.require(all(width and width % self.num_heads == 0 for width in widths), "num_heads",
                      f"a divisor of the widths {widths}")
@@ -224,31 +223,28 @@ class BridgeStage(nn.Module):
 class BridgeNetDecoder(Decoder):
     """Four maps of a plain ViT or of a pyramid to one map per task, and preliminary predictions.
 
-    `tasks` maps every task to its number of output channels and fixes the task order. A backbone with a layer of
-    its own for the finest map (Swin's output norm) has parameters without gradient: several processes then need
-    `find_unused_parameters: true`. Raises ValueError when the backbone's maps do not fit.
+    The order of the tasks is part of the model. A backbone with a layer of its own for the finest map (Swin's output
+    norm) has parameters without gradient: several processes then need `find_unused_parameters: true`. Raises
+    ValueError when the backbone's maps do not fit.
     """
 
     Config = BridgeNetConfig
     recomputed = (BridgeStage,)
-    requires = "four maps, of one stride as a plain ViT gives or of strides that double"
-    head_names = ("mlp",)  # the published name of this decoder's head
-    intermediate_weight = 0.5  # of the preliminary predictions' losses, where the configuration says nothing
+    intermediate_weight = 0.5
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
-                 config: BridgeNetConfig):
+    def __init__(self, context: BuildContext, config: BridgeNetConfig):
         super().__init__()
-        plain, doubling = ([strides[0] * factor**level for level in range(4)] if strides else [] for factor in (1, 2))
-        if list(strides) not in (plain, doubling):
-            raise ValueError(f"decoder 'bridgenet' needs {self.requires}; got strides {tuple(strides)}")
-        check_tasks("bridgenet", tasks)
-        self.downsample = config.mtt_resolution_downsample_rate or (2 if list(strides) == plain else 1)
+        tasks, strides = context.tasks, context.strides
+        plain, doubling = (tuple(strides[0] * factor**level for level in range(4)) for factor in (1, 2))
+        context.require_maps(strides in (plain, doubling),
+                             "four maps, of one stride as a plain ViT gives or of strides that double")
+        self.downsample = config.mtt_resolution_downsample_rate or (2 if strides == plain else 1)
         self.input_multiple = strides[3] * self.downsample
         self.refine_from = config.refine_from
         depth = config.refine_depth or (DEPTH_OF_FEW if len(tasks) <= FEW_TASKS else DEPTH_OF_MANY,) * NUM_STAGES
-        _, fine, middle, deep = in_channels
+        _, fine, middle, deep = context.channels
         embed, widths = config.embed_dim, config.widths
-        self.channels, self.stride = widths[0], self.input_multiple // 8
+        self.channels = widths[0]
         self.preliminary = nn.ModuleDict({
             task: nn.Sequential(conv_bn_relu(deep, deep), conv_bn_relu(deep, embed)) for task in tasks})
         self.produce = nn.ModuleDict({task: PatternProduction(embed, config) for task in tasks})

@@ -18,8 +18,9 @@ Axes: B batch, T tasks (their order does not matter), K channels of all maps tog
 h w size of the finest map, P = h w; in attention G independent groups of L queries and S keys.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +29,18 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from models.blocks.autocast import without_autocast
-from models.blocks.checks import Options, check_maps, check_tasks
 from models.blocks.conv import conv_bn_relu
 from models.blocks.dense import concat_at_finest, logit_layer
-from models.model import Decoder, DecoderOutput
+from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import DecoderOptions
 
 MIXER_ORDERS = ("channel_first", "spatial_first")
-ATTENTIONS = ("per_sample", "batch")
 NEIGHBOURS = 9  # of the 3 x 3 window whose coordinates the displacements are made from
 REDUCTION = 8  # the task features have floor(K / 8) channels
 
 
-@dataclass
-class DeMTConfig(Options, owner="DeMT"):
+@dataclass(frozen=True)
+class DeMTConfig(DecoderOptions):
     """Options of the decoder.
 
     mixer_order: `channel_first` mixes channels, then samples, as the paper and the program since March 2023;
@@ -54,14 +54,12 @@ class DeMTConfig(Options, owner="DeMT"):
     dim: int = 256  # C; the published HRNet-18 models have 128
     num_heads: int = 4  # N
     mixer_depth: int = 1
-    mixer_order: str = "auto"
-    attention: str = "per_sample"
+    mixer_order: Literal["auto", "channel_first", "spatial_first"] = "auto"
+    attention: Literal["per_sample", "batch"] = "per_sample"
 
     def __post_init__(self):
         self.require_counts("dim", "num_heads", "mixer_depth")
         self.require(self.dim % self.num_heads == 0, "num_heads", f"a divisor of dim = {self.dim}")
-        self.require(self.mixer_order in ("auto", *MIXER_ORDERS), "mixer_order", f"auto, {' or '.join(MIXER_ORDERS)}")
-        self.require(self.attention in ATTENTIONS, "attention", " or ".join(ATTENTIONS))
 
 
 class DeformableConv(nn.Module):
@@ -176,18 +174,13 @@ class DeMTDecoder(Decoder):
 
     Config = DeMTConfig
     recomputed = (MixerBlock, TaskInteraction, TaskQuery)
-    requires = "one or more maps of 8 or more channels together"
     input_multiple = 1  # every size the backbone takes
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
-                 config: DeMTConfig):
+    def __init__(self, context: BuildContext, config: DeMTConfig):
         super().__init__()
-        check_tasks("demt", tasks)
-        check_maps("demt", in_channels)
-        width, dim = sum(in_channels), config.dim
-        if width < REDUCTION:
-            raise ValueError(f"decoder 'demt' needs {self.requires}; got widths {tuple(in_channels)}")
-        self.channels, self.stride = width // REDUCTION, strides[0]
+        tasks, width, dim = context.tasks, sum(context.channels), config.dim
+        context.require_maps(width >= REDUCTION, f"maps of {REDUCTION} or more channels together")
+        self.channels = width // REDUCTION
         self.asked_order = config.mixer_order
         self.mixer_order = MIXER_ORDERS[0] if config.mixer_order == "auto" else config.mixer_order
         self.fuse = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))

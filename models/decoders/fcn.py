@@ -8,41 +8,40 @@ Prediction", ICCV 2021, which Xu et al., "DeMT", AAAI 2023, use, too.
 Axes: B batch, K channels of all maps together, h w size of the finest map.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.blocks.checks import Options, check_maps, check_tasks
 from models.blocks.conv import conv_bn_relu
 from models.blocks.dense import concat_at_finest, logit_layer
-from models.model import Decoder, DecoderOutput
+from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import DecoderOptions
 
 
-@dataclass
-class FCNConfig(Options, owner="FCN"):
+@dataclass(frozen=True)
+class FCNConfig(DecoderOptions):
     """Options of the decoder. reduction: the task features have floor(K / reduction) channels."""
 
     reduction: int = 4
+
+    def __post_init__(self):
+        self.require_counts("reduction")
 
 
 class FCNDecoder(Decoder):
     """Maps of any number, width and stride, finest first, to one map (B, K / reduction, h, w) per task."""
 
     Config = FCNConfig
-    requires = "one or more maps"
     input_multiple = 1  # every size the backbone takes
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
-                 config: FCNConfig):
+    def __init__(self, context: BuildContext, config: FCNConfig):
         super().__init__()
-        check_tasks("fcn", tasks)
-        check_maps("fcn", in_channels)
-        width = sum(in_channels)
-        config.require(1 <= config.reduction <= width, "reduction",
+        width = sum(context.channels)
+        config.require(config.reduction <= width, "reduction",
                        f"1 to {width}, the channels of the backbone's maps together")
-        self.channels, self.stride = width // config.reduction, strides[0]
-        self.project = nn.ModuleDict({task: conv_bn_relu(width, self.channels) for task in tasks})
+        self.channels = width // config.reduction
+        self.project = nn.ModuleDict({task: conv_bn_relu(width, self.channels) for task in context.tasks})
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         feat = concat_at_finest(feats)  # (B, K, h, w)

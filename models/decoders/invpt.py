@@ -14,8 +14,10 @@ Axes: B batch, T tasks (their order matters), C stage width, H W grid of the sta
 N heads, Q = T H W / 4 queries, L = T h w / 4 keys (the same number in every stage).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +25,18 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from models.blocks.checks import Options, check_tasks
 from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
 from models.blocks.init import INIT_STD, init_linear
 from models.blocks.multi_scale_sum import MultiScaleSum
-from models.model import Decoder, DecoderOutput, resize
+from models.blocks.resize import resize
+from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import DecoderOptions
 
 NUM_STAGES = 3
 
 
-@dataclass
-class InvPTConfig(Options, owner="InvPT"):
+@dataclass(frozen=True)
+class InvPTConfig(DecoderOptions):
     """Options of the decoder. The first three are keys of the published experiment files.
 
     attention_scale: `width` divides the scores by the root of the whole stage width, as the published models
@@ -49,17 +52,16 @@ class InvPTConfig(Options, owner="InvPT"):
     mtt_resolution_downsample_rate: int = 2  # ViT grid / first grid; the skip maps leave no other choice
     num_heads: int = 2
     mlp_ratio: float = 4.0
-    attention_scale: str = "width"
+    attention_scale: Literal["width", "head"] = "width"
     drop_path_rate: float = 0.0
 
     def __post_init__(self):
         self.require_counts("embed_dim", "num_heads")
-        self.require(self.PRED_OUT_NUM_CONSTANT >= 0, "PRED_OUT_NUM_CONSTANT", "at least 0")
+        self.require_counts("PRED_OUT_NUM_CONSTANT", least=0)
         self.require(self.mtt_resolution_downsample_rate == 2, "mtt_resolution_downsample_rate",
                      "2, the skip maps have twice the first grid")
-        self.require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
-        self.require(self.attention_scale in ("width", "head"), "attention_scale", "width or head")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
+        self.require(0 < self.mlp_ratio < math.inf, "mlp_ratio", "a positive number")
+        self.require_rates("drop_path_rate")
         self.require(all(width and width % self.num_heads == 0 for width in self.widths), "num_heads",
                      f"a divisor of the stage widths {self.widths}")
 
@@ -148,24 +150,20 @@ class InvPTStage(nn.Module):
 class InvPTDecoder(Decoder):
     """Four maps of a plain ViT to one map per task at a quarter of its stride, and preliminary predictions.
 
-    `tasks` maps every task to its number of output channels and fixes the task order. The sides of the image
-    must be multiples of `input_multiple`. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is part of the model. The sides of the image must be multiples of `input_multiple`. Raises
+    ValueError when the encoder's maps do not fit.
     """
 
     Config = InvPTConfig
     recomputed = (InvPTStage,)
-    requires = "four maps of one stride and width, as a plain ViT gives"
-    head_names = ("mlp",)  # the published name of this decoder's head
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
-                 config: InvPTConfig):
+    def __init__(self, context: BuildContext, config: InvPTConfig):
         super().__init__()
-        if len(strides) != 4 or len(set(strides)) != 1 or len(set(in_channels)) != 1:
-            raise ValueError(f"decoder 'invpt' needs {self.requires}; got widths {tuple(in_channels)} and "
-                             f"strides {tuple(strides)}")
-        check_tasks("invpt", tasks)
-        width, embed, (coarse, middle, fine) = in_channels[0], config.embed_dim, config.widths
-        self.channels, self.stride, self.input_multiple = coarse, strides[0] // 4, 4 * strides[0]
+        tasks, strides = context.tasks, context.strides
+        context.require_maps(len(strides) == 4 and len(set(strides)) == 1 and len(set(context.channels)) == 1,
+                             "four maps of one stride and width, as a plain ViT gives")
+        width, embed, (coarse, middle, fine) = context.channels[0], config.embed_dim, config.widths
+        self.channels, self.input_multiple = coarse, 4 * strides[0]
         self.downsample = config.mtt_resolution_downsample_rate
         self.preliminary = nn.ModuleDict({
             task: nn.Sequential(conv_bn_relu(width, width), conv_bn_relu(width, embed)) for task in tasks})

@@ -12,8 +12,10 @@ GELU and 1 x 1 convolution) this follows the models, so that released weights gi
 Axes: B batch, T tasks, C `final_embed_dim`, h w grid of the ViT, N = h w, E experts, k kept ones.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +24,21 @@ from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
 from models.blocks.autocast import without_autocast
-from models.blocks.checks import Options, check_tasks
 from models.blocks.init import INIT_STD
 from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
-from models.model import Decoder, DecoderOutput
+from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import DecoderOptions
 
 HEAD_SCALE = 4  # the head works at a quarter of the ViT's stride
 
-# Ranks of the published models by their width; those of the paper for any other.
-PUBLISHED_RANKS = {192: tuple(range(8, 65, 4)), 768: tuple(range(16, 241, 16))}
-PAPER_RANKS = tuple(range(16, 129, 8))
+# First rank, last rank and step: of the published models by their width; of the paper for any other.
+PUBLISHED_RANKS = {192: (8, 64, 4), 768: (16, 240, 16)}
+PAPER_RANKS = (16, 128, 8)
 
 
-@dataclass
-class MLoREConfig(Options, owner="MLoRE"):
+@dataclass(frozen=True)
+class MLoREConfig(DecoderOptions):
     """Options of the decoder. Those up to `with_feat` are keys of the published experiment files.
 
     pre_softmax: True drops experts before the softmax, so that the gates of the kept ones sum to 1 (published for
@@ -57,15 +59,19 @@ class MLoREConfig(Options, owner="MLoRE"):
     fold: bool = True
 
     def __post_init__(self):
-        self.rank_list = tuple(self.rank_list) or PUBLISHED_RANKS.get(self.final_embed_dim, PAPER_RANKS)
         self.require(self.final_embed_dim >= 4 and self.final_embed_dim % 4 == 0, "final_embed_dim", "a multiple of 4")
-        self.require(len(self.rank_list) >= 2 and min(self.rank_list) >= 1, "rank_list",
-                     "two or more ranks of at least 1")
-        self.require(1 <= self.topk <= len(self.rank_list), "topk",
-                     f"1 to {len(self.rank_list)}, the number of experts in rank_list")
-        self.require(self.spe_rank >= 1, "spe_rank", "a rank of at least 1")
+        self.require(len(self.ranks) >= 2 and min(self.ranks) >= 1, "rank_list", "two or more ranks of at least 1")
+        self.require(1 <= self.topk <= len(self.ranks), "topk",
+                     f"1 to {len(self.ranks)}, the number of experts in rank_list")
+        self.require_counts("spe_rank")
         self.require(not self.with_feat, "with_feat", "false, the published models have no such path")
-        self.require(self.load_balancing_weight >= 0, "load_balancing_weight", "at least 0")
+        self.require(0 <= self.load_balancing_weight < math.inf, "load_balancing_weight", "a number of at least 0")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """One per expert."""
+        first, last, step = PUBLISHED_RANKS.get(self.final_embed_dim, PAPER_RANKS)
+        return self.rank_list or tuple(range(first, last + 1, step))
 
 
 class Router(nn.Module):
@@ -78,7 +84,7 @@ class Router(nn.Module):
 
     def __init__(self, config: MLoREConfig, positions: int):
         super().__init__()
-        channels, quarter, self.num_experts = config.final_embed_dim, config.final_embed_dim // 4, len(config.rank_list)
+        channels, quarter, self.num_experts = config.final_embed_dim, config.final_embed_dim // 4, len(config.ranks)
         self.keep, self.mask_first = config.topk, config.pre_softmax
         self.pixel_in = nn.Linear(channels, quarter)
         self.pixel_norm = nn.LayerNorm(quarter)
@@ -124,7 +130,7 @@ class MLoREModule(nn.Module):
         channels = config.final_embed_dim
         self.proj_in = nn.ModuleDict({task: nn.Conv2d(channels, channels, 1) for task in tasks})
         self.router = nn.ModuleDict({task: Router(config, positions) for task in tasks})
-        self.experts = LowRankExperts(channels, config.rank_list)
+        self.experts = LowRankExperts(channels, config.ranks)
         self.own_expert = nn.ModuleDict(
             {task: LowRankExperts(channels, (config.spe_rank,), zero_bias=False) for task in tasks})
         self.generic = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
@@ -235,30 +241,28 @@ class MLoREHead(nn.Module):
 class MLoREDecoder(Decoder):
     """Maps of one stride, one per tap, to one map (B, C, h, w) per task.
 
-    `tasks` fixes the order of the tasks. The routers weigh every position, so that the module belongs to images of
-    `image_size` (height, width). Raises ValueError when the encoder's maps do not fit.
+    The routers weigh every position, so that the module belongs to images of one size. Raises ValueError when the
+    encoder's maps do not fit.
     """
 
     Config = MLoREConfig
     recomputed = (MLoREModule,)
-    requires = "maps of one stride, as a plain ViT gives"
-    head_names = ("conv", "mlp")  # names in the lineage's files; the published models have one kind of head
-    needs_image_size = True
-    backbone_options = {"class_token": False}  # the published ViT has none
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
-                 config: MLoREConfig, image_size: tuple[int, int]):
+    def __init__(self, context: BuildContext, config: MLoREConfig):
         super().__init__()
-        if not strides or len(set(strides)) != 1:
-            raise ValueError(f"decoder 'mlore' needs {self.requires}; got strides {tuple(strides)}")
-        check_tasks("mlore", tasks)
-        self.channels, self.stride = config.final_embed_dim, strides[0]
+        tasks, widths, (stride, *others) = list(context.tasks), context.channels, context.strides
+        context.require_maps(all(other == stride for other in others), "maps of one stride, as a plain ViT gives")
+        self.channels = config.final_embed_dim
         self.weight, self.fold = config.load_balancing_weight, config.fold
-        positions = (image_size[0] // self.stride) * (image_size[1] // self.stride)
-        self.tap_proj = nn.ModuleList(nn.Conv2d(width, self.channels, 1) for width in in_channels)
-        self.first, self.second = (nn.ModuleList(MLoREModule(list(tasks), config, positions) for _ in in_channels)
+        positions = math.prod(side // stride for side in context.image_size)
+        self.tap_proj = nn.ModuleList(nn.Conv2d(width, self.channels, 1) for width in widths)
+        self.first, self.second = (nn.ModuleList(MLoREModule(tasks, config, positions) for _ in widths)
                                    for _ in range(2))
-        self.mix = nn.ModuleDict({task: self._tap_weights(len(in_channels)) for task in tasks})
+        self.mix = nn.ModuleDict({task: self._tap_weights(len(widths)) for task in tasks})
+
+    @classmethod
+    def backbone_options(cls, tasks: Mapping[str, int], config: MLoREConfig) -> dict[str, Any]:
+        return {"class_token": False}  # the published ViT has none
 
     def _tap_weights(self, taps: int) -> nn.Sequential:
         """(B, taps * C, h, w) -> logits (B, taps, h, w)."""

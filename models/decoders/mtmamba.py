@@ -17,15 +17,15 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.coarse_to_fine import per_task
 from models.blocks.heads import PatchExpandHead
 from models.blocks.ss2d import PlainSS2D
-from models.blocks.stm import STMDecoder, STMLayer, STMOptions
+from models.decoders.coarse_to_fine import per_task
+from models.decoders.stm import STMConfig, STMDecoder, STMLayer
 
 
-@dataclass
-class MTMambaConfig(STMOptions, owner="MTMamba"):
-    """Options of the decoder: see `STMOptions`."""
+@dataclass(frozen=True)
+class MTMambaConfig(STMConfig):
+    """Options of the decoder: see `STMConfig`."""
 
 
 class CTMBlock(nn.Module):
@@ -60,12 +60,11 @@ class CTMBlock(nn.Module):
 class MTMambaDecoder(STMDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    `tasks` fixes the order of the shared channels. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is that of the shared channels. Raises ValueError when the encoder's maps do not fit.
     """
 
     Config = MTMambaConfig
     recomputed = (STMLayer, CTMBlock)
-    name = "mtmamba"
     cross_task = CTMBlock
 
     def make_head(self, num_outputs: int) -> PatchExpandHead:

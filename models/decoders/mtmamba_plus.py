@@ -19,15 +19,16 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.coarse_to_fine import per_task
 from models.blocks.heads import LiteHead
 from models.blocks.ss2d import CrossSS2D
-from models.blocks.stm import STMDecoder, STMLayer, STMOptions
+from models.decoder import BuildContext
+from models.decoders.coarse_to_fine import per_task
+from models.decoders.stm import STMConfig, STMDecoder, STMLayer
 
 
-@dataclass
-class MTMambaPlusConfig(STMOptions, owner="MTMamba++"):
-    """Options of the decoder: `STMOptions` and its heads'."""
+@dataclass(frozen=True)
+class MTMambaPlusConfig(STMConfig):
+    """Options of the decoder: `STMConfig` and its heads'."""
 
     head_channels: int = 96  # width of the heads' 3 x 3 convolution
 
@@ -70,17 +71,15 @@ class SCTMBlock(nn.Module):
 class MTMambaPlusDecoder(STMDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    `tasks` fixes the order of the fused channels. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is that of the fused channels. Raises ValueError when the encoder's maps do not fit.
     """
 
     Config = MTMambaPlusConfig
     recomputed = (STMLayer, SCTMBlock)
-    name = "mtmamba_plus"
     cross_task = SCTMBlock
 
-    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int],
-                 config: MTMambaPlusConfig):
-        super().__init__(tasks, in_channels, strides, config)
+    def __init__(self, context: BuildContext, config: MTMambaPlusConfig):
+        super().__init__(context, config)
         self.head_channels = config.head_channels
 
     def make_head(self, num_outputs: int) -> LiteHead:

@@ -8,19 +8,20 @@ pyramid of Lin et al., CVPR 2017; with batch norm, and resizing in one step.
 Axes: B batch, C width, h_i w_i size of map i, finest first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.blocks.checks import Options, check_maps, check_tasks
 from models.blocks.conv import conv_bn_relu
 from models.blocks.dense import logit_layer
-from models.model import Decoder, DecoderOutput, resize
+from models.blocks.resize import resize
+from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import DecoderOptions
 
 
-@dataclass
-class MultiScaleConfig(Options, owner="multi_scale"):
+@dataclass(frozen=True)
+class MultiScaleConfig(DecoderOptions):
     """Options of the decoder. channels: C, the width of every task's pyramid."""
 
     channels: int = 128
@@ -51,16 +52,12 @@ class MultiScaleDecoder(Decoder):
     """Maps of any number, width and stride, finest first, to one map (B, C, h_0, w_0) per task."""
 
     Config = MultiScaleConfig
-    requires = "one or more maps"
     input_multiple = 1  # every size the backbone takes
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
-                 config: MultiScaleConfig):
+    def __init__(self, context: BuildContext, config: MultiScaleConfig):
         super().__init__()
-        check_tasks("multi_scale", tasks)
-        check_maps("multi_scale", in_channels)
-        self.channels, self.stride = config.channels, strides[0]
-        self.pyramid = nn.ModuleDict({task: TaskPyramid(in_channels, config.channels) for task in tasks})
+        self.channels = config.channels
+        self.pyramid = nn.ModuleDict({task: TaskPyramid(context.channels, config.channels) for task in context.tasks})
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         return DecoderOutput({task: pyramid(feats) for task, pyramid in self.pyramid.items()})

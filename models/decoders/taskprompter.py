@@ -15,21 +15,23 @@ branch width, F feature width, H W grid, n windows per side.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.checks import Options, check_tasks
 from models.blocks.heads import LiteHead
 from models.blocks.init import INIT_STD
 from models.blocks.prompting import PromptedMap, Prompting, scale_groups, scale_windows
-from models.model import Decoder, DecoderOutput, resize
+from models.blocks.resize import resize
+from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import DecoderOptions
 
 
-@dataclass
-class TaskPrompterConfig(Options, owner="TaskPrompter"):
+@dataclass(frozen=True)
+class TaskPrompterConfig(DecoderOptions):
     """Options of the decoder and of the prompts in its backbone. All but the last two are published keys.
 
     embed_dim (ViT), level_embed_dim (Swin): E. chan_nheads: n * n; the sides of every grid must be multiples of
@@ -51,14 +53,14 @@ class TaskPrompterConfig(Options, owner="TaskPrompter"):
     prompt_len: int = 1
     chan_nheads: int = 1
     use_ctr: bool = False
-    head: str = "conv"
+    head: Literal["conv", "deconv"] = "conv"
     level_embed_dim: int = 256
     chan_embed_dim: int = 256
     img_ds_ratio: float = 1.0
     dd_label_map_size: tuple[int, int] | None = None
     fea_ds_ratio: float | None = None
     ignore_invalid_area_depth: bool = True
-    prompt_update: str = "linear"
+    prompt_update: Literal["linear", "attention"] = "linear"
     extra_prompts: int = 0
 
     def __post_init__(self):
@@ -67,14 +69,18 @@ class TaskPrompterConfig(Options, owner="TaskPrompter"):
         for name in ("chan_nheads", "chan_embed_dim"):
             value = getattr(self, name)
             self.require(value >= 1 and math.isqrt(value) ** 2 == value, name, "a square number")
-        self.require(self.head in TaskPrompterDecoder.head_names, "head", " or ".join(TaskPrompterDecoder.head_names))
-        self.require(self.img_ds_ratio > 0, "img_ds_ratio", "a positive number")
+        self.require(0 < self.img_ds_ratio < math.inf, "img_ds_ratio", "a positive number")
+        self.require(self.dd_label_map_size is None or min(self.dd_label_map_size) >= 1, "dd_label_map_size",
+                     "a height and a width of at least 1")
         self.require(self.ignore_invalid_area_depth is True, "ignore_invalid_area_depth",
                      "true, depth pixels without a value are never trained on")
-        self.require(self.prompt_update in ("linear", "attention"), "prompt_update", "linear or attention")
-        self.require(self.extra_prompts >= 0, "extra_prompts", "at least 0")
+        self.require_counts("extra_prompts", least=0)
         self.require(not (self.extra_prompts and self.use_ctr), "extra_prompts",
                      "0 with use_ctr, which weighs the features of all prompts")
+
+    @property
+    def label_size(self) -> tuple[int, int] | None:
+        return self.dd_label_map_size
 
     @property
     def num_windows(self) -> int:
@@ -152,39 +158,34 @@ class DeconvHead(nn.Module):
 class TaskPrompterDecoder(Decoder):
     """Levels of a prompted backbone to one map per task.
 
-    `tasks` maps every task to its number of output channels and fixes the order of the prompts. Levels of one
-    stride (ViT) are summed and enlarged four times, a pyramid (Swin) is summed at twice its finest grid.
-    `num_heads` holds M of every level.
+    The order of the tasks is that of the prompts. Levels of one stride (ViT) are summed and enlarged four times, a
+    pyramid (Swin) is summed at twice its finest grid.
     """
 
     Config = TaskPrompterConfig
     recomputed = (TaskFeature,)
-    head_names = ("conv", "deconv")
     input_multiple = 1  # the backbone itself checks that its grids fit the windows
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: Sequence[int], strides: Sequence[int],
-                 config: TaskPrompterConfig, num_heads: Sequence[int]):
+    def __init__(self, context: BuildContext, config: TaskPrompterConfig):
         super().__init__()
-        check_tasks("taskprompter", tasks)
-        pyramid = len(set(strides)) > 1
+        tasks, pyramid = list(context.tasks), len(set(context.strides)) > 1
         if pyramid and config.use_ctr:
             raise ValueError("option use_ctr needs a ViT, whose prompts all meet in one sequence; set it to false")
-        self.channels, self.head, self.output_size = config.final_embed_dim, config.head, config.dd_label_map_size
+        self.channels, self.head = config.final_embed_dim, config.head
         embed, kernel, upscale = (config.level_embed_dim, 3, 2) if pyramid else (config.embed_dim, 1, 1)
         self.upscale = 1 if pyramid else 4
         self.levels = nn.ModuleList(
             nn.ModuleDict({task: TaskFeature(width, embed, self.channels, kernel, upscale) for task in tasks})
-            for width in in_channels)
+            for width in context.channels)
         self.reweighting = nn.ModuleList(
-            Reweighting(list(tasks), heads) for heads in num_heads if config.use_ctr)
+            Reweighting(tasks, heads) for heads in context.num_heads if config.use_ctr)
         self.merge = nn.ModuleDict({
             task: nn.Conv2d(self.channels, self.channels, kernel_size=3, padding=1) for task in tasks if pyramid})
 
-    @staticmethod
-    def prompting(num_tasks: int, config: TaskPrompterConfig) -> Prompting:
-        """What the backbone must know; its presence makes `build_model` ask for a prompted backbone."""
-        return Prompting(num_tasks + config.extra_prompts, config.num_windows, config.chan_embed_dim,
-                         config.img_ds_ratio, config.prompt_update == "attention")
+    @classmethod
+    def backbone_options(cls, tasks: Mapping[str, int], config: TaskPrompterConfig) -> dict[str, Any]:
+        return {"prompting": Prompting(len(tasks) + config.extra_prompts, config.num_windows, config.chan_embed_dim,
+                                       config.img_ds_ratio, config.prompt_update == "attention")}
 
     def forward(self, maps: Sequence[PromptedMap]) -> DecoderOutput:
         outputs = [self.run_level(index, level) for index, level in enumerate(maps)]

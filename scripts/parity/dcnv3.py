@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.backbones import build_backbone
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
+from models.build import build_backbone
 from models.ops import Kernel, dcnv3
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, stored_error
 
@@ -107,8 +107,8 @@ def _backbone(case: str, c: dict, path: Path, options: Options) -> Iterator[Meas
     """Maps, and gradients of sum_i mean(map_i * R_i)."""
     data = _arrays(case, path)
     names = ("depths", "groups", "offset_scale", "post_norm", "layer_scale", "mlp_ratio", "drop_path_rate")
-    backbone = build_backbone("internimage", c["input_shape"][-2:], embed_dim=c["channels"],
-                              **{name: c[name] for name in names})
+    backbone = build_backbone("internimage", c["input_shape"][-2:],
+                              {"embed_dim": c["channels"], **{name: c[name] for name in names}})
     backbone.load_state_dict(backbone.convert_state_dict(below(data, "state.")))
     backbone.to(options.device, options.dtype)
     image = _leaf(data["input"], options)

@@ -70,7 +70,7 @@ class Case:
         names = ("embed_dim", "depths", "num_heads", "window_size", "drop_path_rate")
         model = build_model(
             sizes["model"], "swin", {task: sizes["num_output"][task] for task in sizes["tasks"]},
-            tuple(sizes["image_size"]), output_size=tuple(sizes["output_size"]), model_kwargs=model_kwargs,
+            tuple(sizes["image_size"]), label_size=tuple(sizes["output_size"]), model_kwargs=model_kwargs,
             backbone_kwargs={name: sizes["backbone"][name] for name in names})
         load_model(model, load_file(self.state), self.state)
         return model.to(options.device, options.dtype)

@@ -45,7 +45,7 @@ class TaskPrompterCase(Case):
             backbone_kwargs["taps"] = backbone["tap_after_blocks"]
         model = build_model(
             c["model"], backbone["type"], dict(zip(self.tasks, c["num_output"], strict=True)), tuple(c["image_size"]),
-            backbone_kwargs=backbone_kwargs, output_size=tuple(c.get("dd_label_map_size") or c["image_size"]),
+            backbone_kwargs=backbone_kwargs, label_size=tuple(c.get("dd_label_map_size") or c["image_size"]),
             model_kwargs={name: c[name] for name in OPTIONS if name in c})
         return self.loaded(model)
 

@@ -7,13 +7,12 @@ Axes: B batch, H W grid of the stage, C stage width. Maps inside are channels-la
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.model import Decoder, DecoderOutput
+from models.decoder import BuildContext, Decoder, DecoderOutput
 
 STRIDES = (4, 8, 16, 32)
 
@@ -21,23 +20,15 @@ STRIDES = (4, 8, 16, 32)
 class CoarseToFineDecoder(Decoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task, in three stages.
 
-    `tasks` fixes the order of the tasks. Raises ValueError when the encoder's maps do not fit, or when there is no
-    task or one twice.
+    Raises ValueError when the encoder's maps do not fit.
     """
 
-    name: ClassVar[str]  # in messages
-    requires = "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e"
-    stride = STRIDES[0]
-
-    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int]):
+    def __init__(self, context: BuildContext):
         super().__init__()
-        widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(in_channels))
-        if tuple(strides) != STRIDES or len(in_channels) != len(STRIDES) or not widths_fit:
-            raise ValueError(f"decoder '{self.name}' needs {self.requires}, got widths {tuple(in_channels)} "
-                             f"and strides {tuple(strides)}")
-        if not tasks or len(set(tasks)) != len(tasks):
-            raise ValueError(f"decoder '{self.name}' needs one or more different tasks, got {tuple(tasks)}")
-        self.tasks, self.channels = tuple(tasks), in_channels[0]
+        widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(context.channels))
+        context.require_maps(context.strides == STRIDES and widths_fit,
+                             "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e")
+        self.tasks, self.channels = tuple(context.tasks), context.channels[0]
 
     def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         """Task maps (B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (B, H, W, C)."""

@@ -12,14 +12,15 @@ from typing import ClassVar
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.checks import Options
-from models.blocks.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.ss2d import GatedSS2D
+from models.decoder import BuildContext
+from models.decoders.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
+from models.decoders.options import DecoderOptions
 
 
-@dataclass
-class STMOptions(Options):
+@dataclass(frozen=True)
+class STMConfig(DecoderOptions):
     """Options of both decoders."""
 
     stm_depth: int = 2  # STM blocks per task and stage
@@ -29,7 +30,7 @@ class STMOptions(Options):
 
     def __post_init__(self):
         self.require_counts("stm_depth", "d_state", "expand")
-        self.require(0 <= self.drop_path_rate < 1, "drop_path_rate", "a rate in [0, 1)")
+        self.require_rates("drop_path_rate")
 
 
 class STMLayer(nn.Module):
@@ -73,13 +74,13 @@ class STMDecoder(CoarseToFineDecoder):
 
     cross_task: ClassVar[type[nn.Module]]  # built from (tasks, channels, stochastic depth, config)
 
-    def __init__(self, tasks: Sequence[str], in_channels: Sequence[int], strides: Sequence[int], config: STMOptions):
-        super().__init__(tasks, in_channels, strides)
+    def __init__(self, context: BuildContext, config: STMConfig):
+        super().__init__(context)
         self.stm, self.ctm = nn.ModuleList(), nn.ModuleList()  # one each per stage, coarse to fine
         rates = stage_rates(config.drop_path_rate, config.stm_depth)
-        for channels, (*own, last) in zip(reversed(in_channels[:-1]), rates, strict=True):
-            self.stm.append(STMStage(tasks, channels, own, config.expand, config.d_state))
-            self.ctm.append(self.cross_task(tasks, channels, last, config))
+        for channels, (*own, last) in zip(reversed(context.channels[:-1]), rates, strict=True):
+            self.stm.append(STMStage(self.tasks, channels, own, config.expand, config.d_state))
+            self.ctm.append(self.cross_task(self.tasks, channels, last, config))
 
     def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         return self.ctm[index](self.stm[index](feats, skip))

@@ -6,30 +6,40 @@ four depths. Widths double from level to level as in Swin, so a decoder cannot t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from models.blocks.channels import ChannelLayerNorm
+from utils.options import Options
+
+
+@dataclass(frozen=True)
+class PyramidConfig(Options):
+    """Options of the neck. embed_dim: e, the width of its finest map."""
+
+    embed_dim: int
+
+    def __post_init__(self):
+        self.require_counts("embed_dim")
 
 
 class SimplePyramid(nn.Module):
     """Neck: four maps of one stride s (16) -> strides s/4, s/2, s, 2s with widths e, 2e, 4e, 8e.
 
-    Args:
-        in_channels, in_strides: of the four input maps.
-        embed_dim: e, the width of the finest output map.
-
     Raises ValueError unless there are four input maps of one stride.
     """
 
-    def __init__(self, in_channels: Sequence[int], in_strides: Sequence[int], embed_dim: int):
+    Config = PyramidConfig
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], config: PyramidConfig):
         super().__init__()
-        if len(in_strides) != 4 or len(set(in_strides)) != 1 or in_strides[0] % 4:
+        if len(strides) != 4 or len(set(strides)) != 1 or strides[0] % 4:
             raise ValueError("neck 'pyramid' needs four maps of one stride, a multiple of 4, as a plain ViT gives; "
-                             f"got strides {tuple(in_strides)}")
-        self.strides = tuple(in_strides[0] * 2**level // 4 for level in range(4))
-        c1, c2, c3, c4 = in_channels
-        self.channels = tuple(embed_dim * 2**level for level in range(4))
+                             f"got strides {tuple(strides)}")
+        self.strides = tuple(strides[0] * 2**level // 4 for level in range(4))
+        c1, c2, c3, c4 = channels
+        self.channels = tuple(config.embed_dim * 2**level for level in range(4))
         e1, e2, e4, e8 = self.channels
         self.levels = nn.ModuleList([
             nn.Sequential(
