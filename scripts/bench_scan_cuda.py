@@ -19,7 +19,8 @@ from torch import Tensor
 
 from models.blocks.s6 import S6
 from models.decoders.bim import BIScan
-from models.ops import set_scan_backend, ss2d_core
+from models.ops.selective_scan import set_scan_backend
+from models.ops.ss2d import ss2d_core
 from models.ops.scan_mamba import find_mamba_kernel
 from models.ops.scan_triton import find_triton
 from scripts.bench_scan import Row, scan_inputs, scan_with, with_gradients, without_gradients

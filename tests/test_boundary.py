@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from evaluation.boundary import BoundaryTotals, Protocol, average_precision, image_counts, truth_boundary
 from evaluation.boundary.matching import candidates, cheapest_match, count_levels, match, pick_backend, thin
-from evaluation.boundary.scores import best_threshold, precision_recall_f
+from evaluation.boundary.protocol import Protocol, image_counts
+from evaluation.boundary.scores import BoundaryTotals, average_precision, best_threshold, precision_recall_f
 from evaluation.boundary.suppression import suppress
-from evaluation.boundary.truth import connected_components, region_outline
+from evaluation.boundary.truth import connected_components, region_outline, truth_boundary
 from tests.shared import SHARED, golden
 
 CASES = sorted(path.stem for path in (SHARED / "golden" / "boundary").glob("[mnp][0-9]*.npz")) or ["absent"]

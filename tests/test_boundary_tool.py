@@ -10,17 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.boundary import truth_source
 from PIL import Image
 from scipy.io import savemat
 
 import main as command_line
-from data.datasets import build_dataset
+from data.datasets import DATASETS
 from data.datasets.nyud import NYUD as NYUDv2
-from evaluation.boundary import BoundaryBenchmark, BoundarySettings, BoundaryTotals, Protocol, image_counts
+from evaluation.boundary import BoundaryBenchmark
 from evaluation.boundary.__main__ import main, score_pairs
 from evaluation.boundary.files import find_pairs
 from evaluation.boundary.pool import WAITING_PER_WORKER, CountingPool, default_workers
+from evaluation.boundary.protocol import Protocol, image_counts
+from evaluation.boundary.scores import BoundaryTotals
+from evaluation.boundary.settings import BoundarySettings
+from evaluation.boundary.source import truth_source
 from evaluation.boundary.truth import truth_boundary
 from tests.conftest import TINY
 from tests.shared import ROOT
@@ -28,7 +31,7 @@ from utils.engine.config import load_config
 from utils.engine.results import delta_m_against, format_table, selection_score
 from utils.engine.tasks import TASKS, primary_score
 from utils.engine.train import train
-from utils.engine.yaml_files import ConfigError
+from utils.options import ConfigError
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
 PROTOCOL = Protocol(0.02)
@@ -280,7 +283,7 @@ def test_the_boundary_score_stands_for_the_task_where_it_was_run():
 
 
 def test_pascal_images_can_be_those_of_the_published_list(example_root):
-    dataset = build_dataset("PASCALContext", example_root, "val", {"edge": TASKS["edge"]})
+    dataset = DATASETS.load("PASCALContext")(example_root, "val", {"edge": TASKS.load("edge")})
     path = example_root / "PASCALContext" / "ImageSets" / "Context" / "test_new.txt"
     assert "which is not at" in truth_source(dataset, "auto").covered
     with pytest.raises(FileNotFoundError, match=r"test_new\.txt .*SEISM.*boundary_kwargs.images=all"):
@@ -313,7 +316,7 @@ def test_only_listed_images_are_counted_and_nan_is_refused(example_root):
     import dataclasses
 
     import torch
-    dataset = build_dataset("PASCALContext", example_root, "val", {"edge": TASKS["edge"]})
+    dataset = DATASETS.load("PASCALContext")(example_root, "val", {"edge": TASKS.load("edge")})
     source = dataclasses.replace(truth_source(dataset, "all"), names=frozenset(dataset.ids[1:3]))
     meta = [{"name": name, "size": (64, 96)} for name in dataset.ids]
     prediction = torch.rand(len(meta), 1, 64, 96)

@@ -14,7 +14,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.backbones import BACKBONES, build_backbone
+from models.backbones import BACKBONES
+from models.build import build_backbone
 from tests.shared import ROOT, golden
 from utils.engine import checkpoint
 from utils.engine.checkpoint import atomic_path, load_model, load_pretrained, read_checkpoint, save_checkpoint

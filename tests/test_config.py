@@ -8,7 +8,8 @@ import yaml
 
 from models.build import build_model, decoder_config, resolve_name
 from tests.shared import ROOT
-from utils.engine.config import ConfigError, config_from_dict, load_config, save_config
+from utils.engine.config import config_from_dict, load_config, save_config
+from utils.options import ConfigError
 
 SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yml") if "_base_" not in p.parts and p.stem != "bim_small")
 

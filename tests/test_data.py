@@ -15,14 +15,14 @@ from PIL import Image
 from skimage.morphology import thin as skimage_thin
 
 from data.base import resize_label
-from data.datasets import DATASETS, build_dataset, build_transform
+from data.datasets import DATASETS
 from data.datasets.pascal_context import NORMALS_IDS, has_people
 from data.loader import EvalSampler, TrainBatchSampler, build_eval_loader, build_train_loader
-from data.transforms import fixed_transform
+from data.transforms import build_transform, fixed_transform
 from evaluation.boundary.thinning import thin
 from scripts import check_data
 from tests.shared import golden, real_data
-from utils.engine.tasks import TASKS, tasks_named
+from utils.engine.tasks import TASKS, label_rules, tasks_named
 from utils.files import read_depth, read_rgb
 
 
@@ -44,9 +44,9 @@ def db_root(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("name", ["NYUD", "PASCALContext"])
 def test_equals_recorded_loader(name, split, db_root):
-    spec = DATASETS[name].spec
+    spec = DATASETS.load(name).spec
     before = tree(db_root)
-    dataset = build_dataset(name, db_root, split, tasks_named(spec.tasks))
+    dataset = DATASETS.load(name)(db_root, split, label_rules(spec.tasks))
     with np.load(golden("metrics") / f"fixture_{spec.folder}_expected.npz") as file:
         expected = {key: file[key] for key in file.files if key.startswith(f"{split}/")}
     assert {key.split("/")[1] for key in expected} == set(dataset.ids)
@@ -67,8 +67,8 @@ def test_equals_recorded_loader(name, split, db_root):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_equals_recorded_cityscapes(split, db_root):
-    tasks = tasks_named(("semseg", "depth"))
-    dataset = build_dataset("Cityscapes", db_root, split, tasks, fixed_transform((16, 32), tasks))
+    tasks = label_rules(("semseg", "depth"))
+    dataset = DATASETS.load("Cityscapes")(db_root, split, tasks, fixed_transform((16, 32), tasks))
     with np.load(golden("metrics") / "fixture_cityscapes_expected.npz") as file:
         for index in range(len(dataset)):
             sample = dataset[index]
@@ -85,9 +85,9 @@ def test_pascal_normals_classes_equal_recorded_list():
 
 
 def test_parts_alone_leave_out_images_without_people(db_root):
-    alone = build_dataset("PASCALContext", db_root, "train", tasks_named(("human_parts",)))
+    alone = DATASETS.load("PASCALContext")(db_root, "train", label_rules(("human_parts",)))
     assert alone.ids == ["2008_000001", "2009_000002"]
-    assert len(build_dataset("PASCALContext", db_root, "train", tasks_named(("human_parts", "sal")))) == 3
+    assert len(DATASETS.load("PASCALContext")(db_root, "train", label_rules(("human_parts", "sal")))) == 3
 
 
 def test_specs_list_tasks_in_table_order_with_names_for_every_class():
@@ -123,15 +123,15 @@ def nyud(tmp_path):
     return write_nyud(tmp_path)
 
 
-NYUD_TASKS = tasks_named(DATASETS["NYUD"].spec.tasks)
+NYUD_TASKS = label_rules(DATASETS.load("NYUD").spec.tasks)
 
 
 def open_nyud(folder, split="train", tasks=NYUD_TASKS, transform=None):
-    return build_dataset("NYUD", folder.parent, split, tasks, transform)
+    return DATASETS.load("NYUD")(folder.parent, split, tasks, transform)
 
 
 def test_the_data_set_folder_itself_is_accepted_as_root(nyud):
-    assert build_dataset("NYUD", nyud, "val", NYUD_TASKS).ids == open_nyud(nyud, "val").ids
+    assert DATASETS.load("NYUD")(nyud, "val", NYUD_TASKS).ids == open_nyud(nyud, "val").ids
 
 
 def test_only_the_files_of_the_tasks_in_use_are_needed(nyud):
@@ -173,7 +173,7 @@ def test_a_broken_folder_is_refused_at_the_start(damage, error, message, nyud):
 
 def test_unknown_names_list_the_valid_ones(nyud):
     with pytest.raises(ValueError, match="unknown data set 'KITTI'; known: NYUD, PASCALContext, Cityscapes"):
-        build_dataset("KITTI", nyud.parent, "train", NYUD_TASKS)
+        DATASETS.load("KITTI")(nyud.parent, "train", NYUD_TASKS)
     with pytest.raises(ValueError, match="NYUD has no split 'test'; valid: train, val"):
         open_nyud(nyud, "test")
     with pytest.raises(ValueError, match="no labels for sal; its tasks: semseg, depth, normals, edge"):
@@ -226,7 +226,7 @@ def test_labels_of_another_size_are_brought_to_the_image(nyud):
 
 
 def test_augmentation_depends_on_the_given_seed_only(nyud):
-    transform = build_transform(DATASETS["NYUD"].spec, True, NYUD_TASKS, (16, 16))
+    transform = build_transform(DATASETS.load("NYUD").spec, True, NYUD_TASKS, (16, 16))
     first, again = open_nyud(nyud, transform=transform), open_nyud(nyud, transform=transform)
     random.seed(1)
     a = first[(2, 77)]
@@ -346,7 +346,7 @@ def test_eval_shards_lose_and_repeat_nothing(num, world_size):
 
 
 def test_train_batches_do_not_depend_on_workers(nyud):
-    transform = build_transform(DATASETS["NYUD"].spec, True, NYUD_TASKS, (16, 16))
+    transform = build_transform(DATASETS.load("NYUD").spec, True, NYUD_TASKS, (16, 16))
     dataset = open_nyud(nyud, transform=transform)
     here, workers = (itertools.islice(build_train_loader(dataset, 2, n, seed=5), 5) for n in (0, 2))
     for a, b in zip(here, workers, strict=True):
@@ -356,7 +356,7 @@ def test_train_batches_do_not_depend_on_workers(nyud):
 
 
 def test_eval_loader_covers_the_split_with_original_sizes(nyud):
-    transform = build_transform(DATASETS["NYUD"].spec, False, NYUD_TASKS, (32, 32))
+    transform = build_transform(DATASETS.load("NYUD").spec, False, NYUD_TASKS, (32, 32))
     dataset = open_nyud(nyud, "val", transform=transform)
     batches = list(build_eval_loader(dataset, 2))
     assert [len(batch["meta"]) for batch in batches] == [2, 2, 1]

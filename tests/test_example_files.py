@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
-from data.datasets import DATASETS, build_dataset
+from data.datasets import DATASETS
 from scripts.example_data import write
 from scripts.example_data.labels import BODY_PARTS, LABELS, PART_NAMES
 from scripts.example_data.render import render_scene
@@ -217,8 +217,8 @@ def test_parameters_out_of_range_are_named(tmp_path, change, message):
 
 def test_the_loaders_read_what_the_renderer_drew(example):
     for layout, (name, style) in enumerate((("NYUD", "nyud"), ("PASCALContext", "pascal"))):
-        tasks = {task: TASKS[task] for task in DATASETS[name].spec.tasks}
-        sample = build_dataset(name, example, "val", tasks)[0]
+        tasks = {task: TASKS.load(task) for task in DATASETS.load(name).spec.tasks}
+        sample = DATASETS.load(name)(example, "val", tasks)[0]
         drawn = render_scene([PARAMETERS["seed"], layout, 3], PARAMETERS["size"], style)
         semseg = drawn.nyud_semseg - 1 if layout == 0 else drawn.pascal_semseg
         assert np.array_equal(sample["semseg"][..., 0], semseg)

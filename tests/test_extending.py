@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
-from data.datasets import DATASETS, build_dataset
-from models.build import DECODERS, build_model
-from models.model import Decoder, DecoderOutput
+from data.datasets import DATASETS
+from models.build import build_model
+from models.decoder import Decoder, DecoderOutput
+from models.decoders import DECODERS
 from tests.shared import ROOT
 from utils.engine.config import TaskDictionary, load_config
-from utils.engine.tasks import TASKS, tasks_named
+from utils.engine.tasks import TASKS, label_rules
 from utils.engine.train import train
 from utils.files import class_table, read_depth, read_table
 
@@ -57,7 +58,7 @@ def test_a_new_data_set_loads(tmp_path, monkeypatch):
         (tmp_path / "MyRooms" / folder).mkdir(parents=True)
         cv2.imwrite(str(tmp_path / "MyRooms" / folder / f"a.{'jpg' if folder == 'rgb' else 'png'}"), pixels)
     (tmp_path / "MyRooms" / "train.txt").write_text("a\n")
-    [sample] = build_dataset("MyRooms", tmp_path, "train", tasks_named(["semseg", "depth"]))
+    [sample] = DATASETS.load("MyRooms")(tmp_path, "train", label_rules(["semseg", "depth"]))
     assert sample["semseg"].shape == (8, 9, 1) and sample["semseg"].max() == 12
     assert sample["depth"].max() == pytest.approx(1.5)
 

@@ -6,17 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from losses import (
-    BalancedBCELoss,
-    BalancedCrossEntropyLoss,
-    CrossEntropyLoss,
-    L1Loss,
-    MultiTaskLoss,
-    NormalsLoss,
-    load_balancing_loss,
-)
+from evaluation.evaluator import TaskContext
+from losses.cross_entropy import BalancedCrossEntropyLoss, CrossEntropyLoss
+from losses.edge import BalancedBCELoss
+from losses.load_balancing import load_balancing_loss
+from losses.multi_task import MultiTaskLoss
+from losses.regression import L1Loss, NormalsLoss
 from tests.shared import golden
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 
 CHANNELS = {"semseg": 5, "depth": 1, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
 LOSSES = {"ce": (CrossEntropyLoss(), 4, 1), "balanced_ce": (BalancedCrossEntropyLoss(), 2, 1),
@@ -42,7 +39,7 @@ def batch(seed: int, size: int, void_in: int | None = None) -> tuple[dict, dict]
 
 
 def criterion(scheme: str, scope: str, **options) -> MultiTaskLoss:
-    losses = {task: TASKS[task].loss(TaskContext(num_channels=c)) for task, c in CHANNELS.items()}
+    losses = {task: TASKS.load(task).loss(TaskContext(num_channels=c)) for task, c in CHANNELS.items()}
     weights = {"semseg": 1, "depth": 1, "human_parts": 2, "sal": 5, "normals": 10, "edge": 50}
     return MultiTaskLoss(losses, weights, scheme, scope=scope, **options)
 
@@ -199,7 +196,7 @@ def test_published_totals_and_gradients(name, scheme, weights):
     data = load_file(golden("mtmamba") / f"losses_{name}.safetensors")
     tasks = [key.removeprefix("pred.") for key in data if key.startswith("pred.")]
     preds = {task: data[f"pred.{task}"].double().requires_grad_() for task in tasks}
-    losses = {task: TASKS[task].loss(TaskContext(num_channels=preds[task].shape[1])) for task in tasks}
+    losses = {task: TASKS.load(task).loss(TaskContext(num_channels=preds[task].shape[1])) for task in tasks}
     result = MultiTaskLoss(losses, weights or dict.fromkeys(tasks, 1), scheme)(
         preds, {task: data[f"label.{task}"].float() for task in tasks})
     result["total"].backward()

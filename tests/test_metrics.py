@@ -10,20 +10,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from evaluation import (
-    DepthMeter,
-    EdgeLossMeter,
-    NormalsMeter,
-    SaliencyMeter,
-    SegmentationMeter,
-    delta_m,
-    save_edge_maps,
-)
-from evaluation.boundary.edge_maps import crop_from_padding
-from evaluation.saliency import THRESHOLDS
-from losses import BalancedBCELoss
+from evaluation import delta_m
+from evaluation.boundary.edge_loss import EdgeLossMeter
+from evaluation.boundary.edge_maps import crop_from_padding, save_edge_maps
+from evaluation.depth import DepthMeter
+from evaluation.evaluator import TaskContext
+from evaluation.normals import NormalsMeter
+from evaluation.saliency import THRESHOLDS, SaliencyMeter
+from evaluation.segmentation import SegmentationMeter
+from losses.edge import BalancedBCELoss
 from tests.shared import golden
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 
 CHANNELS = {"semseg": 5, "depth": 1, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
 
@@ -33,13 +30,13 @@ def column(*values: float) -> torch.Tensor:
 
 
 def meter_of(task: str):
-    return TASKS[task].meter(TaskContext(num_channels=CHANNELS[task]))
+    return TASKS.load(task).build_evaluators(TaskContext(num_channels=CHANNELS[task]))[0]
 
 
 def batch(task: str, seed: int, size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """A decoded prediction and a partly void label."""
     gen = torch.Generator().manual_seed(seed)
-    pred = TASKS[task].decode(torch.randn(size, CHANNELS[task], 6, 8, generator=gen))
+    pred = TASKS.load(task).decode(torch.randn(size, CHANNELS[task], 6, 8, generator=gen))
     shape = (size, 3 if task == "normals" else 1, 6, 8)
     if task == "normals":
         label = torch.nn.functional.normalize(torch.randn(shape, generator=gen), dim=1)
@@ -234,7 +231,7 @@ def test_edge_maps_are_cropped_and_truncated(tmp_path):
 
 def test_saved_edges_match_the_reference(tmp_path):
     with np.load(golden("metrics") / "save_edge.npz") as data:
-        prob = TASKS["edge"].decode(torch.from_numpy(data["logits"]))
+        prob = TASKS.load("edge").decode(torch.from_numpy(data["logits"]))
         sizes = map(tuple, data["sizes"].tolist())
         meta = [{"name": name, "size": size} for name, size in zip("abc", sizes, strict=True)]
         for path in save_edge_maps(prob, meta, tmp_path):

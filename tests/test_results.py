@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from data.palette import colour_depth, colour_normals, voc_palette
 from utils.engine.schedule import learning_rate
 
+from evaluation.evaluator import TaskContext
 from utils.engine.config import OptimizerKwargs, SchedulerKwargs
 from utils.engine.panel import batch_panel, prediction_panel
 from utils.engine.results import (
@@ -18,7 +18,8 @@ from utils.engine.results import (
     selection_score,
     unscored,
 )
-from utils.engine.tasks import TASKS, TaskContext, tasks_named
+from utils.engine.tasks import TASKS, tasks_named
+from utils.engine.views import colour_depth, colour_normals, voc_palette
 
 RESULTS = {"semseg": {"mIoU": 0.5, "valid_pixels": 9}, "depth": {"rmse": 0.6, "valid_pixels": 9}}
 
@@ -97,7 +98,7 @@ def test_panels_show_every_task(tasks):
     generator = torch.Generator().manual_seed(0)
     channels = {"semseg": 21, "human_parts": 7, "sal": 2, "depth": 1, "normals": 3, "edge": 1}
     contexts = {t: TaskContext(channels[t], class_names=tuple("abcdefghijklmnopqrstu"[:channels[t]])) for t in tasks}
-    decoded = {t: TASKS[t].decode(torch.randn(1, channels[t], 20, 30, generator=generator)) for t in tasks}
+    decoded = {t: TASKS.load(t).decode(torch.randn(1, channels[t], 20, 30, generator=generator)) for t in tasks}
     rgb = np.zeros((20, 30, 3), np.uint8)
     panel = prediction_panel(rgb, {t: p[0].permute(1, 2, 0).numpy() for t, p in decoded.items()}, contexts)
     assert panel.dtype == np.uint8 and panel.std() > 0

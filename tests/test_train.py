@@ -13,8 +13,9 @@ import torch
 
 from tests.conftest import launch
 from tests.shared import ROOT
+from utils.engine.build import build_criterion
 from utils.engine.config import load_config
-from utils.engine.train import build_criterion, train
+from utils.engine.train import train
 from utils.finite import FiniteGuard
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")

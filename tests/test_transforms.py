@@ -11,7 +11,7 @@ import torch
 
 from data import transforms as T
 from tests.shared import SHARED, golden
-from utils.engine.tasks import TASKS, tasks_named
+from utils.engine.tasks import TASKS, label_rules, tasks_named
 
 MAPS = ("semseg", "depth", "normals", "edge", "sal", "human_parts")
 DEPTH_VOID = {"mtmamba": 255.0, "taskprompter": -1.0, "mlore": 0.0}
@@ -49,7 +49,7 @@ class Replay:
 def family_tasks(family):
     """The task table with the depth void value of one of the published families."""
     void = np.float32(DEPTH_VOID[family])
-    depth = dataclasses.replace(TASKS["depth"], mark_void=lambda x: np.where(x == 0, void, x))
+    depth = dataclasses.replace(TASKS.load("depth"), mark_void=lambda x: np.where(x == 0, void, x))
     return tasks_named(MAPS) | {"depth": depth}
 
 
@@ -119,7 +119,7 @@ def make_sample(height=40, width=50, seed=0):
     }
 
 
-TASKS4 = tasks_named(("semseg", "depth", "normals", "edge"))
+TASKS4 = label_rules(("semseg", "depth", "normals", "edge"))
 
 
 def test_train_output_contract_and_determinism():
@@ -245,7 +245,7 @@ def test_image_larger_than_the_frame_is_refused():
 
 @pytest.mark.parametrize(("label_size", "expected"), [(None, (40, 50)), ((20, 25), (20, 25))])
 def test_fixed_transform_resizes_the_image_only_unless_told(label_size, expected):
-    tasks = tasks_named(("semseg", "depth"))
+    tasks = label_rules(("semseg", "depth"))
     sample = {key: value for key, value in make_sample().items() if key in ("image", "meta", *tasks)}
     sample["depth"][0, 0] = 0
     result = T.fixed_transform((16, 32), tasks, label_size)(sample, random.Random(0))

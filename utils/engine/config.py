@@ -12,6 +12,7 @@ import os
 import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -24,7 +25,8 @@ from evaluation.boundary.settings import BoundarySettings, Mode
 from losses.balancing import BALANCING
 from models.backbones import BACKBONES
 from models.decoders import DECODERS
-from models.ops import SCAN_BACKENDS
+from utils.table import Table
+SCAN_BACKENDS = Table("scan_backend", dict.fromkeys(("auto", "triton", "cpp", "mamba_ssm", "torch", "reference")))
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES
@@ -230,8 +232,9 @@ def _build(values: dict, origin: dict[str, str], overrides: Sequence[str], sourc
         elif not root_in_file:
             values["db_root"], origin["db_root"] = _mypath_db_root()
     values = translate(values, source)
-    config = parse(Config, values, where=lambda key: nearest_origin(key, origin, source))
-    _check_relations(config, source)
+    where = partial(nearest_origin, origin=origin, source=source)
+    config = parse(Config, values, where=where)
+    _check_relations(config, where)
     return config
 
 
@@ -246,30 +249,31 @@ def _mypath_db_root() -> tuple[str, str]:
     return str(root if root.is_absolute() else path.parent.parent / root), str(path)
 
 
-def _check_relations(c: Config, source: str) -> None:
+def _check_relations(c: Config, where: Where) -> None:
     """Refuses what no single key can tell: combinations that cannot be trained."""
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{source}: {message}")
+    def refuse(key: str, message: str) -> NoReturn:
+        raise ConfigError(f"{where(key)}: {message}")
 
     for name in (c.train_db_name, c.val_db_name):
         spec = DATASETS.load(name).spec
         if absent := [t for t in c.tasks if t not in spec.tasks]:
-            refuse(f"{name} has no labels for {', '.join(absent)}; its tasks: {', '.join(spec.tasks)}")
+            refuse("task_dictionary", f"{name} has no labels for {', '.join(absent)}; its tasks: {', '.join(spec.tasks)}")
     weights = c.loss_kwargs.loss_weights
     named = {"loss_kwargs.loss_weights": weights, "single_task_scores": [key.split("/")[0] for key in
                                                                          c.single_task_scores]}
     for key, names in named.items():
         if unknown := sorted(set(names) - set(TASKS)):
-            refuse(f"{key} names unknown task(s) {', '.join(unknown)}; {nearest(unknown[0], TASKS)}")
+            refuse(key, f"{key} names unknown task(s) {', '.join(unknown)}; {nearest(unknown[0], TASKS)}")
     if weights and (lacking := [t for t in c.tasks if t not in weights]):
-        refuse(f"loss_kwargs.loss_weights lacks {', '.join(lacking)}")
+        refuse("loss_kwargs.loss_weights", f"loss_kwargs.loss_weights lacks {', '.join(lacking)}")
     try:
         c.scheduler_kwargs.check(c.max_iter)
     except OptionError as error:
-        refuse(f"'scheduler_kwargs.{error.name}' must be {error.valid}, got {error.value!r}")
+        key = f"scheduler_kwargs.{error.name}"
+        refuse(key, f"'{key}' must be {error.valid}, got {error.value!r}")
     if c.label_size != c.dataset.label_size and c.dataset.label_size is None and c.label_size != c.input_size:
-        refuse(f"model_kwargs ask for labels of {list(c.label_size)}, which must be the image size "
-               f"{list(c.input_size)}: labels of {c.train_db_name} have no size of their own")
+        refuse("model_kwargs", f"model_kwargs ask for labels of {list(c.label_size)}, which must be the image size "
+                               f"{list(c.input_size)}: labels of {c.train_db_name} have no size of their own")
 
 
 def _plain(value: Any) -> Any:
