@@ -7,11 +7,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from models.blocks.pyramid import SimplePyramid
 from safetensors.torch import load_file
 
 from models.backbones import BACKBONES, build_backbone
 from models.backbones.vit import resize_position_embedding
-from models.blocks.pyramid import SimplePyramid
 from tests.shared import golden
 
 TINY_SWIN = {"embed_dim": 8, "depths": (2, 1, 3, 2), "num_heads": (1, 2, 4, 8), "window_size": 4}

@@ -16,8 +16,8 @@ from scipy.io import savemat
 import main as command_line
 from data.datasets import DATASETS
 from data.datasets.nyud import NYUD as NYUDv2
-from evaluation.boundary import BoundaryBenchmark
 from evaluation.boundary.__main__ import main, score_pairs
+from evaluation.boundary.evaluator import BoundaryEvaluator
 from evaluation.boundary.files import find_pairs
 from evaluation.boundary.pool import WAITING_PER_WORKER, CountingPool, default_workers
 from evaluation.boundary.protocol import Protocol, image_counts
@@ -25,16 +25,24 @@ from evaluation.boundary.scores import BoundaryTotals
 from evaluation.boundary.settings import BoundarySettings
 from evaluation.boundary.source import truth_source
 from evaluation.boundary.truth import truth_boundary
+from evaluation.evaluator import Split
 from tests.conftest import TINY
 from tests.shared import ROOT
 from utils.engine.config import load_config
-from utils.engine.results import delta_m_against, format_table, selection_score
-from utils.engine.tasks import TASKS, primary_score
+from utils.engine.results import check_reference, delta_m_against, format_table, selection_score
+from utils.engine.tasks import TASKS, label_rules
 from utils.engine.train import train
 from utils.options import ConfigError
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
 PROTOCOL = Protocol(0.02)
+
+EDGE = TASKS.load("edge")
+
+
+def split_of(dataset) -> Split:
+    """What an evaluation on this data set covers."""
+    return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids), dataset.spec.boundary)
 
 
 def save(path, array) -> None:
@@ -259,17 +267,19 @@ def test_off_is_a_word_in_yaml():
     assert load_config(NYUD, ["boundary_eval=off"]).boundary_eval == "off"
     assert load_config(NYUD).boundary_eval == "off" and load_config(NYUD).boundary_infer == "exact"
     for wrong, message in (("boundary_eval=true", "must be one of off, fast, exact"),
-                           ("boundary_kwargs.max_dist=7.7", "boundary_kwargs.max_dist is a share"),
-                           ("boundary_kwargs.workers=-1", "boundary_kwargs.workers must not be negative"),
-                           ("single_task_scores.edge/f=1", "known: .*edge, edge/odsF")):
+                           ("boundary_kwargs.max_dist=7.7", "boundary_kwargs.max_dist' must be a share"),
+                           ("boundary_kwargs.workers=-1", "boundary_kwargs.workers' must be at least 0"),
+                           ("single_task_scores.egde/odsF=1", "unknown task.*did you mean 'edge'")):
         with pytest.raises(ConfigError, match=message):
             load_config(NYUD, [wrong])
+    with pytest.raises(ConfigError, match="unknown score 'edge/odsf'; did you mean 'edge/odsF'"):
+        check_reference({"semseg": 0.5, "edge/odsf": 1})
 
 
 def test_the_boundary_score_stands_for_the_task_where_it_was_run():
     loss_only = {"edge": {"loss": 0.05, "valid_pixels": 9}}
     both = {"edge": {"loss": 0.05, "odsF": 0.75, "valid_pixels": 9}}
-    assert primary_score("edge", loss_only["edge"]).key == "loss" and primary_score("edge", both["edge"]).key == "odsF"
+    assert EDGE.main_score(loss_only["edge"]).key == "loss" and EDGE.main_score(both["edge"]).key == "odsF"
     assert selection_score(both) > selection_score({"edge": {**both["edge"], "odsF": 0.7}})
     reference = {"edge": 0.04, "edge/odsF": 0.7}
     assert delta_m_against(loss_only, reference) == pytest.approx(-25)
@@ -283,7 +293,7 @@ def test_the_boundary_score_stands_for_the_task_where_it_was_run():
 
 
 def test_pascal_images_can_be_those_of_the_published_list(example_root):
-    dataset = DATASETS.load("PASCALContext")(example_root, "val", {"edge": TASKS.load("edge")})
+    dataset = split_of(DATASETS.load("PASCALContext")(example_root, "val", label_rules(["edge"])))
     path = example_root / "PASCALContext" / "ImageSets" / "Context" / "test_new.txt"
     assert "which is not at" in truth_source(dataset, "auto").covered
     with pytest.raises(FileNotFoundError, match=r"test_new\.txt .*SEISM.*boundary_kwargs.images=all"):
@@ -301,31 +311,27 @@ def test_pascal_images_can_be_those_of_the_published_list(example_root):
 
 
 def test_fast_scores_every_eighth_image():
-    class Ids:
-        spec, boundary_source, split, folder = NYUDv2.spec, NYUDv2.boundary_source, "val", None
-        boundary_files = None
-
-        def __init__(self, number: int):
-            self.ids = [str(i) for i in range(number)]
+    def split(number: int) -> Split:
+        return Split("NYUD", "val", Path(), tuple(map(str, range(number))), NYUDv2.spec.boundary)
     for number, stride in ((654, 8), (40, 1), (100, 3)):
-        assert truth_source(Ids(number), "auto", fast=True).names == {str(i) for i in range(0, number, stride)}
-    assert "a sample of 82 from all of val" in truth_source(Ids(654), "auto", fast=True).covered
+        assert truth_source(split(number), "auto", fast=True).names == {str(i) for i in range(0, number, stride)}
+    assert "a sample of 82 from all of val" in truth_source(split(654), "auto", fast=True).covered
 
 
 def test_only_listed_images_are_counted_and_nan_is_refused(example_root):
     import dataclasses
 
     import torch
-    dataset = DATASETS.load("PASCALContext")(example_root, "val", {"edge": TASKS.load("edge")})
-    source = dataclasses.replace(truth_source(dataset, "all"), names=frozenset(dataset.ids[1:3]))
+    dataset = DATASETS.load("PASCALContext")(example_root, "val", label_rules(["edge"]))
+    source = dataclasses.replace(truth_source(split_of(dataset), "all"), names=frozenset(dataset.ids[1:3]))
     meta = [{"name": name, "size": (64, 96)} for name in dataset.ids]
     prediction = torch.rand(len(meta), 1, 64, 96)
-    with BoundaryBenchmark(source, BoundarySettings(workers=0)) as benchmark:
-        benchmark.update(prediction, meta)
-        benchmark.reduce()
-    assert benchmark.compute()["images"] == 2
+    evaluator = BoundaryEvaluator(source, BoundarySettings(workers=0))
+    evaluator.update(prediction, None, meta)
+    evaluator.reduce()
+    assert evaluator.compute()["images"] == 2
     prediction[1, 0, 5, 5] = torch.nan
     with pytest.raises(ValueError, match=f"{meta[1]['name']} is not a number"):
-        benchmark.update(prediction, meta)
+        evaluator.update(prediction, None, meta)
     with pytest.raises(ValueError, match=r"\.mat: the prediction has \(H, W\) = \(32, 32\)"):
-        benchmark.update(prediction[1:2, :, :32, :32].nan_to_num(), [{**meta[1], "size": (32, 32)}])
+        evaluator.update(prediction[1:2, :, :32, :32].nan_to_num(), None, [{**meta[1], "size": (32, 32)}])

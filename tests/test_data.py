@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from skimage.morphology import thin as skimage_thin
 
-from data.base import resize_label
 from data.datasets import DATASETS
 from data.datasets.pascal_context import NORMALS_IDS, has_people
+from data.labels import MapLabel
 from data.loader import EvalSampler, TrainBatchSampler, build_eval_loader, build_train_loader
 from data.transforms import build_transform, fixed_transform
 from evaluation.boundary.thinning import thin
 from scripts import check_data
 from tests.shared import golden, real_data
-from utils.engine.tasks import TASKS, label_rules, tasks_named
+from utils.engine.tasks import TASKS, label_rules
 from utils.files import read_depth, read_rgb
 
 
@@ -123,21 +123,21 @@ def nyud(tmp_path):
     return write_nyud(tmp_path)
 
 
-NYUD_TASKS = label_rules(DATASETS.load("NYUD").spec.tasks)
+NYUD_LABELS = label_rules(DATASETS.load("NYUD").spec.tasks)
 
 
-def open_nyud(folder, split="train", tasks=NYUD_TASKS, transform=None):
-    return DATASETS.load("NYUD")(folder.parent, split, tasks, transform)
+def open_nyud(folder, split="train", labels=NYUD_LABELS, transform=None):
+    return DATASETS.load("NYUD")(folder.parent, split, labels, transform)
 
 
 def test_the_data_set_folder_itself_is_accepted_as_root(nyud):
-    assert DATASETS.load("NYUD")(nyud, "val", NYUD_TASKS).ids == open_nyud(nyud, "val").ids
+    assert DATASETS.load("NYUD")(nyud, "val", NYUD_LABELS).ids == open_nyud(nyud, "val").ids
 
 
 def test_only_the_files_of_the_tasks_in_use_are_needed(nyud):
     shutil.rmtree(nyud / "normals")
     shutil.rmtree(nyud / "edge")
-    dataset = open_nyud(nyud, tasks=tasks_named(("depth", "semseg")))
+    dataset = open_nyud(nyud, labels=label_rules(("depth", "semseg")))
     assert set(dataset[0]) == {"image", "semseg", "depth", "meta"}
 
 
@@ -173,11 +173,11 @@ def test_a_broken_folder_is_refused_at_the_start(damage, error, message, nyud):
 
 def test_unknown_names_list_the_valid_ones(nyud):
     with pytest.raises(ValueError, match="unknown data set 'KITTI'; known: NYUD, PASCALContext, Cityscapes"):
-        DATASETS.load("KITTI")(nyud.parent, "train", NYUD_TASKS)
+        DATASETS.load("KITTI")(nyud.parent, "train", NYUD_LABELS)
     with pytest.raises(ValueError, match="NYUD has no split 'test'; valid: train, val"):
         open_nyud(nyud, "test")
     with pytest.raises(ValueError, match="no labels for sal; its tasks: semseg, depth, normals, edge"):
-        open_nyud(nyud, tasks=tasks_named(("sal", "depth")))
+        open_nyud(nyud, labels=label_rules(("sal", "depth")))
 
 
 def halve(path):
@@ -222,11 +222,11 @@ def test_labels_of_another_size_are_brought_to_the_image(nyud):
     np.testing.assert_array_equal(sample["semseg"][..., 0], np.kron([[0, 1], [2, 3]], np.ones((10, 12))))
     cubic = cv2.resize((2 * small.astype(np.float32) / 255 - 1), (24, 20), interpolation=cv2.INTER_CUBIC)
     np.testing.assert_allclose(sample["normals"], cubic, atol=1e-6)
-    assert resize_label(np.zeros((4, 5, 1), np.float32), (8, 3), "nearest").shape == (8, 3, 1)
+    assert MapLabel().fit(np.zeros((4, 5, 1), np.float32), (8, 3)).shape == (8, 3, 1)
 
 
 def test_augmentation_depends_on_the_given_seed_only(nyud):
-    transform = build_transform(DATASETS.load("NYUD").spec, True, NYUD_TASKS, (16, 16))
+    transform = build_transform((16, 16), None, True, NYUD_LABELS)
     first, again = open_nyud(nyud, transform=transform), open_nyud(nyud, transform=transform)
     random.seed(1)
     a = first[(2, 77)]
@@ -346,17 +346,17 @@ def test_eval_shards_lose_and_repeat_nothing(num, world_size):
 
 
 def test_train_batches_do_not_depend_on_workers(nyud):
-    transform = build_transform(DATASETS.load("NYUD").spec, True, NYUD_TASKS, (16, 16))
+    transform = build_transform((16, 16), None, True, NYUD_LABELS)
     dataset = open_nyud(nyud, transform=transform)
     here, workers = (itertools.islice(build_train_loader(dataset, 2, n, seed=5), 5) for n in (0, 2))
     for a, b in zip(here, workers, strict=True):
         assert a["image"].shape == (2, 3, 16, 16) and a["normals"].shape == (2, 3, 16, 16)
         assert [m["name"] for m in a["meta"]] == [m["name"] for m in b["meta"]]
-        assert all(torch.equal(a[key], b[key]) for key in ("image", *NYUD_TASKS))
+        assert all(torch.equal(a[key], b[key]) for key in ("image", *NYUD_LABELS))
 
 
 def test_eval_loader_covers_the_split_with_original_sizes(nyud):
-    transform = build_transform(DATASETS.load("NYUD").spec, False, NYUD_TASKS, (32, 32))
+    transform = build_transform((32, 32), None, False, NYUD_LABELS)
     dataset = open_nyud(nyud, "val", transform=transform)
     batches = list(build_eval_loader(dataset, 2))
     assert [len(batch["meta"]) for batch in batches] == [2, 2, 1]

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from evaluation.evaluator import TaskContext
+from losses.balancing import build_balancing
 from losses.cross_entropy import BalancedCrossEntropyLoss, CrossEntropyLoss
 from losses.edge import BalancedBCELoss
 from losses.load_balancing import load_balancing_loss
@@ -41,7 +42,7 @@ def batch(seed: int, size: int, void_in: int | None = None) -> tuple[dict, dict]
 def criterion(scheme: str, scope: str, **options) -> MultiTaskLoss:
     losses = {task: TASKS.load(task).loss(TaskContext(num_channels=c)) for task, c in CHANNELS.items()}
     weights = {"semseg": 1, "depth": 1, "human_parts": 2, "sal": 5, "normals": 10, "edge": 50}
-    return MultiTaskLoss(losses, weights, scheme, scope=scope, **options)
+    return MultiTaskLoss(losses, build_balancing(scheme, tuple(CHANNELS), weights), scope=scope, **options)
 
 
 def test_cross_entropy_by_hand():
@@ -128,8 +129,8 @@ def test_schemes_by_hand():
     weighted, logs = criterion("weighted_sum", "process"), criterion("log", "process")
     losses = weighted(logits, labels)
     parts = {task: losses[task].item() for task in CHANNELS}
-    assert losses["total"].item() == pytest.approx(sum(weighted.weights[t] * v for t, v in parts.items()))
-    expected = sum(logs.weights[t] * math.log(v + 1e-8) for t, v in parts.items())
+    assert losses["total"].item() == pytest.approx(sum(weighted.balancing.weights[t] * v for t, v in parts.items()))
+    expected = sum(logs.balancing.weights[t] * math.log(v + 1e-8) for t, v in parts.items())
     assert logs(logits, labels)["total"].item() == pytest.approx(expected)
 
 
@@ -177,14 +178,15 @@ def test_image_scope_equals_process_scope_for_one_image():
 
 def test_mistakes_are_named():
     loss = {"edge": BalancedBCELoss()}
-    with pytest.raises(ValueError, match="loss_scheme 'sum' is unknown; valid: weighted_sum, log"):
-        MultiTaskLoss(loss, {"edge": 1}, "sum")
+    fixed = build_balancing("weighted_sum", ["edge"], {"edge": 1})
+    with pytest.raises(ValueError, match="unknown loss_scheme 'summ'; did you mean 'weighted_sum'"):
+        build_balancing("summ", ["edge"], {"edge": 1})
     with pytest.raises(ValueError, match="loss_scope 'batch' is unknown; valid: process, image"):
-        MultiTaskLoss(loss, {"edge": 1}, scope="batch")
+        MultiTaskLoss(loss, fixed, scope="batch")
     with pytest.raises(ValueError, match="loss_weights lacks edge; given: sal"):
-        MultiTaskLoss(loss, {"sal": 1})
+        build_balancing("log", ["edge"], {"sal": 1})
     with pytest.raises(ValueError, match="no prediction for task 'edge'; got: sal"):
-        MultiTaskLoss(loss, {"edge": 1})({"sal": torch.zeros(1)}, {})
+        MultiTaskLoss(loss, fixed)({"sal": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="pos_weight 95"):
         BalancedBCELoss(95)
 
@@ -197,7 +199,7 @@ def test_published_totals_and_gradients(name, scheme, weights):
     tasks = [key.removeprefix("pred.") for key in data if key.startswith("pred.")]
     preds = {task: data[f"pred.{task}"].double().requires_grad_() for task in tasks}
     losses = {task: TASKS.load(task).loss(TaskContext(num_channels=preds[task].shape[1])) for task in tasks}
-    result = MultiTaskLoss(losses, weights or dict.fromkeys(tasks, 1), scheme)(
+    result = MultiTaskLoss(losses, build_balancing(scheme, tasks, weights or dict.fromkeys(tasks, 1)))(
         preds, {task: data[f"label.{task}"].float() for task in tasks})
     result["total"].backward()
     for key in (*tasks, "total"):

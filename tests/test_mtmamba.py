@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.blocks.coarse_to_fine import stage_rates
+from models.blocks.stm import STMOptions
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.blocks.coarse_to_fine import stage_rates
 from models.blocks.ss2d import CrossSS2D, GatedSS2D, PlainSS2D
-from models.blocks.stm import STMOptions
 from models.build import build_model, decoder_config
 from models.decoders.mtmamba import CTMBlock, MTMambaConfig
 from models.decoders.mtmamba_plus import MTMambaPlusConfig, SCTMBlock

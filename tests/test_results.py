@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from utils.engine.schedule import learning_rate
 
 from evaluation.evaluator import TaskContext
-from utils.engine.config import OptimizerKwargs, SchedulerKwargs
+from utils.engine.optimizers.torch_optimizers import AdamConfig
 from utils.engine.panel import batch_panel, prediction_panel
 from utils.engine.results import (
     delta_m_against,
@@ -18,6 +17,7 @@ from utils.engine.results import (
     selection_score,
     unscored,
 )
+from utils.engine.schedules.poly import Poly, PolyConfig
 from utils.engine.tasks import TASKS, tasks_named
 from utils.engine.views import colour_depth, colour_normals, voc_palette
 
@@ -60,16 +60,16 @@ def test_result_files_read_back(tmp_path):
         load_results(path)
 
 
-def test_learning_rate_is_the_lineages():
+def test_learning_rate_is_the_published_one():
     """lr (1 - k / 40000)^0.9 per update; the values of the published runs at base 1e-3."""
-    k = SchedulerKwargs()
+    schedule = Poly(PolyConfig(), 1e-3, 40000)
     published = {0: 1.0e-3, 1: 9.999775e-4, 1000: 9.774716e-4, 20000: 5.358867e-4, 39999: 7.2135e-8}
     for step, value in published.items():
-        assert learning_rate(step, 40000, 1e-3, k) == pytest.approx(value, rel=1e-6, abs=1e-12)
-    warm = SchedulerKwargs(warmup_iters=10, min_lr=1e-5)
-    assert learning_rate(0, 100, 1e-3, warm) == pytest.approx(1e-4)
-    assert learning_rate(99, 100, 1e-3, warm) > 1e-5
-    assert OptimizerKwargs().betas == (0.9, 0.999)
+        assert schedule(step) == pytest.approx(value, rel=1e-6, abs=1e-12)
+    warm = Poly(PolyConfig(warmup_iters=10, min_lr=1e-5), 1e-3, 100)
+    assert warm(0) == pytest.approx(1e-4)
+    assert warm(99) > 1e-5
+    assert AdamConfig().betas == (0.9, 0.999)
 
 
 def test_palette_is_voc():
@@ -88,7 +88,7 @@ def test_colours_mark_void():
 
 def test_unknown_tasks_are_named():
     assert list(tasks_named(["edge", "semseg"])) == ["semseg", "edge"]
-    with pytest.raises(ValueError, match=r"unknown task\(s\) \['depht'\]; known: semseg, depth"):
+    with pytest.raises(ValueError, match=r"unknown task 'depht'; did you mean 'depth'\? known: semseg, depth"):
         tasks_named(["depht"])
 
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ops.routes import Route, four_routes
-from models.ops.ss2d import S6Weights, s6_scan
-from models.ops.selective_scan import count_scan_flops, scan_routes, set_scan_backend
-from models.ops.scan_op import scan_flops
 from models.ops.scan_args import CHUNK_TOKENS
+from models.ops.scan_op import scan_flops
+from models.ops.selective_scan import count_scan_flops, scan_routes, set_scan_backend
+from models.ops.ss2d import S6Weights, s6_scan
 from tests.scan_backends import FAST, device_of, draw, relative_error, tolerance
 
 # The token (row, column) at each position, written out as loops.

@@ -11,11 +11,11 @@ import sys
 import pytest
 import torch
 
-from models.ops.routes import Route, four_routes
-from models.ops.selective_scan import scan_routes
-from models.ops import scan_triton, selective_scan
 from models.ops import scan_args as scan_args_module
+from models.ops import scan_triton, selective_scan
+from models.ops.routes import Route, four_routes
 from models.ops.scan_triton import CANDIDATES, Blocks, find_triton, triton_refusal
+from models.ops.selective_scan import scan_routes
 from tests.scan_backends import draw, relative_error
 from tests.shared import ROOT
 from tests.test_scan_routes import ORDERS, arguments, route_of

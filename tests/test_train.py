@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from losses.multi_task import MultiTaskLoss
 from tests.conftest import launch
 from tests.shared import ROOT
-from utils.engine.build import build_criterion
 from utils.engine.config import load_config
 from utils.engine.train import train
 from utils.finite import FiniteGuard
@@ -133,19 +133,14 @@ def test_interrupt_saves_and_resumes(tiny, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
     config = load_config(NYUD, [*tiny, "optimizer_kwargs.lr=1e-3", "val_interval=2"])
-    import utils.engine.train
-    calls = []
+    original, calls = MultiTaskLoss.forward, []
 
-    def poisoned(config):
-        criterion = build_criterion(config)
+    def poisoned(self, *args):
+        calls.append(1)
+        out = original(self, *args)
+        return {**out, "depth": out["depth"] * float("nan")} if len(calls) == 4 else out
 
-        def losses(*args):
-            calls.append(1)
-            out = criterion(*args)
-            return {**out, "depth": out["depth"] * float("nan")} if len(calls) == 4 else out
-        return losses
-
-    monkeypatch.setattr(utils.engine.train, "build_criterion", poisoned)
+    monkeypatch.setattr(MultiTaskLoss, "forward", poisoned)
     with pytest.raises(FloatingPointError, match="step 4: loss 'depth' is nan"):
         train(config, resume=False)
     kept = torch.load(config.run_dir / "last.pt", weights_only=True)

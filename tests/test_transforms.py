@@ -1,6 +1,5 @@
 """Augmentations: equal to the recorded runs of the published code, and right on their own terms."""
 
-import dataclasses
 import json
 import random
 import re
@@ -10,9 +9,11 @@ import pytest
 import torch
 
 from data import transforms as T
+from data.labels import DepthLabel
 from tests.shared import SHARED, golden
-from utils.engine.tasks import TASKS, label_rules, tasks_named
+from utils.engine.tasks import label_rules
 
+GUIDE = label_rules(["semseg"])
 MAPS = ("semseg", "depth", "normals", "edge", "sal", "human_parts")
 DEPTH_VOID = {"mtmamba": 255.0, "taskprompter": -1.0, "mlore": 0.0}
 CASES_PATH = SHARED / "golden" / "metrics" / "transforms.json"
@@ -47,10 +48,11 @@ class Replay:
 
 
 def family_tasks(family):
-    """The task table with the depth void value of one of the published families."""
-    void = np.float32(DEPTH_VOID[family])
-    depth = dataclasses.replace(TASKS.load("depth"), mark_void=lambda x: np.where(x == 0, void, x))
-    return tasks_named(MAPS) | {"depth": depth}
+    """The label rules with the depth void value of one of the published families."""
+    class OtherVoid(DepthLabel):
+        def mark_void(self, label):
+            return np.where(label == 0, np.float32(DEPTH_VOID[family]), label)
+    return label_rules(MAPS) | {"depth": OtherVoid()}
 
 
 def run_case(case, sample):
@@ -59,7 +61,7 @@ def run_case(case, sample):
         return T.RandomScale(tasks).apply(sample, case["scale"])
     if op == "crop":
         top, bottom, left, right = case["loc"]
-        return T.RandomCrop((bottom - top, right - left)).apply(sample, top, left)
+        return T.RandomCrop(tasks, (bottom - top, right - left)).apply(sample, top, left)
     if op == "flip":
         return T.RandomFlip(tasks).apply(sample)
     if op == "pad":                            # the reference leaves a side that is already larger alone
@@ -181,7 +183,7 @@ def one_class_sample():
 
 def test_crop_redraws_until_classes_vary():
     rng = Corners([0, 0, 5, 0, 20, 20, 0, 0])
-    cropped = T.RandomCrop((20, 20))(one_class_sample(), rng)
+    cropped = T.RandomCrop(GUIDE, (20, 20))(one_class_sample(), rng)
     assert rng.count == 6
     np.testing.assert_array_equal(np.unique(cropped["semseg"]), [1, 2])
     assert cropped["image"].shape == (20, 20, 3)
@@ -189,7 +191,7 @@ def test_crop_redraws_until_classes_vary():
 
 def test_crop_takes_the_eleventh_position_unseen():
     rng = Corners([])
-    cropped = T.RandomCrop((20, 20))(one_class_sample(), rng)
+    cropped = T.RandomCrop(GUIDE, (20, 20))(one_class_sample(), rng)
     assert rng.count == 22 and (cropped["semseg"] == 3).all()
 
 
@@ -202,7 +204,7 @@ def test_crop_compares_the_labelled_pixels(shares, draws):
     row = np.repeat(list(shares), [round(40 * share) for share in shares.values()])
     sample["semseg"] = np.tile(row, 50).reshape(50, 40).T[..., None].astype(np.float32)   # each column alike
     rng = Corners([])
-    T.RandomCrop((40, 30))(sample, rng)
+    T.RandomCrop(GUIDE, (40, 30))(sample, rng)
     assert rng.count == draws
 
 
@@ -210,11 +212,11 @@ def test_crop_without_semseg_draws_once_and_without_excess_not_at_all():
     sample = one_class_sample()
     del sample["semseg"]
     rng = Corners([7, 9])
-    cropped = T.RandomCrop((20, 20))(sample, rng)
+    cropped = T.RandomCrop({}, (20, 20))(sample, rng)
     assert rng.count == 2
     np.testing.assert_array_equal(cropped["image"], sample["image"][7:27, 9:29])
     rng = Corners([])
-    assert T.RandomCrop((40, 40))(sample, rng) is sample and rng.count == 0
+    assert T.RandomCrop({}, (40, 40))(sample, rng) is sample and rng.count == 0
 
 
 def test_normalise_is_the_same_from_uint8_and_float():

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from models.necks import NECKS
 
 from data.base import DatasetSpec
 from data.datasets import DATASETS
@@ -25,7 +24,9 @@ from evaluation.boundary.settings import BoundarySettings, Mode
 from losses.balancing import BALANCING
 from models.backbones import BACKBONES
 from models.decoders import DECODERS
+from models.necks import NECKS
 from utils.table import Table
+
 SCAN_BACKENDS = Table("scan_backend", dict.fromkeys(("auto", "triton", "cpp", "mamba_ssm", "torch", "reference")))
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
