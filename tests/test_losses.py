@@ -179,8 +179,8 @@ def test_image_scope_equals_process_scope_for_one_image():
 def test_mistakes_are_named():
     loss = {"edge": BalancedBCELoss()}
     fixed = build_balancing("weighted_sum", ["edge"], {"edge": 1})
-    with pytest.raises(ValueError, match="unknown loss_scheme 'summ'; did you mean 'weighted_sum'"):
-        build_balancing("summ", ["edge"], {"edge": 1})
+    with pytest.raises(ValueError, match="unknown loss_scheme 'weightedsum'; did you mean 'weighted_sum'"):
+        build_balancing("weightedsum", ["edge"], {"edge": 1})
     with pytest.raises(ValueError, match="loss_scope 'batch' is unknown; valid: process, image"):
         MultiTaskLoss(loss, fixed, scope="batch")
     with pytest.raises(ValueError, match="loss_weights lacks edge; given: sal"):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from evaluation import delta_m
+from evaluation.delta_m import delta_m
 from evaluation.boundary.edge_loss import EdgeLossMeter
 from evaluation.boundary.edge_maps import crop_from_padding, save_edge_maps
 from evaluation.depth import DepthMeter

@@ -258,7 +258,8 @@ def _check_relations(c: Config, where: Where) -> None:
     for name in (c.train_db_name, c.val_db_name):
         spec = DATASETS.load(name).spec
         if absent := [t for t in c.tasks if t not in spec.tasks]:
-            refuse("task_dictionary", f"{name} has no labels for {', '.join(absent)}; its tasks: {', '.join(spec.tasks)}")
+            refuse("task_dictionary", f"{name} has no labels for {', '.join(absent)}; its tasks: "
+                                      f"{', '.join(spec.tasks)}")
     weights = c.loss_kwargs.loss_weights
     named = {"loss_kwargs.loss_weights": weights, "single_task_scores": [key.split("/")[0] for key in
                                                                          c.single_task_scores]}
