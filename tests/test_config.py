@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.build import build_model, decoder_config, resolve_name
+from models.build import build_model, resolve_name
+from models.decoders import DECODERS
 from tests.shared import ROOT
 from utils.engine.config import ConfigError, config_from_dict, load_config, save_config
+from utils.options import parse
 
 SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yml") if "_base_" not in p.parts and p.stem != "bim_small")
 
@@ -135,7 +137,7 @@ def test_the_lineages_files_load(tmp_path, name):
     assert config.optimizer_kwargs.lr in (2e-5, 6e-5)
     decoder = resolve_name(config.model, config.backbone, config.model_kwargs)
     assert decoder == name
-    decoder_config(decoder, config.model_kwargs)
+    parse(DECODERS.options(decoder), config.model_kwargs)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -155,7 +157,7 @@ def test_every_shipped_file_builds(path):
               "taskprompter": {"embed_dim": 8, "level_embed_dim": 8, "final_embed_dim": 8, "img_ds_ratio": 1},
               "bridgenet": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8, "refine_depth": (1, 1, 1)}}
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
-    model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck, head=config.head,
+    model = build_model(config.model, kind, outputs, (64, 128), neck=config.neck,
                         backbone_kwargs=tiny[kind], neck_kwargs=neck_kwargs,
                         model_kwargs={**config.model_kwargs, **narrow[config.model.lower()]})
     assert list(model.heads) == list(config.tasks)

@@ -13,8 +13,10 @@ from torch import nn
 from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
 from data.datasets import DATASETS, build_dataset
 from data.files import class_table, read_depth, read_table
-from models.build import DECODERS, build_model
-from models.model import Decoder, DecoderOutput
+from models.build import build_model
+from models.decoder import Decoder, DecoderOutput
+from models.decoders import DECODERS
+from models.decoders.options import DecoderOptions
 from tests.shared import ROOT
 from utils.engine.config import TaskDictionary, load_config
 from utils.engine.tasks import TASKS, tasks_named
@@ -26,6 +28,7 @@ def readme_code(first_line: str) -> dict:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     [block] = [block for block in blocks if first_line in block]
     names = {"dataclass": dataclass, "nn": nn, "Decoder": Decoder, "DecoderOutput": DecoderOutput, "partial": partial,
+             "DecoderOptions": DecoderOptions,
              "Source": Source, "MultiTaskDataset": MultiTaskDataset, "DatasetSpec": DatasetSpec,
              "read_image": read_image, "read_depth": read_depth, "read_table": read_table, "class_table": class_table,
              "__name__": __name__}

@@ -135,8 +135,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
     import utils.engine.train
     calls = []
 
-    def poisoned(config):
-        criterion = build_criterion(config)
+    def poisoned(config, model):
+        criterion = build_criterion(config, model)
 
         def losses(*args):
             calls.append(1)
