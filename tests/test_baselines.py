@@ -7,8 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models.backbones import build_backbone, hrnet
-from models.build import build_model
+from models.backbones import hrnet
+from models.build import build_backbone, build_model
 from scripts.delta_m import main as delta_m
 from tests.shared import ROOT
 from utils.engine.build import build_split, model_from_config
@@ -67,11 +67,11 @@ def test_tasks_do_not_touch_each_other(name):
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("fcn", {"reduction": 0}, "FCN option reduction = 0 is not valid, expected 1 to 120"),
-    ("fcn", {"reduction": 500}, "expected 1 to 120, the channels of the backbone's maps"),
-    ("multi_scale", {"channels": 0}, "multi_scale option channels = 0"),
+    ("fcn", {"reduction": 0}, "model 'fcn': 'model_kwargs.reduction' must be a whole number of at least 1, got 0"),
+    ("fcn", {"reduction": 500}, "'reduction' must be 1 to 120, the channels of the backbone's maps"),
+    ("multi_scale", {"channels": 0}, "model_kwargs.channels' must be a whole number of at least 1"),
     ("multi_scale", {"chanels": 3}, "did you mean 'channels'"),
-    ("fcn", {"tasks": {}}, "decoder 'fcn' needs one or more tasks, got none"),
+    ("fcn", {"tasks": {}}, "model 'fcn' .* needs one or more tasks, got none"),
 ])
 def test_mistakes_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
@@ -83,7 +83,7 @@ def test_mistakes_are_named(name, options, message):
 
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (8, 200)])
 def test_hrnet_takes_any_size(size):
-    backbone = build_backbone("hrnet", (32, 32), **TINY_HRNET)
+    backbone = build_backbone("hrnet", (32, 32), TINY_HRNET)
     maps = backbone(torch.randn(2, 3, *size))
     height, width = -(-size[0] // 4), -(-size[1] // 4)  # rounded up, here and at each halving
     for feat, channels in zip(maps, backbone.channels, strict=True):
@@ -94,7 +94,7 @@ def test_hrnet_takes_any_size(size):
 def test_hrnet_is_timms_but_for_the_interpolation(monkeypatch):
     """With repeated pixels in place of bilinear interpolation the maps are those of timm's network."""
     torch.manual_seed(0)
-    backbone = build_backbone("hrnet", (64, 96), **TINY_HRNET).eval()
+    backbone = build_backbone("hrnet", (64, 96), TINY_HRNET).eval()
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         bilinear = backbone(image)
@@ -118,8 +118,8 @@ def test_hrnet_starts_from_a_classifiers_weights(tmp_path, caplog):
 
 
 def test_hrnet_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"HRNet has 3 stages of several branches but got num_modules \(1, 1\)"):
-        build_backbone("hrnet", (32, 32), **{**TINY_HRNET, "num_modules": (1, 1)})
+    with pytest.raises(ValueError, match=r"num_modules' must be a list of 3 values, got \(1, 1\)"):
+        build_backbone("hrnet", (32, 32), {**TINY_HRNET, "num_modules": (1, 1)})
 
 
 # ------------------------------------------------------------ shipped files, training

@@ -15,9 +15,11 @@ from torch import nn
 from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6
+from models.decoder import BuildContext
 from models.decoders.bim import BCFRBlock, BIMConfig, BIMDecoder, BIScan, MSScan
 from models.ops import Route, count_scan_flops, s6_scan, ss2d_core, window_positions
 from models.ops.scan_cpp import find_cpp_kernel
+from utils.options import parse
 
 STRIDES = (4, 8, 16, 32)
 WIDTHS = (8, 16, 32, 64)
@@ -44,9 +46,13 @@ def bi_scan(width=6, state=4):
     return randomise(BIScan(width, rank=2, state=state))
 
 
+def context(tasks="abc", widths=WIDTHS, strides=STRIDES):
+    return BuildContext(dict.fromkeys(tasks, 1), widths, strides, image_size=(64, 96))
+
+
 def small_decoder(tasks="abc", **options):
     options = {"d_state": 4, "drop_path_rate": 0.0} | options
-    return randomise(BIMDecoder(list(tasks), WIDTHS, STRIDES, BIMConfig(**options)))
+    return randomise(BIMDecoder(context(tasks), BIMConfig(**options)))
 
 
 def encoder_maps(batch=1, height=64, width=96):
@@ -412,8 +418,8 @@ PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
 
 def decoder_and_heads(embed, outputs, **options):
     with torch.device("meta"):
-        widths = [embed * 2**i for i in range(4)]
-        decoder = BIMDecoder(list(outputs), widths, STRIDES, BIMConfig(**options))
+        widths = tuple(embed * 2**i for i in range(4))
+        decoder = BIMDecoder(context(outputs, widths), BIMConfig(**options))
         return decoder, nn.ModuleDict({task: decoder.make_head(n) for task, n in outputs.items()})
 
 
@@ -514,7 +520,7 @@ def test_23_fast_scan_equals_the_recurrence_in_bi_scan(tasks, width, backend, mo
 @pytest.mark.parametrize("tasks", ["a", "abcde"])
 def test_every_option_runs_and_uses_every_parameter(tasks, options):
     decoder = small_decoder(tasks, **options)
-    assert decoder.channels == 8 and decoder.stride == 4
+    assert decoder.channels == 8
     out = decoder(encoder_maps(batch=2)).feats
     assert {task: feat.shape for task, feat in out.items()} == {task: (2, 8, 16, 24) for task in tasks}
     sum(feat.square().sum() for feat in out.values()).backward()
@@ -550,25 +556,26 @@ def test_patch_expand_puts_channels_into_pixels():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"order": "both"}, "order = 'both'.*msst_first or bcfr_first"),
-    ({"ms_scan": "wavelet"}, "ms_scan = 'wavelet'.*scale or window"),
+    ({"order": "both"}, "order' must be one of msst_first, bcfr_first, got 'both'"),
+    ({"ms_scan": "wavelet"}, "ms_scan' must be one of scale, window, got 'wavelet'"),
     ({"scales": ()}, "scales"), ({"scales": (0, 2)}, "scales"), ({"windows": (-1,)}, "windows"),
-    ({"msst_depth": 0}, "msst_depth = 0"), ({"d_state": 0}, "d_state"), ({"expand": 0}, "expand"),
+    ({"msst_depth": 0}, "msst_depth' must be a whole number of at least 1, got 0"),
+    ({"msst_depth": 1.5}, "whole number"), ({"scales": (1, "a")}, "whole number"), ({"scales": 2}, "a list"),
+    ({"d_state": 0}, "d_state"), ({"expand": 0}, "expand"),
     ({"drop_path_rate": 1.0}, "drop_path_rate")])
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        BIMConfig(**options)
+        parse(BIMConfig, options)
 
 
 @pytest.mark.parametrize("tasks, widths, strides, message", [
     ("ab", (64,), (16,), r"needs four maps.*got widths \(64,\) and strides \(16,\)"),
     ("ab", (8, 8, 8, 8), STRIDES, r"got widths \(8, 8, 8, 8\)"),
     ("ab", WIDTHS, (2, 4, 8, 16), r"strides \(2, 4, 8, 16\)"),
-    ("", WIDTHS, STRIDES, "one or more different tasks"),
-    ("aa", WIDTHS, STRIDES, "one or more different tasks")])
+    ("ab", (), (), r"needs one or more maps; got widths \(\)"), ("", WIDTHS, STRIDES, "one or more tasks, got none")])
 def test_wrong_encoders_and_tasks_are_refused(tasks, widths, strides, message):
     with pytest.raises(ValueError, match=message):
-        BIMDecoder(list(tasks), widths, strides, BIMConfig())
+        BIMDecoder(context(tasks, widths, strides), BIMConfig())
 
 
 def test_input_sides_must_be_multiples_of_32():

@@ -26,7 +26,7 @@ IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def swin(**sizes):
-    return build_backbone("swin", (64, 64), **(SWIN | sizes)).eval()
+    return build_backbone("swin", (64, 64), SWIN | sizes).eval()
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +191,9 @@ def test_other_window_resizes_the_tables(tmp_path, classifier, caplog):
 
 
 def test_vit_position_embedding_follows_the_image_size(tmp_path, caplog):
-    source = build_backbone("vit", (64, 64), **VIT)
+    source = build_backbone("vit", (64, 64), VIT)
     torch.save({"model": source.state_dict() | {"head.weight": torch.zeros(2, 24)}}, tmp_path / "vit.pth")
-    backbone = build_backbone("vit", (32, 96), **VIT)
+    backbone = build_backbone("vit", (32, 96), VIT)
     with caplog.at_level(logging.INFO):
         load_pretrained(backbone, tmp_path / "vit.pth")
     assert "position embedding resized from 4x4 to 2x6" in caplog.text
@@ -234,25 +234,25 @@ def augreg_arrays(model) -> dict[str, np.ndarray]:
 
 def test_augreg_npz_equals_the_timm_file(tmp_path):
     torch.manual_seed(1)
-    source = build_backbone("vit", (64, 64), **VIT)
+    source = build_backbone("vit", (64, 64), VIT)
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     np.savez(tmp_path / "vit.npz", **augreg_arrays(source))
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     for size in ((64, 64), (32, 96)):  # the second resizes the position embedding
-        first, second = (build_backbone("vit", size, **VIT) for _ in range(2))
+        first, second = (build_backbone("vit", size, VIT) for _ in range(2))
         load_pretrained(first, tmp_path / "vit.npz")
         load_pretrained(second, tmp_path / "vit.safetensors")
         expected = second.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in first.state_dict().items())
     with pytest.raises(ValueError, match=r"12 unknown to the model \(blocks.3"):
-        load_pretrained(build_backbone("vit", (64, 64), **(VIT | {"depth": 3, "taps": (1, 2, 3)})),
+        load_pretrained(build_backbone("vit", (64, 64), VIT | {"depth": 3, "taps": (1, 2, 3)}),
                         tmp_path / "vit.npz")
     with pytest.raises(ValueError, match="an .npz file holds AugReg ViT weights"):
         load_pretrained(swin(), tmp_path / "vit.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(ValueError, match="not an AugReg ViT file"):
-        load_pretrained(build_backbone("vit", (64, 64), **VIT), tmp_path / "other.npz")
+        load_pretrained(build_backbone("vit", (64, 64), VIT), tmp_path / "other.npz")
 
 
 # ------------------------------------------------------------ where weights come from
@@ -321,7 +321,7 @@ def test_download_script_writes_a_file_that_loads(tmp_path, monkeypatch, classif
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz", ".legacy.pth"])
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.95])
 def test_truncated_file_is_named_with_its_size(tmp_path, suffix, keep):
-    backbone = build_backbone("vit", (64, 64), **VIT)
+    backbone = build_backbone("vit", (64, 64), VIT)
     path = tmp_path / f"weights{suffix}"
     if suffix == ".npz":
         np.savez(path, **augreg_arrays(backbone))

@@ -114,7 +114,6 @@ def test_predict_names_the_pictures_it_could_not_read(monkeypatch, trained, tmp_
     ("model_kwargs.msst_dept=1", "did you mean 'msst_depth'"),
     ("image_size=[70,96]", "must be multiples of 32"),
     ("pretrained=nowhere.pth", "nowhere.pth"),
-    ("head=mlp", "head 'mlp' is not available"),
 ])
 def test_training_mistakes(monkeypatch, tiny, tmp_path, override, words):
     assert words in refused(monkeypatch, "--config_exp", NYUD, *tiny, override)

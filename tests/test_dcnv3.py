@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.backbones import BACKBONES, build_backbone
+from models.backbones import BACKBONES
 from models.backbones.internimage import DeformableConv
+from models.build import build_backbone
 from models.ops import Kernel, dcnv3
 from scripts.check_parity import main as check_parity
 from scripts.download_pretrained import download
@@ -126,7 +127,7 @@ def test_shapes_are_checked(index, shape, message):
 
 def tiny(**options):
     torch.manual_seed(0)
-    return build_backbone("internimage", (32, 32), **{**TINY, **options})
+    return build_backbone("internimage", (32, 32), {**TINY, **options})
 
 
 @pytest.mark.parametrize("name, count", [("internimage_b", 94_909_920), ("intern_l", 218_952_370)])
@@ -174,10 +175,13 @@ def test_mixed_precision_stays_close():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"groups": (3, 2, 2, 4)}, "8 channels cannot be split into 3 groups"),
-    ({"depths": (1, 1)}, r"4 levels but got depths \(1, 1\)"), ({"kernel_size": 4}, "odd kernel_size but got 8 and 4"),
-    ({"embed_dim": 7}, "even embed_dim"), ({"res_post_norm": True}, "goes with post_norm false and no layer_scale"),
-    ({"group": 2}, "no argument 'group' .did you mean 'groups'")])
+    ({"groups": (3, 2, 2, 4)}, r"groups' must be divisors of the levels' channels, \(8, 16, 32, 64\), got \[3"),
+    ({"depths": (1, 1)}, r"depths' must be a list of 4 values, got \(1, 1\)"),
+    ({"depths": (1, 1, 0, 1)}, "depths' must be numbers of at least 1"), ({"kernel_size": 4}, "must be an odd number"),
+    ({"dw_kernel_size": 0}, "dw_kernel_size' must be an odd number"), ({"embed_dim": 7}, "must be an even number"),
+    ({"mlp_ratio": 0}, "mlp_ratio' must be a positive number"), ({"offset_scale": -1}, "offset_scale' must be a pos"),
+    ({"res_post_norm": True}, "res_post_norm' must be false unless post_norm is false and layer_scale empty"),
+    ({"group": 2}, "unknown key 'backbone_kwargs.group'; did you mean 'groups'")])
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
@@ -205,7 +209,7 @@ def test_published_files_load(tmp_path, caplog, wrap, prefix):
     original = tiny(post_norm=False, center_feature_scale=True)
     nn.init.normal_(original.levels[1].blocks[0].dcn.centre_scale.weight)
     torch.save(wrap(published(original, prefix)), tmp_path / "a.pth")
-    backbone = build_backbone("internimage", (32, 32), **TINY, post_norm=False, center_feature_scale=True)
+    backbone = tiny(post_norm=False, center_feature_scale=True)
     with caplog.at_level(logging.INFO):
         load_pretrained(backbone, tmp_path / "a.pth")
     assert "missing 0 / unexpected 4 (conv_head.*, head.*)" in caplog.text
@@ -227,7 +231,7 @@ def test_true_means_the_authors_file(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PRETRAINED_DIR", tmp_path)
     backbone, original = tiny(), tiny(drop_path_rate=0.0)
     nn.init.normal_(original.levels[0].blocks[0].gamma1)
-    backbone.pretrained_file = BACKBONES["intern_b"].pretrained_file
+    backbone.pretrained_file = BACKBONES["internimage_b"].pretrained_file
     with pytest.raises(FileNotFoundError, match="no internimage_b_1k_224.pth in .*huggingface.co/OpenGVLab/InternIm"):
         load_pretrained(backbone, True)
     torch.save({"model": published(original)}, tmp_path / "internimage_b_1k_224.pth")

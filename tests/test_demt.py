@@ -269,11 +269,11 @@ def test_mixed_precision_trains(tiny):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"dim": 18}, "DeMT option num_heads = 4 is not valid, expected a divisor of dim = 18"),
-    ({"mixer_order": "first"}, "mixer_order = 'first' is not valid, expected auto, channel_first or spatial_first"),
-    ({"attention": "pixel"}, "attention = 'pixel' is not valid, expected per_sample or batch"),
-    ({"mixer_depth": 0}, "mixer_depth = 0 is not valid"), ({"depth": 2}, "did you mean 'mixer_depth'"),
-    ({"tasks": {}}, "decoder 'demt' needs one or more tasks, got none")])
+    ({"dim": 18}, "model 'DeMT': 'model_kwargs.num_heads' must be a divisor of dim = 18, got 4"),
+    ({"mixer_order": "first"}, "mixer_order' must be one of auto, channel_first, spatial_first .*, got 'first'"),
+    ({"attention": "pixel"}, "attention' must be one of per_sample, batch, got 'pixel'"),
+    ({"mixer_depth": 0}, "mixer_depth' must be a whole number of at least 1, got 0"),
+    ({"depth": 2}, "did you mean 'mixer_depth'"), ({"tasks": {}}, "needs one or more tasks, got none")])
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)

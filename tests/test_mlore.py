@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.backbones import build_backbone
 from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
-from models.build import build_model
-from models.decoders.mlore import PAPER_RANKS, MLoREConfig
+from models.build import build_backbone, build_model, resolve_name
+from models.decoders.mlore import MLoREConfig
 from scripts.bench_mlore import differences, measure
 from scripts.check_parity import main as check_parity
 from tests.shared import ROOT, golden
@@ -24,6 +23,7 @@ from utils.engine.checkpoint import convert_released
 from utils.engine.config import load_config
 from utils.engine.predict import infer
 from utils.engine.train import train
+from utils.options import parse
 
 NYUD, PASCAL = (str(ROOT / "configs" / f"mlore_{name}.yml") for name in ("nyud", "pascal"))
 NARROW = {"final_embed_dim": 12, "rank_list": (1, 2, 3, 5), "topk": 2, "spe_rank": 2}
@@ -92,7 +92,7 @@ def test_shipped_files_build_the_published_models(path, entry):
     assert model.encoder.taps == (*published["select_list"], published["depth"])
     assert model.decoder.first[0].router["edge"].mask_first == published["pre_softmax"]
     # What a file of the original without a list of ranks gets.
-    assert list(MLoREConfig(published["final_embed_dim"]).rank_list) == published["rank_list"]
+    assert list(MLoREConfig(published["final_embed_dim"]).ranks) == published["rank_list"]
 
 
 # ------------------------------------------------------------ fast forms and their plain twins
@@ -306,12 +306,12 @@ def test_a_wrong_pairing_says_what_the_file_holds(tiny, tmp_path):
 
 
 def test_pretrained_weights_lose_their_class_token():
-    donor = build_backbone("vit", (32, 32), **VIT)
-    backbone = build_backbone("vit", (32, 48), class_token=False, **VIT)
+    donor = build_backbone("vit", (32, 32), VIT)
+    backbone = build_backbone("vit", (32, 48), VIT | {"class_token": False})
     state = backbone.convert_state_dict(donor.state_dict())
     assert set(state) == set(backbone.state_dict()) and backbone.pos_embed.shape == (1, 24, 16)
     backbone.load_state_dict(state)
-    whole = build_backbone("vit", (32, 48), **VIT).convert_state_dict(donor.state_dict())
+    whole = build_backbone("vit", (32, 48), VIT).convert_state_dict(donor.state_dict())
     assert torch.equal(state["pos_embed"], whole["pos_embed"][:, 1:])
     assert torch.equal(backbone.convert_state_dict(backbone.state_dict())["pos_embed"], state["pos_embed"])
     assert backbone(torch.randn(1, 3, 32, 48))[0].shape == (1, 16, 4, 6)
@@ -357,15 +357,14 @@ def test_any_tasks_and_taps(tasks, taps):
 def test_the_lineages_file_builds_mlore():
     own = {"final_embed_dim": 452, "topk": 9, "pre_softmax": False, "spe_rank": 72, "with_feat": False}
     with torch.device("meta"):
-        model = build_model("TransformerNet", "vitL", TASKS, (512, 512), head="conv", model_kwargs=own)
+        model = build_model(resolve_name("TransformerNet", "vitL", own), "vitL", TASKS, (512, 512), model_kwargs=own)
     assert type(model.decoder).__name__ == "MLoREDecoder" and model.encoder.cls_token is None
-    assert model.decoder.first[0].experts.ranks == PAPER_RANKS
+    assert model.decoder.first[0].experts.ranks == tuple(range(16, 129, 8))
 
 
 @pytest.mark.parametrize("backbone, arguments, message", [
     ("swin_tiny", {}, r"backbone 'swin_tiny': .* needs maps of one stride.*strides \(4, 8, 16, 32\)"),
     ("vit_small", {"neck": "pyramid", "neck_kwargs": {"embed_dim": 8}}, r"needs maps of one stride.*\(4, 8,"),
-    ("vit_small", {"head": "deconv"}, "head 'deconv' is not available for model 'MLoRE'"),
     ("vit_small", {"model_kwargs": {"top_k": 3}}, "did you mean 'topk'"),
 ])
 def test_parts_that_do_not_fit(backbone, arguments, message):
@@ -374,11 +373,12 @@ def test_parts_that_do_not_fit(backbone, arguments, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"final_embed_dim": 30}, "final_embed_dim = 30 is not valid, expected a multiple of 4"),
-    ({"topk": 16}, "topk = 16 is not valid, expected 1 to 15, the number of experts in rank_list"),
-    ({"topk": 0}, "topk = 0"), ({"spe_rank": 0}, "spe_rank = 0"), ({"rank_list": (4,)}, "rank_list = .4,. is not"),
-    ({"rank_list": (0, 4)}, "ranks of at least 1"), ({"with_feat": True}, "with_feat = True is not valid"),
-    ({"load_balancing_weight": -1}, "load_balancing_weight = -1")])
+    ({"final_embed_dim": 30}, "final_embed_dim' must be a multiple of 4, got 30"),
+    ({"topk": 16}, "topk' must be 1 to 15, the number of experts in rank_list, got 16"),
+    ({"topk": 0}, "topk' must be 1 to 15"), ({"spe_rank": 0}, "spe_rank' must be a whole number of at least 1"),
+    ({"rank_list": (4,)}, "rank_list' must be two or more ranks of at least 1"), ({"rank_list": 4}, "must be a list"),
+    ({"rank_list": (0, 4)}, "ranks of at least 1"), ({"with_feat": True}, "with_feat' must be false"),
+    ({"load_balancing_weight": -1}, "load_balancing_weight' must be a number of at least 0")])
 def test_option_values_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        MLoREConfig(**options)
+        parse(MLoREConfig, options)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.blocks.coarse_to_fine import stage_rates
-from models.blocks.stm import STMOptions
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.blocks.ss2d import CrossSS2D, GatedSS2D, PlainSS2D
-from models.build import build_model, decoder_config
+from models.build import build_model
+from models.decoders.coarse_to_fine import stage_rates
 from models.decoders.mtmamba import CTMBlock, MTMambaConfig
 from models.decoders.mtmamba_plus import MTMambaPlusConfig, SCTMBlock
+from models.decoders.stm import STMConfig
 from models.released.mtmamba import convert, recognises
 from scripts.check_parity import main
 from scripts.parity.base import Folder, Options, scaled_error
@@ -174,7 +174,7 @@ def test_recipes_are_the_published_ones(name, lr, decay, steps):
 
 def test_stochastic_depth_falls_from_the_first_branch_to_none():
     rates = [[0.2, 0.175, 0.15], [0.125, 0.1, 0.075], [0.05, 0.025, 0]]
-    for got, want in zip(stage_rates(STMOptions().drop_path_rate, STMOptions().stm_depth), rates, strict=True):
+    for got, want in zip(stage_rates(STMConfig().drop_path_rate, STMConfig().stm_depth), rates, strict=True):
         assert got == pytest.approx(want, abs=1e-7)
     model = tiny_model("mtmamba_plus")
     stage = model.decoder.stm[0].stm["semseg"]
@@ -240,18 +240,21 @@ def test_heads_start_as_published():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"stm_depth": 0}, r"MTMamba\+\+ option stm_depth = 0 is not valid, expected a whole number of at least 1"),
-    ({"drop_path_rate": 1.0}, r"option drop_path_rate = 1.0 is not valid, expected a rate in \[0, 1\)"),
-    ({"head_channels": 0}, "option head_channels = 0 is not valid, expected a whole number of at least 1"),
+    ({"stm_depth": 0}, "model 'mtmamba.plus': 'model_kwargs.stm_depth' must be a whole number of at least 1, got 0"),
+    ({"stm_depth": 1.5}, "stm_depth' must be a whole number, got 1.5"),
+    ({"stm_depth": "two"}, "stm_depth' must be a whole number, got 'two'"),
+    ({"d_state": True}, "d_state' must be a whole number, got True"),
+    ({"drop_path_rate": 1.0}, r"drop_path_rate' must be a rate in \[0, 1\), got 1.0"),
+    ({"head_channels": 0}, "head_channels' must be a whole number of at least 1, got 0"),
     ({"d_stat": 4}, "did you mean 'd_state'")])
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        decoder_config("mtmamba_plus", options)
+        tiny_model("mtmamba_plus", **options)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_backbone_of_one_stride_is_refused_with_a_hint(model):
-    with pytest.raises(ValueError, match=rf"decoder '{model}' needs four maps .*neck: pyramid"):
+    with pytest.raises(ValueError, match=rf"model '{model}' .*: the decoder needs four maps .*neck: pyramid"):
         build_model(model, "vit", {"semseg": 4}, (64, 96), backbone_kwargs=TINY_VIT)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.build import DECODERS, build_model
+from models.build import build_model
+from models.decoders import DECODERS
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
 VIT = {"embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -24,10 +25,10 @@ SMALL = {
     "taskprompter": {"embed_dim": 8, "final_embed_dim": 8, "level_embed_dim": 8, "chan_embed_dim": 4},
 }
 
-NEEDS_PYRAMID = {"vit": "strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e, got .*`neck: pyramid` makes the four maps"}
+NEEDS_PYRAMID = {"vit": "strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e; got .*`neck: pyramid` makes the four maps"}
 NEEDS_VIT = {name: "needs .*maps of one stride.* as a plain ViT gives; got" for name in BACKBONES if name != "vit"}
 REFUSED = {
-    **dict.fromkeys(("bim", "mtmamba", "mtmamba_plus", "mtmamba++"), NEEDS_PYRAMID),
+    **dict.fromkeys(("bim", "mtmamba", "mtmamba_plus"), NEEDS_PYRAMID),
     **dict.fromkeys(("invpt", "mlore"), NEEDS_VIT),
     "taskprompter": {"vit, pyramid": "no place for the neck 'pyramid'; leave `neck` out",
                      "hrnet": "'hrnet' cannot carry task prompts", "internimage": "cannot carry task prompts"},
@@ -61,15 +62,19 @@ def test_pair(decoder, backbone):
 @pytest.mark.parametrize("backbone, arguments, message", [
     ("swin", {"backbone_kwargs": SWIN, **PYRAMID}, r"four maps of one stride.*got strides \(4, 8, 16, 32\)"),
     ("vit", {"backbone_kwargs": {**VIT, "taps": [2, 4]}, **PYRAMID}, r"four maps of one stride.*\(16, 16\)"),
-    ("vit", {"backbone_kwargs": VIT, "neck": "pyramid"}, r"takes neck_kwargs.embed_dim, .* nothing else; got \{\}"),
-    ("vit", {"backbone_kwargs": VIT, "neck": "pyramid", "neck_kwargs": {"embed_dim": 8, "widths": 4}}, "'widths': 4")])
+    ("vit", {"backbone_kwargs": VIT, "neck": "pyramid"}, "the key 'neck_kwargs.embed_dim' is required"),
+    ("vit", {"backbone_kwargs": VIT, "neck": "pyramid", "neck_kwargs": {"embed_dim": 8, "widths": 4}},
+     "unknown key 'neck_kwargs.widths'"),
+    ("vit", {"backbone_kwargs": VIT, "neck": "pyramid", "neck_kwargs": {"embed_dim": 0}},
+     "number of at least 1, got 0"),
+    ("vit", {"backbone_kwargs": VIT, "neck": "pyramids"}, "did you mean 'pyramid'")])
 def test_a_neck_that_does_not_fit_is_refused(backbone, arguments, message):
-    with pytest.raises(ValueError, match=f"neck 'pyramid'.*{message}"):
+    with pytest.raises(ValueError, match=f"neck 'pyramids?'.*{message}"):
         build_model("fcn", backbone, {"depth": 1}, (64, 64), **arguments)
 
 
 def test_a_pyramid_knows_the_strides_of_small_patches():
     model = build_model("fcn", "vit", {"depth": 1}, (64, 64), backbone_kwargs={**VIT, "patch_size": 8}, **PYRAMID)
-    assert model.neck.strides == (2, 4, 8, 16) and model.decoder.stride == 2
+    assert model.neck.strides == (2, 4, 8, 16)
     sizes = [feat.shape[-1] for feat in model.neck(model.encoder(torch.zeros(1, 3, 64, 64)))]
     assert sizes == [64 // stride for stride in model.neck.strides]

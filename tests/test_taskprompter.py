@@ -1,5 +1,6 @@
 """TaskPrompter: reference numbers, full-size keys, released checkpoints, training, what fits and what does not."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -11,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.datasets import DATASETS, build_transform
-from models.backbones import BACKBONES, PROMPTED, BackboneEntry, build_backbone
-from models.build import build_model
+from models.backbones import BACKBONES, BackboneEntry
+from models.build import build_backbone, build_model
 from models.decoders.taskprompter import TaskPrompterConfig
 from scripts.benchmark import count
 from scripts.check_parity import main as check_parity
@@ -24,6 +25,7 @@ from utils.engine.checkpoint import convert_released, load_pretrained
 from utils.engine.config import ConfigError, load_config
 from utils.engine.tasks import tasks_named
 from utils.engine.train import train
+from utils.options import parse
 
 CONFIGS = ROOT / "configs"
 NYUD, PASCAL = (str(CONFIGS / f"taskprompter_{name}.yml") for name in ("nyud", "pascal"))
@@ -32,17 +34,17 @@ SWIN = {"embed_dim": 8, "depths": (1, 2, 1, 2), "num_heads": (1, 1, 2, 2), "wind
 WIDTHS = {"embed_dim": 12, "final_embed_dim": 12, "level_embed_dim": 12, "chan_embed_dim": 16}
 TASKS = {"semseg": 5, "depth": 1, "edge": 1}
 SMALL_VIT = ["backbone=vit", f"backbone_kwargs={json.dumps(VIT)}"]
-SMALL_SWIN = ["backbone=swin", f"backbone_kwargs={json.dumps({**SWIN, 'patch_size': 4})}", "head=deconv",
-              "optimizer_kwargs.lr=4e-3"]
-OPTIONS = {"plain": {"chan_nheads": 4}, "reweighted": {"use_ctr": True}, "swin": {"extra_prompts": 1}}
+SMALL_SWIN = ["backbone=swin", f"backbone_kwargs={json.dumps({**SWIN, 'patch_size': 4})}", "optimizer_kwargs.lr=4e-3"]
+OPTIONS = {"plain": {"chan_nheads": 4}, "reweighted": {"use_ctr": True},
+           "swin": {"extra_prompts": 1, "head": "deconv"}}
 SMALL = {name: [*(SMALL_SWIN if name == "swin" else SMALL_VIT), f"model_kwargs={json.dumps({**WIDTHS, **options})}"]
          for name, options in OPTIONS.items()}
 
 
 
-def build(kind="vit", tasks=TASKS, size=(64, 96), head="default", sizes=None, **options):
+def build(kind="vit", tasks=TASKS, size=(64, 96), sizes=None, **options):
     torch.manual_seed(0)
-    return build_model("TaskPrompter", kind, tasks, size, head=head, model_kwargs={**WIDTHS, **options},
+    return build_model("TaskPrompter", kind, tasks, size, model_kwargs={**WIDTHS, **options},
                        backbone_kwargs={**{"vit": VIT, "swin": SWIN}[kind], **(sizes or {})})
 
 
@@ -194,7 +196,7 @@ def test_every_parameter_is_trained(kind, options):
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_pretrained_weights_of_the_plain_backbone_load(kind, tmp_path, caplog):
     model = build(kind, size=(64, 64))
-    plain = build_backbone(kind, (64, 64), **{"vit": VIT, "swin": SWIN}[kind]).state_dict()
+    plain = build_backbone(kind, (64, 64), {"vit": VIT, "swin": SWIN}[kind]).state_dict()
     classifier = {re.sub(r"^norm3\.", "norm.", key): torch.randn_like(x) if x.is_floating_point() else x
                   for key, x in plain.items() if not re.match(r"norm[0-2]\.", key)}
     save_file(classifier, tmp_path / "backbone.safetensors")
@@ -231,10 +233,9 @@ def test_every_named_vit_and_swin_fits(backbone):
 
 
 def test_a_backbone_without_a_prompted_variant_is_refused(monkeypatch):
-    other = type("Other", (torch.nn.Module,), {"__init__": lambda self: None})
+    other = type("Other", (torch.nn.Module,), {"Config": dataclasses.make_dataclass("OtherConfig", [])})
     monkeypatch.setitem(BACKBONES, "other", BackboneEntry(other))
-    assert other not in PROMPTED
-    with pytest.raises(ValueError, match="'TaskPrompter': backbone 'other' cannot carry task prompts.*vit_large"):
+    with pytest.raises(ValueError, match="'TaskPrompter' .*: backbone 'other' cannot carry task prompts.*vit_large"):
         build_model("TaskPrompter", "other", TASKS, (64, 96))
 
 
@@ -246,7 +247,8 @@ def test_a_backbone_without_a_prompted_variant_is_refused(monkeypatch):
     ("swin", {"img_ds_ratio": 0.3}, "must be multiples of 16"),
     ("swin", {"chan_nheads": 4, "chan_embed_dim": 9}, "a picture of 3x3, cannot be cut into the 2x2 windows"),
     ("swin", {"sizes": {"pad_before_roll": False}}, "leave backbone_kwargs.pad_before_roll true"),
-    ("vit", {"head": "mlp"}, "head 'mlp' is not available"),
+    ("vit", {"sizes": {"class_token": False}}, "leave backbone_kwargs.class_token out"),
+    ("vit", {"head": "mlp"}, "model_kwargs.head' must be one of conv, deconv, got 'mlp'"),
     ("vit", {"tasks": {}}, "needs one or more tasks, got none"),
     ("vit", {"chan_head": 1}, "did you mean 'chan_nheads'")])
 def test_parts_that_do_not_fit(kind, arguments, message):
@@ -256,18 +258,21 @@ def test_parts_that_do_not_fit(kind, arguments, message):
 
 def test_a_neck_is_refused():
     with pytest.raises(ValueError, match="works inside its backbone, there is no place for the neck 'pyramid'"):
-        build_model("TaskPrompter", "vit", TASKS, (64, 96), backbone_kwargs=VIT, neck="pyramid")
+        build_model("TaskPrompter", "vit", TASKS, (64, 96), backbone_kwargs=VIT, neck="pyramid",
+                    neck_kwargs={"embed_dim": 8})
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"prompt_len": 2}, "prompt_len = 2 is not valid, expected 1"), ({"embed_dim": 0}, "embed_dim = 0"),
-    ({"chan_nheads": 8}, "chan_nheads = 8 is not valid, expected a sq"), ({"head": "mlp"}, "expected conv or deconv"),
-    ({"img_ds_ratio": 0}, "img_ds_ratio = 0"), ({"prompt_update": "softmax"}, "expected linear or attention"),
-    ({"ignore_invalid_area_depth": False}, "expected true"), ({"extra_prompts": -1}, "extra_prompts = -1"),
-    ({"extra_prompts": 1, "use_ctr": True}, "expected 0 with use_ctr")])
+    ({"prompt_len": 2}, "prompt_len' must be 1, .* got 2"), ({"embed_dim": 0}, "embed_dim' must be a whole number of"),
+    ({"chan_nheads": 8}, "chan_nheads' must be a square number, got 8"), ({"head": "mlp"}, "one of conv, deconv"),
+    ({"img_ds_ratio": 0}, "img_ds_ratio' must be a pos"), ({"prompt_update": "softmax"}, "one of linear, attention"),
+    ({"ignore_invalid_area_depth": False}, "must be true"), ({"extra_prompts": -1}, "number of at least 0, got -1"),
+    ({"dd_label_map_size": [512]}, "must be a list of 2 values or empty"),
+    ({"dd_label_map_size": [0, 512]}, r"must be a height and a width of at least 1, got \[0, 512\]"),
+    ({"extra_prompts": 1, "use_ctr": True}, "must be 0 with use_ctr")])
 def test_option_values_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
-        TaskPrompterConfig(**options)
+        parse(TaskPrompterConfig, options)
 
 
 def test_the_papers_prompt_update_differs():
@@ -281,7 +286,8 @@ def test_the_papers_prompt_update_differs():
 
 def test_labels_take_the_size_that_the_file_asks_for():
     config = load_config(CONFIGS / "taskprompter_cityscapes.yml")
-    assert config.label_size == (512, 1024) and config.head == "deconv" and config.grad_clip_param.max_norm == 10
+    assert config.label_size == parse(TaskPrompterConfig, config.model_kwargs).label_size == (512, 1024)
+    assert config.model_kwargs["head"] == "deconv" and config.grad_clip_param.max_norm == 10
     tasks = tasks_named(["semseg"])
     transform = build_transform(DATASETS["Cityscapes"].spec, True, tasks, (16, 32), (8, 16))
     sample = {"image": np.zeros((20, 40, 3), np.uint8), "semseg": np.zeros((20, 40, 1), np.float32)}

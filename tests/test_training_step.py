@@ -7,7 +7,7 @@ import torch
 from utils.engine.schedule import build_optimizer
 
 from models.blocks.recompute import recompute_blocks
-from models.build import DECODERS
+from models.decoders import DECODERS
 from tests.conftest import TINY
 from utils.batches import batches_on
 from utils.engine.build import model_from_config, prepare_for_training
@@ -26,7 +26,7 @@ def losses_and_gradients(config, steps=2):
     torch.manual_seed(0)
     model = model_from_config(config)
     prepare_for_training(model, config)
-    criterion, optimizer, results = build_criterion(config), build_optimizer(config, model), []
+    criterion, optimizer, results = build_criterion(config, model), build_optimizer(config, model), []
     generator = torch.Generator().manual_seed(1)
     batch = {"image": torch.randn(2, 3, *SIZE, generator=generator)}
     for task in config.tasks:
@@ -101,7 +101,7 @@ def test_a_model_without_blocks_says_so():
 
 @pytest.mark.parametrize("name", sorted(set(DECODERS) - {"fcn", "multi_scale"}))
 def test_every_larger_decoder_names_its_blocks(name):
-    assert DECODERS[name].recomputed
+    assert DECODERS.load(name).recomputed
 
 
 def test_methods_can_be_recomputed():

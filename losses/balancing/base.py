@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from utils.options import Options
 
 
-@dataclass
+@dataclass(frozen=True)
 class NoOptions(Options):
     """Of a scheme that has none."""
 

@@ -61,7 +61,8 @@ def _vit(embed_dim: int, depth: int, num_heads: int, tag: str, file: str) -> Bac
 
 def _internimage(embed_dim: int, depths: tuple, file: str, **others: Any) -> BackboneEntry:
     groups = tuple(embed_dim * 2**level // 16 for level in range(4))  # of 16 channels
-    return BackboneEntry(INTERNIMAGE, {"embed_dim": embed_dim, "depths": depths, "groups": groups, **others}, None, file)
+    sizes = {"embed_dim": embed_dim, "depths": depths, "groups": groups, **others}
+    return BackboneEntry(INTERNIMAGE, sizes, None, file)
 
 
 BACKBONES = BackboneTable("backbone", {

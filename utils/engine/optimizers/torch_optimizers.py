@@ -11,7 +11,7 @@ from utils.options import Options
 Parameters = Iterable[Any]      # parameters or groups of them, as `torch.optim` takes both
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdamConfig(Options):
     """betas, eps: as in the paper (Kingma and Ba, ICLR 2015)."""
 
@@ -27,7 +27,7 @@ class AdamConfig(Options):
         self.require(self.eps > 0, "eps", "positive")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SGDConfig(Options):
     """momentum 0: plain gradient descent."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from utils.engine.schedules import ScheduleOptions
 
 
-@dataclass
+@dataclass(frozen=True)
 class PolyConfig(ScheduleOptions):
     """power, min_lr, warmup_iters (counted in updates): see `Poly`."""
 
