@@ -22,11 +22,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, metavar="PATH", help="predict: an image, or a folder of images")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: by the checkpoint")
     parser.add_argument("--resume", action="store_true", help="train: continue from last.pt of the run's folder")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as seed=N; default: the experiment file's")
+    # BridgeNet's program names its log so; here a run's folder has its name from the experiment file.
+    parser.add_argument("--dataset_log", help=argparse.SUPPRESS)
     # torch.distributed.launch passes this one.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trBatch=2 optimizer_kwargs.lr=1e-4")
     args = parser.parse_intermixed_args()
+    if args.seed is not None:
+        args.overrides.append(f"seed={args.seed}")
     for mode, name in (("infer", "trained_model"), ("predict", "trained_model"), ("predict", "input")):
         if args.run_mode == mode and getattr(args, name) is None:
             parser.error(f"--run_mode {mode} needs --{name}")

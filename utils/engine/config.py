@@ -19,17 +19,9 @@ import yaml
 
 from data.datasets import DATASETS
 from evaluation.boundary import BoundarySettings
+from utils.engine.official_files import translate
 from utils.engine.tasks import TASKS, TaskContext, reference_keys
 from utils.engine.yaml_files import ConfigError, assign, nearest_origin, parse_dataclass, parse_scalar, read_yaml
-
-# Options of one decoder that the lineage writes at the top level. They are carried in `model_kwargs`.
-LINEAGE_MODEL_KEYS = frozenset({
-    "embed_dim", "PRED_OUT_NUM_CONSTANT", "mtt_resolution_downsample_rate",                       # InvPT, BridgeNet
-    "prompt_len", "chan_nheads", "use_ctr", "final_embed_dim", "level_embed_dim", "chan_embed_dim",
-    "img_ds_ratio", "fea_ds_ratio", "dd_label_map_size", "ignore_invalid_area_depth",             # TaskPrompter
-    "topk", "pre_softmax", "spe_rank", "with_feat", "rank_list",                                  # MLoRE
-})
-
 
 # Which tasks are on, `include_<task>` for every row of the table, and the weight of the edge class in its loss.
 TaskDictionary = make_dataclass(
@@ -222,11 +214,8 @@ def _build(values: dict, origin: dict[str, str], overrides: Sequence[str], sourc
             values["db_root"], origin["db_root"] = os.environ["DB_ROOT"], "$DB_ROOT"
         elif not db_root_from_file:
             values["db_root"], origin["db_root"] = _mypath_db_root()
-    lineage = {key: values.pop(key) for key in LINEAGE_MODEL_KEYS & values.keys()}
-    if lineage:
-        values["model_kwargs"] = {**lineage, **(values.get("model_kwargs") or {})}
-    config = parse_dataclass(Config, values, "", lambda key: origin.get(key) or nearest_origin(key, origin, source),
-                             LINEAGE_MODEL_KEYS)
+    values = translate(values, source)
+    config = parse_dataclass(Config, values, "", lambda key: origin.get(key) or nearest_origin(key, origin, source))
     _check_relations(config, source)
     return config
 
