@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,16 +35,6 @@ DECODERS: dict[str, type[Decoder]] = {
     "taskprompter": TaskPrompterDecoder,
 }
 
-# The lineage's files say `model: TransformerNet` for several decoders; these options tell them apart.
-SHARED_NAME = "TransformerNet"
-TELLING_OPTIONS = {
-    "InvPT": ("PRED_OUT_NUM_CONSTANT", "mtt_resolution_downsample_rate"),
-    "TaskPrompter": ("prompt_len", "chan_nheads", "use_ctr"),
-    "MLoRE": ("topk", "spe_rank", "pre_softmax"),
-}
-
-logger = logging.getLogger(__name__)
-
 
 def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], *,
                 output_size: tuple[int, int] | None = None, neck: str = "none", head: str = "default",
@@ -57,9 +46,6 @@ def build_model(name: str, backbone: str, tasks: Mapping[str, int], image_size: 
     the model). `image_size` is (height, width) of the input. Parts that do not fit raise a ValueError that says
     what the decoder needs and what the backbone gives.
     """
-    lineage_name, name = name, resolve_name(name, backbone, model_kwargs or {})
-    if name != lineage_name:
-        logger.info("model '%s' on backbone '%s' with these options is %s", lineage_name, backbone, name)
     decoder_class = _decoder_class(name)
     if head not in ("default", *decoder_class.head_names):
         raise ValueError(f"head '{head}' is not available for model '{name}'; leave `head` out for the decoder's own")
@@ -110,22 +96,6 @@ def _pyramid(encoder: nn.Module, options: Mapping[str, Any]) -> SimplePyramid:
     return SimplePyramid(encoder.channels, encoder.strides, **options)
 
 
-def resolve_name(name: str, backbone: str, options: Mapping[str, Any]) -> str:
-    """The decoder that an experiment file means: 'TransformerNet' stands for several, told apart by options.
-
-    BridgeNet's files have InvPT's options. With an InternImage backbone they mean BridgeNet; with a ViT they are
-    taken as InvPT's, and BridgeNet must be asked for by name. Options of none or of several are a ValueError.
-    """
-    if name.lower() != SHARED_NAME.lower():
-        return name
-    meant = [decoder for decoder, own in TELLING_OPTIONS.items() if any(key in options for key in own)]
-    if len(meant) != 1:
-        found = f"those of {' and '.join(meant)} are there" if meant else "none of theirs is there"
-        raise ValueError(f"model '{name}' is {', '.join(TELLING_OPTIONS)} or BridgeNet, depending on its "
-                         f"options, and {found}; name the decoder itself, e.g. model: InvPT")
-    return "BridgeNet" if meant == ["InvPT"] and backbone.startswith("intern") else meant[0]
-
-
 def decoder_config(name: str, options: Mapping[str, Any]) -> Any:
     """The decoder's config dataclass from the experiment file's `model_kwargs`; unknown options are a ValueError."""
     config_class, known = _decoder_class(name).Config, _options(_decoder_class(name))
@@ -145,14 +115,14 @@ def _options(decoder_class: type[Decoder]) -> list[str]:
     return [field.name for field in dataclasses.fields(decoder_class.Config)]
 
 
-def intermediate_weight(name: str, backbone: str, options: Mapping[str, Any]) -> float:
-    """Published factor of the losses of a model's preliminary predictions; the files of the lineage do not hold it."""
-    return _decoder_class(resolve_name(name, backbone, options)).intermediate_weight
+def intermediate_weight(name: str) -> float:
+    """Published factor of the losses of a model's preliminary predictions; published experiment files lack it."""
+    return _decoder_class(name).intermediate_weight
 
 
 def _decoder_class(name: str) -> type[Decoder]:
     if name.lower() in DECODERS:
         return DECODERS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), [*DECODERS, SHARED_NAME], n=1)
+    near = difflib.get_close_matches(name.lower(), DECODERS, n=1)
     raise ValueError(f"unknown model '{name}'; " + (f"did you mean '{near[0]}'? " if near else "")
                      + f"available: {', '.join(DECODERS)}")

@@ -270,16 +270,6 @@ def test_options_act():
 
 
 def test_the_published_weight_of_preliminary_losses_needs_no_key():
-    lineage = ["model=TransformerNet", "backbone=intern_b", "loss_kwargs.intermediate_weight=null"]
-    for file, overrides, weight in ((NYUD, lineage, 0.5), (NYUD, ["loss_kwargs.intermediate_weight=0.2"], 0.2),
+    for file, overrides, weight in ((NYUD, [], 0.5), (NYUD, ["loss_kwargs.intermediate_weight=0.2"], 0.2),
                                     (ROOT / "configs" / "invpt_nyud.yml", [], 1.0)):
         assert build_criterion(load_config(file, overrides)).intermediate_weight == weight
-
-
-def test_the_lineages_name_means_bridgenet_on_internimage(without_values, caplog):
-    own = {"embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64, "mtt_resolution_downsample_rate": 1}
-    tasks = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
-    with torch.device("meta"), caplog.at_level(logging.INFO):
-        model = build_model("TransformerNet", "intern_b", tasks, (448, 576), head="mlp", model_kwargs=own)
-    assert sum(p.numel() for p in model.parameters()) == manifest()["nyud_internimageB"]["params_total"] - 1_475_856
-    assert "model 'TransformerNet' on backbone 'intern_b' with these options is BridgeNet" in caplog.text

@@ -1,4 +1,4 @@
-"""The experiment files: layers, types, mistakes, the lineage's keys, every shipped file."""
+"""The experiment files: layers, types, mistakes, every shipped file."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.build import build_model, decoder_config, resolve_name
+from models.build import build_model
 from tests.shared import ROOT
 from utils.engine.config import ConfigError, config_from_dict, load_config, save_config
 
@@ -14,32 +14,6 @@ SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yml") if "_base_" not in
 
 MINIMAL = {"model": "bim", "backbone": "swin_tiny", "train_db_name": "NYUD", "val_db_name": "NYUD",
            "task_dictionary": {"include_depth": True, "include_semseg": True}}
-
-# What the experiment files of the lineage hold, key by key (values of the published recipes).
-LINEAGE_COMMON = {
-    "version_name": "x", "out_dir": "../runs", "train_db_name": "PASCALContext", "val_db_name": "PASCALContext",
-    "trBatch": 2, "valBatch": 6, "nworkers": 2, "ignore_index": 255, "val_interval": 1000, "epochs": 999999,
-    "max_iter": 40000, "optimizer": "adam", "optimizer_kwargs": {"lr": "2e-5", "weight_decay": "1e-6"},
-    "scheduler": "poly", "model": "TransformerNet", "backbone": "vitL", "head": "mlp",
-    "task_dictionary": {"include_semseg": True, "include_human_parts": True, "include_sal": True,
-                        "include_edge": True, "include_normals": True, "edge_w": 0.95},
-    "loss_kwargs": {"loss_weights": {"semseg": 1.0, "human_parts": 2.0, "sal": 5.0, "edge": 50.0, "normals": 10.0}},
-}
-LINEAGE = {
-    "InvPT": {"intermediate_supervision": True, "embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64,
-              "mtt_resolution_downsample_rate": 2},
-    "TaskPrompter": {"embed_dim": 300, "final_embed_dim": 350, "prompt_len": 1, "chan_nheads": 1, "use_ctr": True,
-                     "head": "conv", "ignore_invalid_area_depth": True,
-                     "grad_clip_param": {"max_norm": 10, "norm_type": 2}},
-    "MLoRE": {"final_embed_dim": 452, "topk": 9, "pre_softmax": False, "spe_rank": 72,
-              "grad_clip_param": {"max_norm": 10}},
-    "BridgeNet": {"intermediate_supervision": True, "embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64,
-                  "mtt_resolution_downsample_rate": 1, "backbone": "intern_b", "optimizer": "adamw",
-                  "optimizer_kwargs": {"lr": "6e-5", "weight_decay": 0.05, "betas": [0.9, 0.999]}},
-    "MTMamba": {"model": "MTMamba", "backbone": "swin_large", "optimizer": "adamw", "scheduler_kwargs": {"power": 0.9},
-                "loss_kwargs": {"loss_scheme": "log", "loss_weights": {
-                    "semseg": 1.0, "human_parts": 1.0, "sal": 1.0, "edge": 1.0, "normals": 1.0}}},
-}
 
 
 def write(path: Path, values: dict) -> Path:
@@ -126,16 +100,6 @@ def test_broken_files(tmp_path):
         load_config(tmp_path / "loop.yml")
     with pytest.raises(FileNotFoundError, match=r"did you mean loop\.yml"):
         load_config(tmp_path / "lop.yml")
-
-
-@pytest.mark.parametrize("name", LINEAGE)
-def test_the_lineages_files_load(tmp_path, name):
-    config = load_config(write(tmp_path / "exp.yml", {**LINEAGE_COMMON, **LINEAGE[name]}))
-    assert config.tasks == ("semseg", "human_parts", "sal", "normals", "edge")
-    assert config.optimizer_kwargs.lr in (2e-5, 6e-5)
-    decoder = resolve_name(config.model, config.backbone, config.model_kwargs)
-    assert decoder == name
-    decoder_config(decoder, config.model_kwargs)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

@@ -281,7 +281,8 @@ def test_the_papers_prompt_update_differs():
 
 def test_labels_take_the_size_that_the_file_asks_for():
     config = load_config(CONFIGS / "taskprompter_cityscapes.yml")
-    assert config.label_size == (512, 1024) and config.model_kwargs["head"] == "deconv" and config.grad_clip_param.max_norm == 10
+    assert config.label_size == (512, 1024) and config.model_kwargs["head"] == "deconv"
+    assert config.grad_clip_param.max_norm == 10
     tasks = tasks_named(["semseg"])
     transform = build_transform(DATASETS["Cityscapes"].spec, True, tasks, (16, 32), (8, 16))
     sample = {"image": np.zeros((20, 40, 3), np.uint8), "semseg": np.zeros((20, 40, 1), np.float32)}

@@ -111,7 +111,7 @@ def build_criterion(config: Config) -> MultiTaskLoss:
     weights = {task: k.loss_weights.get(task, 1.0) for task in config.tasks}
     inter = k.intermediate_weight
     if inter is None:
-        inter = intermediate_weight(config.model, config.backbone, config.model_kwargs)
+        inter = intermediate_weight(config.model)
     return MultiTaskLoss(losses, weights, k.loss_scheme, inter, k.loss_scope,
                          use_intermediate=config.intermediate_supervision)
 
