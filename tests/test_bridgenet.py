@@ -269,20 +269,9 @@ def test_options_act():
 
 
 def test_the_published_weight_of_preliminary_losses_needs_no_key():
-    shared_name = ["model=TransformerNet", "backbone=intern_b", "loss_kwargs.intermediate_weight=null"]
-    for file, overrides, weight in ((NYUD, shared_name, 0.5), (NYUD, ["loss_kwargs.intermediate_weight=0.2"], 0.2),
+    for file, overrides, weight in ((NYUD, [], 0.5), (NYUD, ["loss_kwargs.intermediate_weight=0.2"], 0.2),
                                     (ROOT / "configs" / "invpt_nyud.yml", [], 1.0)):
         config = load_config(file, overrides)
         with torch.device("meta"):
             model = model_from_config(config)
         assert build_criterion(config, model).intermediate_weight == weight
-
-
-def test_the_lineages_name_means_bridgenet_on_internimage(without_values, caplog):
-    own = {"embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64, "mtt_resolution_downsample_rate": 1}
-    config = load_config(NYUD, ["model=TransformerNet", "backbone=intern_b", "head=mlp", "backbone_kwargs={}",
-                                f"model_kwargs={json.dumps(own)}"])
-    with torch.device("meta"), caplog.at_level(logging.INFO):
-        model = model_from_config(config)
-    assert sum(p.numel() for p in model.parameters()) == manifest()["nyud_internimageB"]["params_total"] - 1_475_856
-    assert "model 'TransformerNet' on backbone 'intern_b' with these options is BridgeNet" in caplog.text

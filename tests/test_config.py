@@ -1,4 +1,4 @@
-"""The experiment files: layers, types, mistakes, the lineage's keys, every shipped file."""
+"""The experiment files: layers, types, mistakes, every shipped file."""
 
 import dataclasses
 from pathlib import Path
@@ -16,6 +16,7 @@ SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yml") if "_base_" not in
 
 MINIMAL = {"model": "bim", "backbone": "swin_tiny", "train_db_name": "NYUD", "val_db_name": "NYUD",
            "task_dictionary": {"include_depth": True, "include_semseg": True}}
+
 
 def write(path: Path, values: dict) -> Path:
     path.write_text(yaml.safe_dump(values), encoding="ascii")

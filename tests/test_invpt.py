@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.build import build_model, resolve_name
+from models.build import build_model
 from models.decoders.invpt import InvPTConfig
 from models.released import recognise
 from scripts.check_parity import main as check_parity
@@ -307,33 +307,3 @@ def test_options_act():
     dropping.encoder.eval()
     torch.manual_seed(1)
     assert not torch.allclose(dropping(image).final["depth"], want, rtol=0, atol=1e-7)
-
-
-# ------------------------------------------------------------ the lineage's name
-
-OWN = {"InvPT": {"embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64, "mtt_resolution_downsample_rate": 2},
-       "TaskPrompter": {"embed_dim": 300, "prompt_len": 1, "chan_nheads": 1, "use_ctr": True},
-       "MLoRE": {"final_embed_dim": 452, "topk": 9, "spe_rank": 72}}
-
-
-def test_the_shared_name_is_resolved_by_options_and_backbone():
-    for name, options in OWN.items():
-        assert resolve_name("TransformerNet", "vitL", options) == name
-    assert resolve_name("transformernet", "intern_b", OWN["InvPT"]) == "BridgeNet"
-    assert resolve_name("bim", "vitL", OWN["InvPT"]) == "bim"
-
-
-@pytest.mark.parametrize("options, message", [
-    ({}, "none of theirs is there"), ({"embed_dim": 300}, "none of theirs is there"),
-    ({**OWN["MLoRE"], **OWN["InvPT"]}, "those of InvPT and MLoRE are there")])
-def test_a_name_that_options_do_not_resolve_is_refused(options, message):
-    with pytest.raises(ValueError, match=f"is InvPT, TaskPrompter, MLoRE or BridgeNet.*{message}"):
-        resolve_name("TransformerNet", "vitL", options)
-
-
-def test_the_lineages_file_builds_invpt(caplog):
-    with torch.device("meta"), caplog.at_level(logging.INFO):
-        model = model_from_config(load_config(NYUD, [
-            "model=TransformerNet", "backbone=vitL", "head=mlp", f"model_kwargs={json.dumps(OWN['InvPT'])}"]))
-    assert type(model.decoder).__name__ == "InvPTDecoder"
-    assert "model 'TransformerNet' on backbone 'vitL' with these options is InvPT" in caplog.text

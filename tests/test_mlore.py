@@ -12,7 +12,7 @@ from torch import nn
 
 from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
-from models.build import build_backbone, build_model, resolve_name
+from models.build import build_backbone, build_model
 from models.decoders.mlore import MLoREConfig
 from scripts.bench_mlore import differences, measure
 from scripts.check_parity import main as check_parity
@@ -352,14 +352,6 @@ def test_any_tasks_and_taps(tasks, taps):
     model = build(tasks, (16, 40), {**VIT, "taps": taps})
     out = model.prepare_for_inference()(torch.randn(1, 3, 16, 40)).final
     assert {task: tuple(x.shape) for task, x in out.items()} == {t: (1, n, 16, 40) for t, n in tasks.items()}
-
-
-def test_the_lineages_file_builds_mlore():
-    own = {"final_embed_dim": 452, "topk": 9, "pre_softmax": False, "spe_rank": 72, "with_feat": False}
-    with torch.device("meta"):
-        model = build_model(resolve_name("TransformerNet", "vitL", own), "vitL", TASKS, (512, 512), model_kwargs=own)
-    assert type(model.decoder).__name__ == "MLoREDecoder" and model.encoder.cls_token is None
-    assert model.decoder.first[0].experts.ranks == tuple(range(16, 129, 8))
 
 
 @pytest.mark.parametrize("backbone, arguments, message", [

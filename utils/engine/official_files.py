@@ -73,7 +73,7 @@ def translate(values: Mapping, source: str) -> dict:
     _translate_names(values, source)
     _translate_detection(values, source)
     _translate_decoder_options(values, source)
-    _translate_head(values, source)
+    _translate_head(values, published, source)
     _translate_losses(values)
     _translate_optimizer(values)
     for key in ("out_dir", "version_name"):
@@ -219,15 +219,18 @@ def _pattern(rows: list[list]) -> list | None:
     return longest[:next(repeats)]
 
 
-def _translate_head(values: dict, source: str) -> None:
-    """Only TaskPrompter has two kinds of head; "default" stands in older files of ours."""
+def _translate_head(values: dict, published: bool, source: str) -> None:
+    """Only TaskPrompter has two kinds of head; "default" stands in older files of ours.
+
+    The programs without a row in ORIGINALS (MTMamba, BIM) do not read the key.
+    """
     head = values.pop("head", None)
     if head in (None, "default"):
         return
     name = _original(values)
     if name == "TaskPrompter":
-        _group(values, "model_kwargs").setdefault("head", head)
-    elif name is None or head not in ORIGINALS[name].heads:
+        _group(values, "model_kwargs")["head"] = head       # also where that has one: `head=conv` is an argument
+    elif not published if name is None else head not in ORIGINALS[name].heads:
         _refuse(source, f"head '{head}' is not available for model '{values.get('model')}', which has one kind of "
                         "head; leave `head` out")
 
