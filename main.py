@@ -9,6 +9,8 @@ from pathlib import Path
 # fewer cores than expected (data loader workers, other programs) every operation then costs a scheduler's time slice.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from utils.logging import one_sentence, setup_logging  # noqa: E402
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments this field's programs take, and `key=value` overrides of the experiment file."""
@@ -20,10 +22,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: by the checkpoint")
     parser.add_argument("--resume", action="store_true", help="train: continue from last.pt of the run's folder")
     parser.add_argument("--seed", type=int, metavar="N", help="the same as seed=N; default: the experiment file's")
-    # BridgeNet's program names its log so; here a run's folder has its name from the experiment file.
-    parser.add_argument("--dataset_log", help=argparse.SUPPRESS)
-    # torch.distributed.launch passes this one.
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--dataset_log", help=argparse.SUPPRESS)    # names a log in BridgeNet's program, nothing here
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)   # of torch's launcher
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trBatch=2 optimizer_kwargs.lr=1e-4")
     args = parser.parse_intermixed_args(arguments)
@@ -37,16 +37,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    """Reads the experiment, then imports what the mode needs: a mistake is told before PyTorch is loaded."""
+def read_config(args: argparse.Namespace):
+    """The `utils.engine.config.Config` of the experiment file, else the checkpoint's."""
     from utils.engine.config import config_from_dict, load_config
     if args.config_exp is not None:
-        config = load_config(args.config_exp, args.overrides)
-    else:
-        from utils.engine.checkpoint import stored_config
-        config = config_from_dict(stored_config(args.trained_model), str(args.trained_model), args.overrides)
-    from utils.logging import setup_logging
-    setup_logging(os.environ.get("RANK", "0") == "0")
+        return load_config(args.config_exp, args.overrides)
+    from utils.engine.checkpoint import stored_config
+    return config_from_dict(stored_config(args.trained_model), str(args.trained_model), args.overrides)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports what the mode needs once the experiment has been read: a mistake is told before PyTorch is loaded."""
+    config = read_config(args)
     if args.run_mode == "train":
         from utils.engine.train import train
         train(config, args.resume)
@@ -64,6 +66,7 @@ def main() -> None:
     args = parse_arguments()
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    setup_logging(os.environ.get("RANK", "0") == "0")
     try:
         run(args)
     except KeyboardInterrupt:
@@ -71,10 +74,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if args.traceback:
             raise
-        # A data loader's worker wraps the message in its traceback; the sentence is the last line.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        message = lines[-1].split("Error: ", 1)[-1] if str(error).startswith("Caught ") else " ".join(lines)
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {one_sentence(error)}")
 
 
 if __name__ == "__main__":

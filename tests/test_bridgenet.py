@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaluation.evaluator import TaskContext
 from models.build import build_model
 from models.decoders.bridgenet import BridgeNetConfig
 from models.released import describe, recognise
@@ -17,11 +18,11 @@ from scripts.check_parity import main as check_parity
 from scripts.convert_checkpoint import main as convert_checkpoint
 from tests.shared import ROOT, golden
 from tests.test_train import rows
-from utils.engine.build import model_from_config, trained_model
+from utils.engine.build import build_criterion, model_from_config, trained_model
 from utils.engine.checkpoint import convert_released
 from utils.engine.config import load_config
-from utils.engine.tasks import TASKS, TaskContext
-from utils.engine.train import build_criterion, train
+from utils.engine.tasks import TASKS
+from utils.engine.train import train
 from utils.options import parse
 
 NYUD, PASCAL = (str(ROOT / "configs" / f"bridgenet_{name}.yml") for name in ("nyud", "pascal"))

@@ -54,7 +54,8 @@ def run(tiny: list[str], *arguments: str, without: str = "-") -> dict:
 
 
 def test_every_door_has_its_file_in_the_readme():
-    assert set(BLOCKS) == {"albedo", "bias", "my_rooms", "plain", "strided", "narrow", "uncertainty", "rmsprop", "cosine"}
+    assert set(BLOCKS) == {"albedo", "bias", "my_rooms", "plain", "strided", "narrow", "uncertainty", "rmsprop",
+                           "cosine"}
 
 
 def test_decoder(outside, tiny, monkeypatch):
@@ -99,7 +100,7 @@ def train_without_weight_decay(tiny: list[str], arguments: list[str]) -> dict:
 
 def test_schedule(outside, tiny, monkeypatch, tmp_path):
     monkeypatch.setitem(SCHEDULES, "cosine", f"{outside('cosine')}:Cosine")
-    run(tiny, "scheduler=cosine", "scheduler_kwargs=", "version_name=cosine")
+    run(tiny, "scheduler=cosine", "scheduler_kwargs={}", "version_name=cosine")
     lines = (tmp_path / "runs" / "cosine" / "metrics.jsonl").read_text().splitlines()
     rates = [float(match[1]) for line in lines if (match := re.search(r'"lr": ([0-9.e-]+)', line))]
     assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4])
@@ -115,7 +116,8 @@ def test_learned_loss_balancing_is_saved_and_resumed(outside, tiny, monkeypatch,
     stopped = load_config(path, [*arguments, "version_name=stopped", "epochs=1", "checkpoint_interval=2"])
     train(replace(stopped, max_iter=2), resume=False)
     train(load_config(path, [*arguments, "version_name=stopped", "checkpoint_interval=2"]), resume=True)
-    once, twice = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
+    once, twice = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)
+                   for name in ("straight", "stopped"))
     learned = once["criterion"]
     assert len(learned) == 4 and all(value != 0.5 for value in learned.values())
     assert set(learned) == set(twice["criterion"])
@@ -145,7 +147,7 @@ def write_rooms(root, size=(64, 96), number=6) -> None:
 def rooms(outside, tiny, tmp_path, monkeypatch):
     """rooms(task, channels, source): arguments of a run on the README's data set with one task more."""
     write_rooms(tmp_path)
-    kind = getattr(importlib.import_module(outside("my_rooms")), "MyRooms")
+    kind = importlib.import_module(outside("my_rooms")).MyRooms
 
     def arguments(task: str | None = None, channels: int = 1, source: object = None) -> list[str]:
         spec, sources = kind.spec, kind.sources
@@ -182,7 +184,7 @@ def test_task(rooms, outside, tmp_path, monkeypatch):
 
 
 def test_evaluator(outside, tiny, monkeypatch):
-    bias = getattr(importlib.import_module(outside("bias")), "BiasMeter")
+    bias = importlib.import_module(outside("bias")).BiasMeter
     depth = TASKS.load("depth")
     monkeypatch.setitem(TASKS, "depth", replace(depth, evaluators=(*depth.evaluators, bias)))
     scores = run(tiny)["depth"]

@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from evaluation.delta_m import delta_m
 from evaluation.boundary.edge_loss import EdgeLossMeter
 from evaluation.boundary.edge_maps import crop_from_padding, save_edge_maps
+from evaluation.delta_m import delta_m
 from evaluation.depth import DepthMeter
 from evaluation.evaluator import TaskContext
 from evaluation.normals import NormalsMeter

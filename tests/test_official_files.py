@@ -13,13 +13,14 @@ import torch
 import yaml
 
 import main
+from models.decoders import DECODERS
 from models.released import tasks_in
 from tests.shared import ROOT, golden
 from utils.engine.build import model_from_config
 from utils.engine.checkpoint import convert_released
 from utils.engine.config import Config, config_from_dict, load_config, save_config
 from utils.engine.official_files import ORIGINALS, translate
-from utils.options import ConfigError
+from utils.options import ConfigError, parse
 
 TWO_D = "task_dictionary.include_3ddet=false"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "attn_mask", "relative_position_index")
@@ -201,9 +202,7 @@ def flat(group: dict, prefix: str = "") -> dict:
 def resolved(config: Config) -> dict:
     """Dotted key -> value, with the decoder's defaults, and 1 for the weight of a loss without one."""
     values = config.to_dict()
-    if not dataclasses.is_dataclass(config.model_kwargs):
-        from models.build import decoder_config
-        values["model_kwargs"] = dataclasses.asdict(decoder_config(config.model, config.model_kwargs))
+    values["model_kwargs"] = dataclasses.asdict(parse(DECODERS.options(config.model), config.model_kwargs))
     values["model"] = config.model.lower()
     given = values["loss_kwargs"].pop("loss_weights") or {}
     return flat(values) | {f"weight of {task}": given.get(task, 1) for task in config.tasks}
@@ -293,7 +292,7 @@ def test_no_key_of_ours_is_taken_for_a_misspelt_foreign_one():
 
 
 def test_a_head_that_the_program_does_not_read_means_nothing(tmp_path):
-    assert load_config(written(tmp_path, "mtmamba__mtmamba_nyud", head="mlp")).model == "MTMamba"
+    assert load_config(written(tmp_path, "mtmamba__mtmamba_nyud", head="mlp")).model == "mtmamba"
 
 
 def test_optimizers_start_from_torchs_defaults(tmp_path):
@@ -325,7 +324,7 @@ def test_the_configuration_in_an_older_checkpoint_reads_as_it_was_meant():
         values = translate(stored | {"optimizer": optimizer, "optimizer_kwargs": union}, "best.pt")
         assert union.keys() - values["optimizer_kwargs"].keys() == dropped
         config = config_from_dict(stored | {"optimizer": optimizer, "optimizer_kwargs": union}, "best.pt")
-        assert (config.model, config.backbone, config.pretrained) == ("TaskPrompter", "swin_base", False)
+        assert (config.model, config.backbone, config.pretrained) == ("taskprompter", "swin_base", False)
         assert values["model_kwargs"] == {"prompt_len": 1, "chan_nheads": 1, "head": "deconv"}
         assert values["backbone_kwargs"] == {} and config.seed == stored["seed"]     # nothing is added to it
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.datasets import DATASETS, build_transform
+from data.transforms import build_transform
 from models.backbones import BACKBONES, BackboneEntry
 from models.build import build_backbone, build_model
 from models.decoders.taskprompter import TaskPrompterConfig
@@ -22,10 +22,10 @@ from tests.shared import ROOT, golden
 from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import convert_released, load_pretrained
-from utils.engine.config import ConfigError, load_config
-from utils.engine.tasks import tasks_named
+from utils.engine.config import load_config
+from utils.engine.tasks import label_rules
 from utils.engine.train import train
-from utils.options import parse
+from utils.options import ConfigError, parse
 
 CONFIGS = ROOT / "configs"
 NYUD, PASCAL = (str(CONFIGS / f"taskprompter_{name}.yml") for name in ("nyud", "pascal"))
@@ -288,8 +288,7 @@ def test_labels_take_the_size_that_the_file_asks_for():
     config = load_config(CONFIGS / "taskprompter_cityscapes.yml")
     assert config.label_size == parse(TaskPrompterConfig, config.model_kwargs).label_size == (512, 1024)
     assert config.model_kwargs["head"] == "deconv" and config.grad_clip_param.max_norm == 10
-    tasks = tasks_named(["semseg"])
-    transform = build_transform(DATASETS["Cityscapes"].spec, True, tasks, (16, 32), (8, 16))
+    transform = build_transform((16, 32), (8, 16), True, label_rules(["semseg"]))
     sample = {"image": np.zeros((20, 40, 3), np.uint8), "semseg": np.zeros((20, 40, 1), np.float32)}
     out = transform(sample, None)
     assert out["image"].shape == (3, 16, 32) and out["semseg"].shape == (1, 8, 16)

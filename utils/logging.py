@@ -71,6 +71,15 @@ class RunWriter:
             self._board.close()
 
 
+def one_sentence(error: Exception) -> str:
+    """The message of an error on one line.
+
+    A data loader's worker wraps the message in its traceback; there the sentence is the last line.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].split("Error: ", 1)[-1] if str(error).startswith("Caught ") else " ".join(lines)
+
+
 def duration(seconds: float) -> str:
     """7h40, 12m05 or 38s."""
     seconds = int(seconds)

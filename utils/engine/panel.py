@@ -20,8 +20,9 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
 def to_array(prediction: Any) -> Any:
-    """One image's prediction or label: a (C, H, W) tensor as (H, W, C) array, anything else as it is."""
-    return prediction.permute(1, 2, 0).cpu().numpy() if isinstance(prediction, Tensor) else prediction
+    """One image's prediction or label: a map (C, H, W) as (H, W, C) array, anything else as it is."""
+    is_map = isinstance(prediction, Tensor) and prediction.ndim == 3
+    return prediction.permute(1, 2, 0).cpu().numpy() if is_map else prediction
 
 
 def batch_panel(batch: Mapping, predictions: Mapping[str, Any], contexts: Mapping[str, TaskContext]) -> np.ndarray:
