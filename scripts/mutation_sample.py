@@ -40,7 +40,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_COPIED = (".git", ".venv", "datasets", "runs", "__pycache__", "*.egg-info", ".*_cache", "*.pth", "*.safetensors")
+NOT_COPIED = {".git", ".venv", "datasets", "runs", "pretrained_ckpts"}      # of the tree's first level
 NOT_USED = ("RemoveDecorator", "VariableInserter", "VariableReplacer", "ReplaceComparisonOperator_Eq_Is",
             "ReplaceComparisonOperator_NotEq_IsNot", "ReplaceComparisonOperator_Is_Eq",
             "ReplaceComparisonOperator_IsNot_NotEq")
@@ -139,16 +139,18 @@ def draw(mutants: Sequence[Mutant], number: int, seed: int) -> list[Mutant]:
 
 
 def tests_for(file: str, config: dict) -> tuple[str, ...]:
-    """Paths of the tests that judge a source, see mutation_sample.yml; FileNotFoundError for one that is not there."""
-    there = {path.stem.removeprefix("test_"): path for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    listed = {name for names in config["tests"].values() for name in names} | set(config["slow"])
-    if absent := sorted(listed - there.keys()):
+    """Paths of the tests that judge a source, see mutation_sample.yml; FileNotFoundError for a name that none has."""
+    there = sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py"))
+    named = {name: [test for test in there if f"{test}_".startswith(f"{name}_")]
+             for names in (*config["tests"].values(), config["slow"]) for name in names}
+    if absent := [name for name, tests in named.items() if not tests]:
         raise FileNotFoundError(f"mutation_sample.yml names tests that do not exist: {', '.join(absent)}")
     prefix = max((prefix for prefix in config["tests"] if file.startswith(prefix)), key=len, default=None)
     stem = Path(file).stem.strip("_")
-    chosen = [*config["tests"].get(prefix, ()), *(name for name in there if stem in name)]
-    chosen = chosen or [name for name in there if name not in config["slow"]]
-    return tuple(f"tests/test_{name}.py" for name in dict.fromkeys(chosen))
+    chosen = [test for name in config["tests"].get(prefix, ()) for test in named[name]]
+    chosen += [test for test in there if f"_{stem}_" in f"_{test}_"]
+    slow = {test for name in config["slow"] for test in named[name]}
+    return tuple(f"tests/test_{test}.py" for test in dict.fromkeys(chosen or [t for t in there if t not in slow]))
 
 
 def run_tests(tree: Path, tests: Sequence[str], limit_s: float | None) -> tuple[str, str, float]:
@@ -225,7 +227,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutation_", ignore_cleanup_errors=True) as folder, \
             ThreadPoolExecutor(args.workers) as pool:
         master = Path(folder) / "tree"
-        shutil.copytree(ROOT, master, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        shutil.copytree(ROOT, master, symlinks=True,
+                        ignore=lambda place, names: NOT_COPIED & set(names) if place == str(ROOT) else {"__pycache__"})
         compileall.compile_dir(master, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
         needed = sorted({test for names in tests.values() for test in names})
         usual = dict(zip(needed, pool.map(lambda test: run_tests(master, [test], None), needed), strict=True))
