@@ -200,7 +200,7 @@ def test_max_f_pools_pixels_over_the_set():
 
 
 def test_saliency_per_image():
-    """At the threshold 0.5 image 1 has IoU 1/3, P 1/2, R 1/2; image 2 has 2/3, 2/3 and 1. No other threshold is better."""
+    """At the threshold 0.5, the best, image 1 has IoU 1/3, P 1/2 and R 1/2, image 2 has 2/3, 2/3 and 1."""
     first, second = (row(0.6, 0.6, 0.1, 0.1), row(1, 0, 1, 0)), (row(0.6, 0.6, 0.6, 0.1), row(1, 1, 0, 255))
     result = scores(SaliencyMeter(), first, second)
     precision, recall = (1 / 2 + 2 / 3) / 2, (1 / 2 + 1) / 2
