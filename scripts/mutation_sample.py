@@ -69,8 +69,8 @@ class Mutant:
 
 def sources(folders: Sequence[str], only: str) -> list[Path]:
     """The Python files of these folders, sorted, whose relative path contains `only`."""
-    found = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    return [path for path in found if only in path.relative_to(ROOT).as_posix()]
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")
+                  if only in path.relative_to(ROOT).as_posix())
 
 
 def mutants_of(name: str, source: str) -> Iterator[Mutant]:
@@ -124,8 +124,8 @@ def draw(mutants: Sequence[Mutant], number: int, seed: int) -> list[Mutant]:
         shares[folder] += 1
     sample = []
     for folder, those in folders.items():
-        shuffled, taken = random.Random(f"{seed} {folder}").sample(those, len(those)), 0
-        for mutant in shuffled:
+        taken = 0
+        for mutant in random.Random(f"{seed} {folder}").sample(those, len(those)):
             if taken == shares[folder]:
                 break
             source = (ROOT / mutant.file).read_text(encoding="utf-8")
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="PART", help="only sources whose path contains this")
     parser.add_argument("--again", action="store_true", help="run the survivors of FILE.json again")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a background shell has it ignored, and so had the tests
     config = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
     everything = [mutant for path in sources(config["folders"], args.only)
                   for mutant in mutants_of(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))]
