@@ -207,14 +207,13 @@ def summary(mutants: Sequence[Mutant]) -> str:
 def main() -> None:
     """Draws, runs, and writes after every mutant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sample", type=int, default=320, help="number of mutants")
-    parser.add_argument("--workers", type=int, default=2)
+    for option, number in {"--seed": 0, "--sample": 320, "--workers": 2}.items():
+        parser.add_argument(option, type=int, default=number, metavar="N", help=f"default {number}")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--only", default="", metavar="PART", help="only sources whose path contains this")
     parser.add_argument("--again", action="store_true", help="run the survivors of FILE.json again")
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # a background shell has it ignored, and so had the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # which tests inherit; a background shell ignores it
     config = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
     everything = [mutant for path in sources(config["folders"], args.only)
                   for mutant in mutants_of(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))]
