@@ -92,7 +92,7 @@ def is_silly(node) -> bool:
     child, parent = node, node.parent
     while parent is not None:
         kind, children = parent.type, parent.children
-        if (kind in ("raise_stmt", "tfpdef")                            # `name: type` of a parameter is a tfpdef
+        if (kind in ("raise_stmt", "tfpdef") or (kind == "parameters" and child is node)    # `name: type`; a lone `*`
                 or (kind == "annassign" and child is children[1])
                 or (kind == "funcdef" and child is parent.annotation)
                 or (kind == "assert_stmt" and child is not children[1])
