@@ -2,6 +2,7 @@
 
 import itertools
 
+import cv2
 import pytest
 import torch
 
@@ -90,3 +91,18 @@ def test_loaders_hand_out_what_the_samplers_say():
 def test_collating_stacks_maps_and_lists_meta():
     batch = collate([{"a": torch.zeros(1, 2), "meta": {"n": 1}}, {"a": torch.ones(1, 2), "meta": {"n": 2}}])
     assert batch["a"].tolist() == [[[0, 0]], [[1, 1]]] and batch["meta"] == [{"n": 1}, {"n": 2}]
+
+
+def test_workers_stay_and_compute_on_one_thread():
+    loaders = [build(Squares(), 2, workers) for build in (build_train_loader, build_eval_loader) for workers in (0, 1)]
+    assert [loader.persistent_workers for loader in loaders] == [False, True] * 2
+    assert [loader.num_workers for loader in loaders] == [0, 1] * 2
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    try:
+        cv2.setNumThreads(4)
+        torch.set_num_threads(2)
+        loaders[1].worker_init_fn(0)
+        assert (cv2.getNumThreads(), torch.get_num_threads()) == (1, 1)
+    finally:
+        cv2.setNumThreads(before[0])
+        torch.set_num_threads(before[1])
