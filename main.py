@@ -29,11 +29,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(arguments)
     if args.seed is not None:
         args.overrides.append(f"seed={args.seed}")
-    for mode, name in (("infer", "trained_model"), ("predict", "trained_model"), ("predict", "input")):
-        if args.run_mode == mode and getattr(args, name) is None:
-            parser.error(f"--run_mode {mode} needs --{name}")
-    if args.run_mode == "train" and args.config_exp is None:
-        parser.error("--run_mode train needs --config_exp, e.g. configs/bim_nyud.yml")
+    needed = {"train": ("config_exp",), "infer": ("trained_model",), "predict": ("trained_model", "input")}
+    for name in needed[args.run_mode]:
+        if getattr(args, name) is None:
+            parser.error(f"--run_mode {args.run_mode} needs --{name} (README, \"The commands of the field\")")
     return args
 
 
@@ -64,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Runs, and turns a user's mistake into one sentence and exit code 1."""
     args = parse_arguments()
-    if args.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank or 0))
     setup_logging(os.environ.get("RANK", "0") == "0")
     try:
         run(args)
