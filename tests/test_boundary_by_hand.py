@@ -1,22 +1,29 @@
 """The boundary score on maps small enough to count by hand, and the settings that published scores rest on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.boundary import truth_source
 from data.datasets import DATASETS
-from evaluation.boundary import BoundaryBenchmark, BoundarySettings, BoundaryTotals, Protocol, TruthSource, image_counts
 from evaluation.boundary.__main__ import parse_arguments, summary, table
+from evaluation.boundary.evaluator import BoundaryEvaluator
 from evaluation.boundary.matching import candidates, cheapest_match, match, pick_backend
 from evaluation.boundary.plot import CURVE, INK, ISO, PAPER, save_plot
 from evaluation.boundary.pool import CountingPool, default_workers
-from evaluation.boundary.protocol import as_probability
+from evaluation.boundary.protocol import Protocol, as_probability, image_counts
+from evaluation.boundary.scores import BoundaryTotals
+from evaluation.boundary.settings import BoundarySettings, BoundaryTruth
+from evaluation.boundary.source import TruthSource, truth_source
 from evaluation.boundary.suppression import TRIANGLE, orientation, suppress
+from evaluation.evaluator import Split
 
 BACKENDS = ["scipy", pytest.param("compiled", marks=pytest.mark.skipif(pick_backend() != "compiled",
                                                                        reason="no compiler"))]
+
+PASCAL = DATASETS.load("PASCALContext").spec
 
 
 def column(at: int, value: float = 1.0, size: tuple[int, int] = (30, 40)) -> np.ndarray:
@@ -155,20 +162,20 @@ def test_defaults_are_those_of_published_scores():
 
 
 def source(**changes) -> TruthSource:
-    facts = {"find": lambda name: (name,), "read": lambda name: (column(20) > 0).astype(np.uint8), "kind": "boundary",
-             "max_dist": 0.06, "num_images": 2, "covered": "a test"}
-    return TruthSource(**(facts | changes))
+    read = lambda path: (column(20) > 0).astype(np.uint8)  # noqa: E731
+    truth = BoundaryTruth(("{id}",), read, changes.pop("kind", "boundary"), 0.06)
+    return TruthSource(**({"folder": Path(), "truth": truth, "num_images": 2, "covered": "a test"} | changes))
 
 
-def batch(*pictures: np.ndarray) -> tuple[torch.Tensor, list[dict]]:
+def batch(*pictures: np.ndarray) -> tuple[torch.Tensor, None, list[dict]]:
     prediction = torch.from_numpy(np.stack(pictures)).float()[:, None]
-    return prediction, [{"name": f"im{i}", "size": (30, 40)} for i in range(len(pictures))]
+    return prediction, None, [{"name": f"im{i}", "size": (30, 40)} for i in range(len(pictures))]
 
 
 def test_a_benchmark_counts_and_reports():
-    with BoundaryBenchmark(source(), BoundarySettings(protocol="plain", workers=0)) as benchmark:
-        benchmark.update(*batch(column(20), column(35, 0.3)))
-        benchmark.reduce()
+    benchmark = BoundaryEvaluator(source(), BoundarySettings(protocol="plain", workers=0))
+    benchmark.update(*batch(column(20), column(35, 0.3)))
+    benchmark.reduce()
     scores = benchmark.compute()
     assert scores["images"] == 2 and scores["threshold"] == 0.3        # 255 * 0.3 is cut to 76, below 0.3
     assert scores["odsF"] == pytest.approx(2 / 3)          # P 1, R 1/2: the second image finds nothing
@@ -178,10 +185,10 @@ def test_a_benchmark_counts_and_reports():
 
 
 def test_settings_choose_distance_kind_images_and_workers(monkeypatch):
-    monkeypatch.setattr("evaluation.boundary.benchmark.default_workers", lambda processes: 5 * processes)
+    monkeypatch.setattr("evaluation.boundary.evaluator.default_workers", lambda processes: 5 * processes)
 
-    def made(settings=None, **changes) -> BoundaryBenchmark:
-        return BoundaryBenchmark(source(**changes), BoundarySettings(**(settings or {})))
+    def made(settings=None, **changes) -> BoundaryEvaluator:
+        return BoundaryEvaluator(source(**changes), BoundarySettings(**(settings or {})))
 
     assert made().protocol.max_dist == 0.06 and made({"max_dist": 0.02}).protocol.max_dist == 0.02
     assert [made({"nyud_gt": rule}, kind="nyud").kind for rule in ("seism", "thin")] == ["nyud", "boundary"]
@@ -202,35 +209,29 @@ def test_workers_per_process(monkeypatch):
         CountingPool(BoundaryTotals.empty(1), -1)
 
 
-class Split:
+def split_of(number: int, folder: Path, truth: BoundaryTruth | None = PASCAL.boundary) -> Split:
     """A split with these ids whose list of published images lies in `folder`."""
-
-    split, boundary_files, boundary_source = "val", None, DATASETS["PASCALContext"].boundary_source
-    spec = DATASETS["PASCALContext"].spec
-
-    def __init__(self, number: int, folder):
-        self.ids, self.folder = [f"{i:03}" for i in range(number)], folder
+    return Split(PASCAL.name, "val", folder, tuple(f"{i:03}" for i in range(number)), truth)
 
 
 @pytest.mark.parametrize(("number", "stride"), [(5, 1), (63, 1), (64, 2), (255, 7), (256, 8), (288, 8), (1000, 8)])
 def test_the_fast_score_takes_every_eighth_but_at_least_32(tmp_path, number, stride):
-    chosen = truth_source(Split(number, tmp_path), "all", fast=True)
+    chosen = truth_source(split_of(number, tmp_path), "all", fast=True)
     assert chosen.names == {f"{i:03}" for i in range(0, number, stride)} and chosen.num_images == len(chosen.names)
     assert chosen.covered == f"a sample of {len(chosen.names)} from all of val"
-    assert (chosen.kind, chosen.max_dist) == ("regions", 0.0075)
-    assert truth_source(Split(number, tmp_path), "all").num_images == number
+    assert (chosen.truth.kind, chosen.truth.max_dist) == ("regions", 0.0075)
+    assert truth_source(split_of(number, tmp_path), "all").num_images == number
 
 
 def test_the_fast_score_samples_the_published_list(tmp_path):
     path = tmp_path / "ImageSets" / "Context" / "test_new.txt"
     path.parent.mkdir(parents=True)
     path.write_text("\n".join(f"{i:03}" for i in range(100, 164)))
-    chosen = truth_source(Split(200, tmp_path), "auto", fast=True)
+    chosen = truth_source(split_of(200, tmp_path), "auto", fast=True)
     assert chosen.names == {f"{i:03}" for i in range(100, 164, 2)}
     assert chosen.covered == "a sample of 32 from the list test_new.txt"
-    assert truth_source(Split(200, tmp_path), "test_new").num_images == 64
-    nothing = Split(200, tmp_path)
-    nothing.boundary_source = None
+    assert truth_source(split_of(200, tmp_path), "test_new").num_images == 64
+    nothing = split_of(200, tmp_path, None)
     with pytest.raises(ValueError, match="PASCALContext has no ground truth for the boundary score"):
         truth_source(nothing, "all")
 

@@ -9,10 +9,10 @@ from scipy.io import savemat
 
 from data.base import read_image
 from data.datasets import DATASETS
+from data.datasets.cityscapes import COLOURS as CITYSCAPES
 from data.datasets.cityscapes import read_disparity
 from data.datasets.pascal_context import NORMALS_IDS, has_people, read_edge, read_human_parts, read_normals
-from data.palette import (
-    CITYSCAPES,
+from utils.engine.views import (
     VOC,
     colour_classes,
     colour_depth,
@@ -22,7 +22,7 @@ from data.palette import (
     voc_palette,
 )
 
-SPECS = {name: dataset.spec for name, dataset in DATASETS.items()}
+SPECS = {name: DATASETS.load(name).spec for name in DATASETS}
 MAT = "pascal-context/trainval/{id}.mat"
 VALUES = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -38,23 +38,28 @@ def label_map(path: Path, labels: list | np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize(("name", "facts"), [
-    ("NYUD", {"folder": "NYUDv2", "image_size": (448, 576), "label_size": None, "boundary_max_dist": 0.011,
-              "boundary_kind": "nyud", "boundary_list": None, "depth_range": None, "splits": ("train", "val"),
-              "split_file": "gt_sets/{split}.txt", "tasks": {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}}),
+    ("NYUD", {"folder": "NYUDv2", "image_size": (448, 576), "label_size": None, "depth_range": None,
+              "splits": ("train", "val"), "split_file": "gt_sets/{split}.txt", "tasks": {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}}),
     ("PASCALContext", {"folder": "PASCALContext", "image_size": (512, 512), "label_size": None,
-                       "boundary_max_dist": 0.0075, "boundary_kind": "regions", "boundary_list": "test_new",
                        "depth_range": None, "splits": ("train", "val"),
                        "split_file": "ImageSets/Context/{split}.txt",
                        "tasks": {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}}),
     ("Cityscapes", {"folder": "cityscapes", "image_size": (512, 1024), "label_size": (1024, 2048),
-                    "boundary_max_dist": None, "boundary_kind": None, "boundary_list": None, "depth_range": (0, 80),
-                    "splits": ("train", "val"), "split_file": None, "tasks": {"semseg": 19, "depth": 1}}),
+                    "boundary": None, "depth_range": (0, 80), "splits": ("train", "val"), "split_file": None,
+                    "tasks": {"semseg": 19, "depth": 1}}),
 ])
 def test_specifications(name, facts):
     spec = SPECS[name]
     assert spec.name == name
     assert {fact: getattr(spec, fact) for fact in facts} == facts
     assert list(spec.tasks) == list(facts["tasks"])
+
+
+@pytest.mark.parametrize(("name", "max_dist", "kind", "published_list"), [
+    ("NYUD", 0.011, "nyud", None), ("PASCALContext", 0.0075, "regions", "ImageSets/Context/test_new.txt")])
+def test_boundary_score(name, max_dist, kind, published_list):
+    truth = SPECS[name].boundary
+    assert (truth.max_dist, truth.kind, truth.published_list) == (max_dist, kind, published_list)
 
 
 @pytest.mark.parametrize(("name", "task", "number", "some"), [
@@ -80,10 +85,10 @@ def test_class_names(name, task, number, some):
         "depth": ("disparity/{id}_disparity.png", "gtFine/{id}_gtFine_labelIds.png")}),
 ])
 def test_file_patterns(name, files):
-    dataset = DATASETS[name]
+    dataset = DATASETS.load(name)
     found = {key: source.files for key, source in dataset.sources.items()}
-    if dataset.boundary_source is not None:
-        found["score"] = dataset.boundary_source.files
+    if dataset.spec.boundary is not None:
+        found["score"] = dataset.spec.boundary.files
     assert found == files
 
 
@@ -99,7 +104,7 @@ def test_file_patterns(name, files):
 ])
 def test_label_tables(tmp_path, name, task, values, expected):
     path = png(tmp_path / "label.png", np.array([values], np.uint8))
-    label = DATASETS[name].sources[task].read(path)
+    label = DATASETS.load(name).sources[task].read(path)
     assert label.shape == (1, len(expected), 1) and label.dtype == np.float32
     assert label[0, :, 0].tolist() == pytest.approx(list(expected))
 
@@ -110,18 +115,18 @@ def test_label_tables(tmp_path, name, task, values, expected):
 def test_values_beyond_the_classes_are_refused(tmp_path, name, values, found, valid):
     path = png(tmp_path / "label.png", np.array([values], np.uint8))
     with pytest.raises(ValueError, match=rf"label\.png: label value\(s\) {found} out of range; valid: {valid}$"):
-        DATASETS[name].sources["semseg"].read(path)
+        DATASETS.load(name).sources["semseg"].read(path)
 
 
 def test_normals_of_nyud_are_never_zero(tmp_path):
-    normals = DATASETS["NYUD"].sources["normals"].read(png(tmp_path / "n.png", np.stack([VALUES] * 3, axis=-1)))
+    normals = DATASETS.load("NYUD").sources["normals"].read(png(tmp_path / "n.png", np.stack([VALUES] * 3, axis=-1)))
     assert normals[0, 0].tolist() == [-1] * 3 and normals[15, 15].tolist() == [1] * 3
     assert normals[3, 3, 0] == pytest.approx(2 * 51 / 255 - 1) and (normals != 0).all()
 
 
 def test_nyud_depth_is_in_metres(tmp_path):
     np.save(tmp_path / "d.npy", np.array([[0, 2.5]], np.float64))
-    assert DATASETS["NYUD"].sources["depth"].read(tmp_path / "d.npy").tolist() == [[[0], [2.5]]]
+    assert DATASETS.load("NYUD").sources["depth"].read(tmp_path / "d.npy").tolist() == [[[0], [2.5]]]
 
 
 def test_images_keep_the_order_of_colours(tmp_path):

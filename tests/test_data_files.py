@@ -9,15 +9,15 @@ from PIL import Image
 from scipy.io import savemat
 from scipy.io.matlab import MatReadError
 
-import data.files
-from data.base import find_folder, resize_label
+from data.base import find_folder
 from data.datasets import DATASETS
-from data.files import class_table, read_depth, read_mat, read_rgb, read_table, read_uint8, read_uint16
-from utils.engine.tasks import tasks_named
+from data.labels import MapLabel
+from utils.engine.tasks import label_rules
+from utils.files import class_table, read_depth, read_mat, read_rgb, read_table, read_uint8, read_uint16
 
 
 def rules(*names: str):
-    return tasks_named(names)
+    return label_rules(names)
 
 
 def save(path: Path, array: np.ndarray, **options) -> Path:
@@ -161,7 +161,7 @@ def test_matlab_structs_have_attributes(tmp_path):
 def test_damaged_matlab_files_are_named(tmp_path, monkeypatch, error):
     def broken(*args, **kwargs):
         raise error("broken header")
-    monkeypatch.setattr(data.files, "loadmat", broken)
+    monkeypatch.setattr("scipy.io.loadmat", broken)
     with pytest.raises(ValueError, match=r"cannot read .*a\.mat: broken header; damaged, or not a Matlab v5 file"):
         read_mat(tmp_path / "a.mat", "anno")
 
@@ -182,7 +182,7 @@ def pascal(root: Path, number: int = 7) -> Path:
 
 
 def opened(root: Path, transform=None, split: str = "train"):
-    return DATASETS["PASCALContext"](root, split, rules("semseg"), transform)
+    return DATASETS.load("PASCALContext")(root, split, rules("semseg"), transform)
 
 
 def test_the_first_file_that_exists_is_read(tmp_path):
@@ -192,7 +192,6 @@ def test_the_first_file_that_exists_is_read(tmp_path):
     assert [dataset.load(name)["semseg"].max() for name in dataset.ids] == list(range(7))
     assert [path.parent.name for name in dataset.ids[:2] for path in dataset.paths("semseg", name)] == [
         "VOC12", "pascal-context"]
-    assert dataset.boundary_files("x") == (folder / "pascal-context/trainval/x.mat",)
 
 
 def test_a_sample_before_its_transform(tmp_path):
@@ -230,7 +229,7 @@ def test_missing_folders_are_missing_files(tmp_path):
 
 
 def test_folders_are_found_below_the_root_or_are_it(tmp_path, monkeypatch):
-    spec, folder = DATASETS["PASCALContext"].spec, pascal(tmp_path)
+    spec, folder = DATASETS.load("PASCALContext").spec, pascal(tmp_path)
     assert find_folder(tmp_path, spec) == find_folder(str(folder), spec) == folder
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_folder("~", spec) == folder
@@ -245,18 +244,18 @@ def test_folders_are_found_below_the_root_or_are_it(tmp_path, monkeypatch):
 
 def test_labels_are_resized_by_their_rule():
     label = np.array([[[0.0], [8.0]]], np.float32)
-    assert resize_label(label, (2, 4), "nearest")[..., 0].tolist() == [[0, 0, 8, 8]] * 2
-    cubic = resize_label(label, (1, 4), "cubic")
+    assert MapLabel().fit(label, (2, 4))[..., 0].tolist() == [[0, 0, 8, 8]] * 2
+    cubic = MapLabel(interp="cubic").fit(label, (1, 4))
     assert cubic.shape == (1, 4, 1) and 0 < cubic[0, 1, 0] < 4 < cubic[0, 2, 0] < 8
 
 
 def test_cityscapes_lists_its_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"folder of split 'train' not found: .*leftImg8bit/train"):
         (tmp_path / "cityscapes").mkdir()
-        DATASETS["Cityscapes"](tmp_path, "train", {})
+        DATASETS.load("Cityscapes")(tmp_path, "train", {})
     for name in ("bonn/b_2", "aachen/a_1", "bonn/b_1"):
         path = tmp_path / "cityscapes" / "leftImg8bit" / "train" / f"{name}_leftImg8bit.png"
         save(path, np.zeros((2, 2, 3), np.uint8))
-    dataset = DATASETS["Cityscapes"](tmp_path, "train", {})
+    dataset = DATASETS.load("Cityscapes")(tmp_path, "train", {})
     assert dataset.ids == ["train/aachen/a_1", "train/bonn/b_1", "train/bonn/b_2"]
     assert dataset[0]["meta"]["name"] == "a_1_leftImg8bit"

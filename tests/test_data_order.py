@@ -6,6 +6,7 @@ import cv2
 import pytest
 import torch
 
+from data.labels import MapLabel
 from data.loader import EvalSampler, TrainBatchSampler, build_eval_loader, build_train_loader, collate, sample_seed
 
 # What NumPy's PCG64 gives for the seeds (0, 0), (0, 1) and (1, 0), and its SeedSequence for four samples.
@@ -67,6 +68,8 @@ def test_evaluation_takes_every_nth():
 class Squares(torch.utils.data.Dataset):
     """A sample is its index squared and its seed."""
 
+    labels = {}
+
     def __len__(self) -> int:
         return 7
 
@@ -89,8 +92,10 @@ def test_loaders_hand_out_what_the_samplers_say():
 
 
 def test_collating_stacks_maps_and_lists_meta():
-    batch = collate([{"a": torch.zeros(1, 2), "meta": {"n": 1}}, {"a": torch.ones(1, 2), "meta": {"n": 2}}])
-    assert batch["a"].tolist() == [[[0, 0]], [[1, 1]]] and batch["meta"] == [{"n": 1}, {"n": 2}]
+    samples = [{"image": torch.full((1, 2), i), "a": torch.full((1,), i), "meta": {"n": i}} for i in (0, 1)]
+    batch = collate(samples, {"a": MapLabel()})
+    assert batch["image"].tolist() == [[[0, 0]], [[1, 1]]] and batch["meta"] == [{"n": 0}, {"n": 1}]
+    assert batch["a"].tolist() == [[0], [1]]
 
 
 def test_workers_stay_and_compute_on_one_thread():

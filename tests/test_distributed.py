@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from evaluation.boundary import BoundaryBenchmark, BoundarySettings, TruthSource
+from evaluation.boundary.evaluator import BoundaryEvaluator
+from evaluation.boundary.settings import BoundarySettings, BoundaryTruth
+from evaluation.boundary.source import TruthSource
 from utils import distributed
 
 CPU = torch.device("cpu")
@@ -20,16 +22,17 @@ LINE = np.zeros((20, 24), np.uint8)
 LINE[:, 12] = 255
 
 
-def read_line(name: str) -> np.ndarray:
+def read_line(path: Path) -> np.ndarray:
     return LINE
 
 
-def benchmark_of(images: int) -> BoundaryBenchmark:
+def benchmark_of(images: int) -> BoundaryEvaluator:
     """The boundary score after so many perfect predictions."""
-    source = TruthSource(lambda name: (name,), read_line, "boundary", 0.02, 3)
-    benchmark = BoundaryBenchmark(source, BoundarySettings(protocol="plain", workers=0))
+    source = TruthSource(Path(), BoundaryTruth(("x",), read_line, "boundary", 0.02), 3)
+    benchmark = BoundaryEvaluator(source, BoundarySettings(protocol="plain", workers=0))
     for i in range(images):
-        benchmark.update(torch.from_numpy(LINE / 255).float()[None, None], [{"name": f"im{i}", "size": LINE.shape}])
+        benchmark.update(torch.from_numpy(LINE / 255).float()[None, None], None,
+                         [{"name": f"im{i}", "size": LINE.shape}])
     return benchmark
 
 

@@ -65,7 +65,8 @@ def test_only_fp32_forbids_tf32():
 
 def test_only_tensors_travel():
     batch = {"image": torch.ones(1), "meta": [{"name": "a"}]}
+    assert [box.device.type for box in to_device([torch.ones(2), torch.ones(0)], torch.device("meta"))] == ["meta"] * 2
     moved = to_device(batch, torch.device("meta"))
-    assert moved["image"].device.type == "meta" and moved["meta"] is batch["meta"]
+    assert moved["image"].device.type == "meta" and moved["meta"] == batch["meta"]
     assert batch["image"].device.type == "cpu"
     assert [b["meta"] for b in batches_on(CPU, [batch, {"meta": 2}])] == [batch["meta"], 2]

@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from losses import (
-    BalancedBCELoss,
-    BalancedCrossEntropyLoss,
-    CrossEntropyLoss,
-    L1Loss,
-    MultiTaskLoss,
-    NormalsLoss,
-    load_balancing_loss,
-)
+from losses.balancing import build_balancing
+from losses.cross_entropy import BalancedCrossEntropyLoss, CrossEntropyLoss
+from losses.edge import BalancedBCELoss
+from losses.load_balancing import load_balancing_loss
+from losses.multi_task import MultiTaskLoss
+from losses.regression import L1Loss, NormalsLoss
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 
@@ -206,8 +203,9 @@ WEIGHTS = {"a": 2.0, "b": 5.0}
 NO_VOID = {"a": torch.zeros(2, 1, 1, 2), "b": torch.zeros(2, 1, 1, 2)}
 
 
-def combined(*args, **kwargs) -> MultiTaskLoss:
-    return MultiTaskLoss({"a": MeanOfValid(), "b": MeanOfValid()}, WEIGHTS, *args, **kwargs)
+def combined(scheme: str = "weighted_sum", *args, **kwargs) -> MultiTaskLoss:
+    balancing = build_balancing(scheme, tuple(WEIGHTS), WEIGHTS)
+    return MultiTaskLoss({"a": MeanOfValid(), "b": MeanOfValid()}, balancing, *args, **kwargs)
 
 
 def two_images(a: tuple[float, float], b: tuple[float, float]) -> dict[str, Tensor]:
@@ -275,4 +273,4 @@ def test_missing_maps_are_named():
     with pytest.raises(ValueError, match="no label for task 'a'; got: none"):
         combined()(FINAL, {})
     with pytest.raises(ValueError, match="loss_weights lacks a, b; given: -"):
-        MultiTaskLoss({"a": MeanOfValid(), "b": MeanOfValid()}, {})
+        build_balancing("log", ("a", "b"), {})

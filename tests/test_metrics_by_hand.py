@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 import evaluation.normals
-from evaluation import DepthMeter, EdgeLossMeter, Meter, NormalsMeter, SaliencyMeter, SegmentationMeter, delta_m
-from evaluation.edge_maps import crop_from_padding, edge_maps, save_edge_maps
-from evaluation.meter import ratio
-from evaluation.saliency import IMAGE_THRESHOLDS, THRESHOLDS
+from evaluation.boundary.edge_loss import EdgeLossMeter
+from evaluation.boundary.edge_maps import crop_from_padding, edge_maps, save_edge_maps
+from evaluation.delta_m import delta_m
+from evaluation.depth import DepthMeter
+from evaluation.meter import Meter, ratio
+from evaluation.normals import NormalsMeter
+from evaluation.saliency import IMAGE_THRESHOLDS, THRESHOLDS, SaliencyMeter
+from evaluation.segmentation import SegmentationMeter
 
 
 def row(*values: float) -> Tensor:

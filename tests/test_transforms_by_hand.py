@@ -8,15 +8,20 @@ import pytest
 import torch
 
 from data import transforms as T
-from data.datasets import DATASETS, build_transform
-from utils.engine.tasks import tasks_named
+from data.datasets import DATASETS
+from data.labels import MapLabel
+from data.transforms import build_transform
+from utils.engine.tasks import label_rules
 
 ALL = ("semseg", "depth", "human_parts", "sal", "normals", "edge")
 
 
 def rules(*names: str):
     """Label rules of these tasks: what the transforms read from the task table."""
-    return tasks_named(names or ALL)
+    return label_rules(names or ALL)
+
+
+GUIDE = rules("semseg")
 
 
 def image(*values: float, dtype=np.uint8) -> np.ndarray:
@@ -131,7 +136,7 @@ def crop_sample(height: int = 4, width: int = 6) -> dict:
 
 def test_crop_draws_top_then_left_within_the_image():
     draws = Draws(1, 2)
-    cropped = T.RandomCrop((2, 3))(crop_sample(), draws)
+    cropped = T.RandomCrop(GUIDE, (2, 3))(crop_sample(), draws)
     assert draws.asked == [("randint", 0, 2), ("randint", 0, 3)]
     assert cropped["image"][..., 0].tolist() == [[8, 9, 10], [14, 15, 16]]
     assert cropped["semseg"].shape == (2, 3, 1)
@@ -143,7 +148,7 @@ def test_crop_draws_top_then_left_within_the_image():
     ((4, 6), [], (4, 6)), ((6, 4), [("randint", 0, 0), ("randint", 0, 2)], (4, 4))])
 def test_a_side_shorter_than_the_window_is_kept(size, asked, shape):
     draws = Draws(0, 0)
-    assert T.RandomCrop(size)(crop_sample(), draws)["image"].shape[:2] == shape
+    assert T.RandomCrop(GUIDE, size)(crop_sample(), draws)["image"].shape[:2] == shape
     assert draws.asked == asked
 
 
@@ -155,18 +160,18 @@ def test_a_crop_is_varied_when_its_commonest_class_is_below_the_limit(labels, ac
     """Redrawn until it is; a window beside the whole row would show nothing else."""
     sample = {"image": np.zeros((2, len(labels), 3), np.uint8), "semseg": label(*labels).repeat(2, axis=0)}
     draws = Draws(*[0] * 22)
-    T.RandomCrop((1, len(labels)))(sample, draws)
+    T.RandomCrop(GUIDE, (1, len(labels)))(sample, draws)
     assert len(draws.asked) == (2 if accepted else 22)
-    assert T.RandomCrop.max_tries == 10 and T.RandomCrop((1, 1)).category_limit == 0.75
+    assert T.RandomCrop.max_tries == 10 and T.RandomCrop(GUIDE, (1, 1)).category_limit == 0.75
 
 
 def test_the_limit_and_the_guiding_label_can_be_set():
     sample = {"image": np.zeros((2, 4, 3), np.uint8), "semseg": label(1, 1, 1, 2).repeat(2, axis=0),
               "parts": label(1, 1, 2, 2).repeat(2, axis=0)}
-    for crop in (T.RandomCrop((1, 4), 0.76), T.RandomCrop((1, 4), category_key="parts")):
+    for crop in (T.RandomCrop(GUIDE, (1, 4), 0.76), T.RandomCrop({"parts": MapLabel(guides_crop=True)}, (1, 4))):
         crop(sample, draws := Draws(0, 0))
         assert len(draws.asked) == 2
-    assert T.CROP_GUIDE == "semseg"
+    assert [name for name, label in rules().items() if label.guides_crop] == ["semseg"]
 
 
 # Colours -------------------------------------------------------------------------------------------------------------
@@ -244,8 +249,10 @@ def test_an_image_must_fit_the_frame(size, fits):
 
 
 def test_tensors_are_channel_first():
-    sample = {"normals": label((1, 2, 3), (4, 5, 6)), "edge": np.ones((1, 2, 1), np.uint8), "meta": 7}
-    result = T.ToTensor()(sample, None)
+    sample = {"image": image(1, 2), "normals": label((1, 2, 3), (4, 5, 6)), "edge": np.ones((1, 2, 1), np.uint8),
+              "meta": 7}
+    result = T.ToTensor(rules("normals", "edge"))(sample, None)
+    assert result["image"].tolist() == [[[1, 2]]] * 3
     assert result["normals"].tolist() == [[[1, 4]], [[2, 5]], [[3, 6]]] and result["meta"] == 7
     assert result["edge"].dtype == torch.float32 and result["edge"].shape == (1, 1, 2)
 
@@ -269,26 +276,26 @@ FRAME = ["RequireFit", "Normalise", "Pad", "MarkVoid", "ToTensor"]
 def test_steps_of_every_data_set():
     tasks = rules("semseg", "depth")
     for name in ("NYUD", "PASCALContext"):
-        spec = DATASETS[name].spec
-        train, evaluation = (build_transform(spec, training, tasks) for training in (True, False))
+        spec = DATASETS.load(name).spec
+        train, evaluation = (build_transform(spec.image_size, None, training, tasks) for training in (True, False))
         assert kinds(train) == ["RandomScale", "RandomCrop", "RandomFlip", "PhotometricDistortion", *FRAME]
         assert kinds(evaluation) == FRAME
         scale, crop, flip = train.steps[:3]
         assert (scale.low, scale.high, crop.size, crop.category_limit, flip.probability) == (
             0.5, 2.0, spec.image_size, 0.75, 0.5)
     for training in (True, False):
-        fixed = build_transform(DATASETS["Cityscapes"].spec, training, tasks)
+        fixed = build_transform((512, 1024), (1024, 2048), training, tasks)
         assert kinds(fixed) == ["ResizeImage", "ResizeLabels", "Normalise", "ToTensor"]
         assert (fixed.steps[0].size, fixed.steps[1].size) == ((512, 1024), (1024, 2048))
 
 
 def test_steps_can_be_changed_by_name():
-    train = build_transform(DATASETS["NYUD"].spec, True, {}, (32, 64), scale_range=(1, 3), flip=0.25, photometric=False,
+    train = build_transform((32, 64), None, True, {}, scale_range=(1, 3), flip=0.25, photometric=False,
                             category_limit=0.9)
     scale, crop, flip = train.steps[:3]
     assert kinds(train) == ["RandomScale", "RandomCrop", "RandomFlip", *FRAME]
     assert (scale.low, scale.high, crop.size, crop.category_limit, flip.probability) == (1, 3, (32, 64), 0.9, 0.25)
-    fixed = build_transform(DATASETS["Cityscapes"].spec, True, {}, (16, 32), (8, 24))
+    fixed = build_transform((16, 32), (8, 24), True, {})
     assert (fixed.steps[0].size, fixed.steps[1].size) == ((16, 32), (8, 24))
     assert kinds(T.fixed_transform((16, 32), {})) == ["ResizeImage", "Normalise", "ToTensor"]
 
