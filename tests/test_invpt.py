@@ -309,7 +309,7 @@ def test_options_act():
     assert not torch.allclose(dropping(image).final["depth"], want, rtol=0, atol=1e-7)
 
 
-# ------------------------------------------------------------ the lineage's name
+# ------------------------------------------------------------ the name that published files share
 
 OWN = {"InvPT": {"embed_dim": 512, "PRED_OUT_NUM_CONSTANT": 64, "mtt_resolution_downsample_rate": 2},
        "TaskPrompter": {"embed_dim": 300, "prompt_len": 1, "chan_nheads": 1, "use_ctr": True},
@@ -331,7 +331,7 @@ def test_a_name_that_options_do_not_resolve_is_refused(options, message):
         resolve_name("TransformerNet", "vitL", options)
 
 
-def test_the_lineages_file_builds_invpt(caplog):
+def test_the_published_file_builds_invpt(caplog):
     with torch.device("meta"), caplog.at_level(logging.INFO):
         model = model_from_config(load_config(NYUD, [
             "model=TransformerNet", "backbone=vitL", "head=mlp", f"model_kwargs={json.dumps(OWN['InvPT'])}"]))

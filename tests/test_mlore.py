@@ -354,7 +354,7 @@ def test_any_tasks_and_taps(tasks, taps):
     assert {task: tuple(x.shape) for task, x in out.items()} == {t: (1, n, 16, 40) for t, n in tasks.items()}
 
 
-def test_the_lineages_file_builds_mlore():
+def test_the_published_file_builds_mlore():
     own = {"final_embed_dim": 452, "topk": 9, "pre_softmax": False, "spe_rank": 72, "with_feat": False}
     with torch.device("meta"):
         model = build_model(resolve_name("TransformerNet", "vitL", own), "vitL", TASKS, (512, 512), model_kwargs=own)

@@ -42,7 +42,8 @@ class BackboneTable(Table):
         cls, sizes = super().options(name), self[self.find(name)].sizes
         fields = [(field.name, field.type, sizes[field.name])
                   for field in dataclasses.fields(cls) if field.name in sizes]
-        return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
+        frozen = cls.__dataclass_params__.frozen        # a subclass must be what its base is
+        return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=frozen)
 
 
 def _swin(embed_dim: int, depths: tuple, num_heads: tuple, window_size: int, tag: str, file: str) -> BackboneEntry:
