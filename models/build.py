@@ -78,4 +78,5 @@ def _options(table: Table, name: str, given: Mapping[str, Any] | Options | None,
     """The options of an entry, checked; `given` itself where it has been parsed already."""
     if given is not None and not isinstance(given, Mapping):
         return given
-    return parse(table.options(name), given, prefix, lambda key: f"{table.kind} '{name}'")
+    values = {**table.defaults(name), **(given or {})}
+    return parse(table.options(name), values, prefix, lambda key: f"{table.kind} '{name}'")

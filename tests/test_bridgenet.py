@@ -232,7 +232,7 @@ def test_parts_that_do_not_fit(backbone, arguments, message):
     ({"refine_depth": 18}, "refine_depth' must be a list of 3"), ({"refine_depth": (3, 0, 3)}, "refine_depth' must be"),
     ({"dilations": ()}, "dilations' must be"), ({"squeeze_ratio": 0}, "squeeze_ratio' must be"),
     ({"attention_scale": "full"}, "attention_scale' must be one of width, head, got 'full'"),
-    ({"refine_from": "ttp"}, "refine_from' must be one of preliminary, tpp .did you mean 'tpp'., got 'ttp'"),
+    ({"refine_from": "ttp"}, "refine_from' must be one of preliminary, tpp .did you mean 'tpp'.., got 'ttp'"),
     ({"num_heads": 5}, r"num_heads' must be a divisor of .*\(512, 576, 288, 144\), got 5"),
     ({"drop_path_rate": 1.0}, "drop_path_rate' must be"), ({"embed_dim": 0}, "embed_dim' must be"),
     ({"PRED_OUT_NUM_CONSTANT": -1}, "PRED_OUT_NUM_CONSTANT' must be"), ({"mlp_ratio": 0}, "mlp_ratio' must be")])

@@ -14,7 +14,7 @@ from scripts.example_data.labels import BODY_PARTS, LABELS, PART_NAMES
 from scripts.example_data.render import render_scene
 from scripts.example_data.write import PASCAL, image_files, image_name, write_example, write_pascal_parts_mat
 from tests.shared import golden
-from utils.engine.tasks import TASKS
+from utils.engine.tasks import label_rules
 
 PARAMETERS = {"num_train": 2, "num_val": 1, "size": (40, 56), "seed": 3, "progress": False}
 
@@ -217,7 +217,7 @@ def test_parameters_out_of_range_are_named(tmp_path, change, message):
 
 def test_the_loaders_read_what_the_renderer_drew(example):
     for layout, (name, style) in enumerate((("NYUD", "nyud"), ("PASCALContext", "pascal"))):
-        tasks = {task: TASKS.load(task) for task in DATASETS.load(name).spec.tasks}
+        tasks = label_rules(DATASETS.load(name).spec.tasks)
         sample = DATASETS.load(name)(example, "val", tasks)[0]
         drawn = render_scene([PARAMETERS["seed"], layout, 3], PARAMETERS["size"], style)
         semseg = drawn.nyud_semseg - 1 if layout == 0 else drawn.pascal_semseg

@@ -47,9 +47,9 @@ class Options:
 
 def nearest(word: Any, choices: Iterable[Any]) -> str:
     """`did you mean 'x'?`, or the choices where none is similar."""
-    names = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names) or 'none'}"
+    names = {str(choice).lower(): str(choice) for choice in choices}
+    near = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.5)
+    return f"did you mean '{names[near[0]]}'?" if near else f"known: {', '.join(names.values()) or 'none'}"
 
 
 def choice(table: Mapping, default: Any = dataclasses.MISSING) -> Any:

@@ -15,7 +15,6 @@ A new backbone is one file and one row of BACKBONES.
 import dataclasses
 from typing import Any
 
-from utils.options import Options
 from utils.table import Table
 
 HRNET = "models.backbones.hrnet:HRNetBackbone"
@@ -29,20 +28,9 @@ class BackboneEntry:
     """One row of the table: the class, defaults of its options, ImageNet weights."""
 
     target: Any  # the class, or "module:Class"
-    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     pretrained_tag: str | None = None  # timm model name with its weight tag
     pretrained_file: str | None = None  # file name of the original release
-
-
-class BackboneTable(Table):
-    """A table of `BackboneEntry`s."""
-
-    def options(self, name: str) -> type[Options]:
-        """The options class of a backbone, with the sizes of its row as defaults."""
-        cls, sizes = super().options(name), self[self.find(name)].sizes
-        fields = [(field.name, field.type, sizes[field.name])
-                  for field in dataclasses.fields(cls) if field.name in sizes]
-        return dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True)
 
 
 def _swin(embed_dim: int, depths: tuple, num_heads: tuple, window_size: int, tag: str, file: str) -> BackboneEntry:
@@ -65,7 +53,7 @@ def _internimage(embed_dim: int, depths: tuple, file: str, **others: Any) -> Bac
     return BackboneEntry(INTERNIMAGE, sizes, None, file)
 
 
-BACKBONES = BackboneTable("backbone", {
+BACKBONES = Table("backbone", {
     "swin": BackboneEntry(SWIN),  # sizes from the YAML
     "swin_tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, "swin_tiny_patch4_window7_224.ms_in1k",
                        "swin_tiny_patch4_window7_224.pth"),

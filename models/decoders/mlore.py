@@ -39,11 +39,10 @@ PAPER_RANKS = (16, 128, 8)
 
 @dataclass(frozen=True)
 class MLoREConfig(DecoderOptions):
-    """Options of the decoder. Those up to `with_feat` are keys of the published experiment files.
+    """Options of the decoder. The first five are keys of the published experiment files.
 
     pre_softmax: True drops experts before the softmax, so that the gates of the kept ones sum to 1 (published for
     NYUD-v2); False drops them after it, without normalising again (published for PASCAL-Context).
-    with_feat: part of the published files, without effect there: only False.
     rank_list: one rank per expert; empty takes those of the published model of this width.
     load_balancing_weight: factor of the balancing loss, summed over all modules.
     fold: whether `infer` and `predict` fold the modules, which takes room for 9 C^2 (E + T + 1) numbers per module.
@@ -53,7 +52,6 @@ class MLoREConfig(DecoderOptions):
     topk: int = 9  # k
     spe_rank: int = 64  # rank of the task's own expert
     pre_softmax: bool = False
-    with_feat: bool = False
     rank_list: tuple[int, ...] = ()
     load_balancing_weight: float = 1e-4
     fold: bool = True
@@ -64,7 +62,6 @@ class MLoREConfig(DecoderOptions):
         self.require(1 <= self.topk <= len(self.ranks), "topk",
                      f"1 to {len(self.ranks)}, the number of experts in rank_list")
         self.require_counts("spe_rank")
-        self.require(not self.with_feat, "with_feat", "false, the published models have no such path")
         self.require(0 <= self.load_balancing_weight < math.inf, "load_balancing_weight", "a number of at least 0")
 
     @property
