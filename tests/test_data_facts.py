@@ -39,7 +39,8 @@ def label_map(path: Path, labels: list | np.ndarray) -> Path:
 
 @pytest.mark.parametrize(("name", "facts"), [
     ("NYUD", {"folder": "NYUDv2", "image_size": (448, 576), "label_size": None, "depth_range": None,
-              "splits": ("train", "val"), "split_file": "gt_sets/{split}.txt", "tasks": {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}}),
+              "splits": ("train", "val"), "split_file": "gt_sets/{split}.txt",
+              "tasks": {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}}),
     ("PASCALContext", {"folder": "PASCALContext", "image_size": (512, 512), "label_size": None,
                        "depth_range": None, "splits": ("train", "val"),
                        "split_file": "ImageSets/Context/{split}.txt",

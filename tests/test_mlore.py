@@ -369,7 +369,7 @@ def test_parts_that_do_not_fit(backbone, arguments, message):
     ({"topk": 16}, "topk' must be 1 to 15, the number of experts in rank_list, got 16"),
     ({"topk": 0}, "topk' must be 1 to 15"), ({"spe_rank": 0}, "spe_rank' must be a whole number of at least 1"),
     ({"rank_list": (4,)}, "rank_list' must be two or more ranks of at least 1"), ({"rank_list": 4}, "must be a list"),
-    ({"rank_list": (0, 4)}, "ranks of at least 1"), ({"with_feat": True}, "with_feat' must be false"),
+    ({"rank_list": (0, 4)}, "ranks of at least 1"),
     ({"load_balancing_weight": -1}, "load_balancing_weight' must be a number of at least 0")])
 def test_option_values_are_checked(options, message):
     with pytest.raises(ValueError, match=message):

@@ -266,7 +266,7 @@ def test_a_neck_is_refused():
     ({"prompt_len": 2}, "prompt_len' must be 1, .* got 2"), ({"embed_dim": 0}, "embed_dim' must be a whole number of"),
     ({"chan_nheads": 8}, "chan_nheads' must be a square number, got 8"), ({"head": "mlp"}, "one of conv, deconv"),
     ({"img_ds_ratio": 0}, "img_ds_ratio' must be a pos"), ({"prompt_update": "softmax"}, "one of linear, attention"),
-    ({"ignore_invalid_area_depth": False}, "must be true"), ({"extra_prompts": -1}, "number of at least 0, got -1"),
+    ({"extra_prompts": -1}, "number of at least 0, got -1"),
     ({"dd_label_map_size": [512]}, "must be a list of 2 values or empty"),
     ({"dd_label_map_size": [0, 512]}, r"must be a height and a width of at least 1, got \[0, 512\]"),
     ({"extra_prompts": 1, "use_ctr": True}, "must be 0 with use_ctr")])

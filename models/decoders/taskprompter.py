@@ -37,9 +37,8 @@ class TaskPrompterConfig(DecoderOptions):
     embed_dim (ViT), level_embed_dim (Swin): E. chan_nheads: n * n; the sides of every grid must be multiples of
     n. use_ctr: cross-task reweighting, ViT only. chan_embed_dim: width of the channel branch of a Swin, a square
     number. img_ds_ratio: resizes the image inside a Swin. dd_label_map_size: (height, width) of predictions and
-    labels, for data sets that have a label size of their own; None: that size. fea_ds_ratio is read by nothing
-    in the published program either. Only the published prompt_len of 1 exists, and depth pixels without a value
-    are always left out, which is what ignore_invalid_area_depth asks for.
+    labels, for data sets that have a label size of their own; None: that size. Only the published prompt_len of 1
+    exists.
 
     prompt_update (ViT): `linear`, as in the published models, updates the prompts by a linear map of their
     channel query; `attention`, as in the paper's text, by what they gather from the channels. Weights of one do
@@ -58,8 +57,6 @@ class TaskPrompterConfig(DecoderOptions):
     chan_embed_dim: int = 256
     img_ds_ratio: float = 1.0
     dd_label_map_size: tuple[int, int] | None = None
-    fea_ds_ratio: float | None = None
-    ignore_invalid_area_depth: bool = True
     prompt_update: Literal["linear", "attention"] = "linear"
     extra_prompts: int = 0
 
@@ -72,8 +69,6 @@ class TaskPrompterConfig(DecoderOptions):
         self.require(0 < self.img_ds_ratio < math.inf, "img_ds_ratio", "a positive number")
         self.require(self.dd_label_map_size is None or min(self.dd_label_map_size) >= 1, "dd_label_map_size",
                      "a height and a width of at least 1")
-        self.require(self.ignore_invalid_area_depth is True, "ignore_invalid_area_depth",
-                     "true, depth pixels without a value are never trained on")
         self.require_counts("extra_prompts", least=0)
         self.require(not (self.extra_prompts and self.use_ctr), "extra_prompts",
                      "0 with use_ctr, which weighs the features of all prompts")
