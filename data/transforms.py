@@ -155,7 +155,7 @@ class PhotometricDistortion:
     """Brightness, contrast (second or last), saturation, hue, each with probability 0.5; image to uint8."""
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
-        image = np.ascontiguousarray(sample["image"], np.uint8)        # truncates, as the lineage does
+        image = np.ascontiguousarray(sample["image"], np.uint8)        # truncates, as the originals do
         image = self._maybe(brightness, image, rng, lambda: rng.uniform(-32, 32))
         contrast_first = rng.random() < 0.5
         if contrast_first:

@@ -1,6 +1,6 @@
 """Balanced binary cross entropy for boundaries, which cover only a few percent of an image.
 
-The fixed positive weight (0.95 in most configs) is the convention of the ASTMT / MTI-Net lineage; None
+The fixed positive weight (0.95 in most configs) is the convention of ASTMT, MTI-Net and their successors; None
 selects the batch-wise weight of holistically-nested edge detection (Xie and Tu, ICCV 2015).
 """
 

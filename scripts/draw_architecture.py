@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SVG = ROOT / "docs" / "architecture.svg"
 WIDTH, BAND, GAP, LEFT, ROW, LANES, LANE = 1200, 92, 34, 236, 74, 716, 27
 SAYS = {
-    "scripts": "what a person runs; above: main.py", "utils.engine": "what a run is", "data": "files to batches",
+    "scripts": "what a person runs", "utils.engine": "what a run is", "data": "files to batches",
     "evaluation": "predictions to scores", "models": "images to predictions", "losses": "predictions to gradients",
-    "utils": "leaves: import nothing from above",
+    "utils": "leaves, used by all",
 }
 TEXT = 'font-family="Helvetica, Arial, sans-serif"'
 

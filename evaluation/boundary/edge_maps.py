@@ -21,7 +21,7 @@ def edge_maps(prob: Tensor, meta: Sequence[Mapping]) -> list[np.ndarray]:
     """The boundary maps of a batch at their original sizes, each H x W uint8.
 
     prob (B, 1, H, W) edge probability in the padded frame; meta holds each image's original "size" (H, W). Values
-    are 255 * prob *truncated*, not rounded: the lineage's files, which the boundary scores depend on.
+    are 255 * prob *truncated*, not rounded: as in the original programs' files, which the boundary scores depend on.
     """
     if len(prob) != len(meta):
         raise ValueError(f"{len(prob)} edge maps and {len(meta)} entries of meta must be equally many")
