@@ -33,7 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.blocks.s6 import S6
 from models.build import build_model
 from models.decoders.bim import BIScan
-from models.ops import Route, scan_routes, set_scan_backend, ss2d_core
+from models.ops.routes import Route
+from models.ops.scan_choice import set_scan_backend
+from models.ops.selective_scan import scan_routes
+from models.ops.ss2d import ss2d_core
 from scripts.usual_scan import usual_bi_scan, usual_ss2d, usual_ss2d_channels_last
 
 LENGTH, CHANNELS, STATE = 4032, 384, 16  # a map of 56 x 72 cells, or four of 28 x 36

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.loader import build_train_loader
-from models.ops import count_scan_flops
+from models.ops.selective_scan import count_scan_flops
 from scripts import bench_scan
 from utils.distributed import pick_device
 from utils.engine.build import build_split, model_from_config, prepare_for_training

@@ -16,8 +16,10 @@ from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6
 from models.decoders.bim import BCFRBlock, BIMConfig, BIMDecoder, BIScan, MSScan
-from models.ops import Route, count_scan_flops, s6_scan, ss2d_core, window_positions
+from models.ops.routes import Route
 from models.ops.scan_cpp import find_cpp_kernel
+from models.ops.selective_scan import count_scan_flops
+from models.ops.ss2d import s6_scan, ss2d_core, window_positions
 
 STRIDES = (4, 8, 16, 32)
 WIDTHS = (8, 16, 32, 64)

@@ -10,7 +10,7 @@ from torch import nn
 
 from models.backbones import BACKBONES, build_backbone
 from models.backbones.internimage import DeformableConv
-from models.ops import Kernel, dcnv3
+from models.ops.dcnv3 import Kernel, dcnv3
 from scripts.check_parity import main as check_parity
 from scripts.download_pretrained import download
 from tests.shared import golden

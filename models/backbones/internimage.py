@@ -16,7 +16,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from models.blocks.init import init_linear
-from models.ops import Kernel, dcnv3
+from models.ops.dcnv3 import Kernel, dcnv3
 
 EPS = 1e-6  # of every LayerNorm
 

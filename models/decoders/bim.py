@@ -25,7 +25,8 @@ from models.blocks.coarse_to_fine import CoarseToFineDecoder, join, per_task, st
 from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
-from models.ops import Route, ss2d_core
+from models.ops.routes import Route
+from models.ops.ss2d import ss2d_core
 
 
 @dataclass

@@ -13,7 +13,7 @@ from evaluation.boundary import BoundaryBenchmark
 from models.blocks.recompute import recompute_blocks
 from models.build import build_model
 from models.model import MultiTaskModel
-from models.ops import set_scan_backend
+from models.ops.scan_choice import set_scan_backend
 from utils.engine.checkpoint import load_model, read_checkpoint
 from utils.engine.config import Config
 from utils.engine.tasks import TASKS, tasks_named
