@@ -34,7 +34,8 @@ from models.blocks.s6 import S6
 from models.build import build_model
 from models.decoders.bim import BIScan
 from models.ops.routes import Route
-from models.ops.selective_scan import scan_routes, set_scan_backend
+from models.ops.scan_choice import set_scan_backend
+from models.ops.selective_scan import scan_routes
 from models.ops.ss2d import ss2d_core
 from scripts.usual_scan import usual_bi_scan, usual_ss2d, usual_ss2d_channels_last
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from models.blocks.s6 import S6
 from models.decoders.bim import BIScan
-from models.ops.selective_scan import set_scan_backend
-from models.ops.ss2d import ss2d_core
+from models.ops.scan_choice import set_scan_backend
 from models.ops.scan_mamba import find_mamba_kernel
 from models.ops.scan_triton import find_triton
+from models.ops.ss2d import ss2d_core
 from scripts.bench_scan import Row, scan_inputs, scan_with, with_gradients, without_gradients
 from scripts.usual_scan import usual_bi_scan, usual_ss2d
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from models.blocks.s6 import S6
 from models.decoders.bim import BIScan
 from models.ops.routes import Route
+from models.ops.selective_scan import scan_routes, selective_scan
 from models.ops.ss2d import S6Weights
-from models.ops.selective_scan import scan_routes
-from models.ops import selective_scan
 
 
 def usual_ss2d(x: Tensor, weights: S6Weights, scan: Callable[..., Tensor] = selective_scan) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.ops import SCAN_BACKENDS
 from models.ops.scan_cpp import find_cpp_kernel
 from models.ops.scan_mamba import find_mamba_kernel
 
@@ -22,6 +23,11 @@ def device_of(backend: str) -> str:
     return "cpu"
 
 
+def chunk_tokens(backend: str) -> int:
+    """Tokens between two states that the backend keeps on a CPU."""
+    return SCAN_BACKENDS.load(backend).kernels.chunk_tokens(torch.device("cpu"))
+
+
 def tolerance(backend: str, exact: float) -> float:
     """mamba_ssm computes in float32."""
     return 1e-4 if backend == "mamba_ssm" else exact
@@ -37,3 +43,12 @@ def draw(seed: int = 0, dtype: torch.dtype = torch.float64):
     """A function that draws normal tensors, the same on every machine and in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def random_inputs(batch=2, channels=6, length=7, state=4, groups=2, dtype=torch.float64, seed=0):
+    """Arguments of `selective_scan`."""
+    normal = draw(seed, dtype)
+    maps = (batch, groups, state, length)
+    return {"u": normal(batch, channels, length), "delta": normal(batch, channels, length) - 1,
+            "A": -torch.exp(normal(channels, state)), "B": normal(*maps), "C": normal(*maps), "D": normal(channels),
+            "z": normal(batch, channels, length), "delta_bias": normal(channels)}

@@ -11,8 +11,7 @@ from torch import nn
 from models.backbones import BACKBONES
 from models.backbones.internimage import DeformableConv
 from models.build import build_backbone
-from models.ops import dcnv3
-from models.ops.dcnv3 import Kernel
+from models.ops.dcnv3 import Kernel, dcnv3
 from scripts.check_parity import main as check_parity
 from scripts.download_pretrained import download
 from tests.shared import golden

@@ -1,16 +1,17 @@
 """Scans along routes: every order against an explicit permutation, groups, strides, and what compilers see of them."""
 
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ops.routes import Route, four_routes
-from models.ops.scan_args import CHUNK_TOKENS
+from models.ops.scan_choice import set_scan_backend
 from models.ops.scan_op import scan_flops
-from models.ops.selective_scan import count_scan_flops, scan_routes, set_scan_backend
+from models.ops.selective_scan import count_scan_flops, scan_routes
 from models.ops.ss2d import S6Weights, s6_scan
-from tests.scan_backends import FAST, device_of, draw, relative_error, tolerance
+from tests.scan_backends import FAST, chunk_tokens, device_of, draw, relative_error, tolerance
 
 # The token (row, column) at each position, written out as loops.
 ORDERS = {
@@ -79,7 +80,7 @@ def test_a_route_names_the_token_at_each_position(order, height, width):
     expected = tokens_of(order, height, width)
     assert route.tokens().tolist() == expected
     assert route.reversed().tokens().tolist() == expected[::-1]
-    outer, inner, outer_stride, inner_stride, reverse = route.rule
+    outer, inner, outer_stride, inner_stride, reverse = route.index_rule
     by_rule = [p // inner * outer_stride + p % inner * inner_stride for p in range(outer * inner)]
     assert (by_rule[::-1] if reverse else by_rule) == expected
     assert route.is_raster == (order == "rows")
@@ -278,7 +279,7 @@ def test_states_are_kept_only_where_asked_for(kernel):
     device_of(kernel)
     arguments_ = (*(x.detach() for x in operator_inputs().values()), None, [5, 7, 0, 0] * 2, True)
     shapes = [tuple(torch.ops.mtdp.scan(*arguments_, keep, kernel)[2].shape) for keep in (False, True)]
-    assert shapes == [(0,), (-(-35 // CHUNK_TOKENS[kernel]), 3, 2, 2, 5)]
+    assert shapes == [(0,), (-(-35 // chunk_tokens(kernel)), 3, 2, 2, 5)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -11,11 +11,11 @@ import sys
 import pytest
 import torch
 
-from models.ops import scan_args as scan_args_module
-from models.ops import scan_triton, selective_scan
+from models.ops import scan_triton
 from models.ops.routes import Route, four_routes
+from models.ops.scan_backend import ScanNeeds
 from models.ops.scan_triton import CANDIDATES, Blocks, find_triton, triton_refusal
-from models.ops.selective_scan import scan_routes
+from models.ops.selective_scan import scan_routes, selective_scan
 from tests.scan_backends import draw, relative_error
 from tests.shared import ROOT
 from tests.test_scan_routes import ORDERS, arguments, route_of
@@ -26,7 +26,7 @@ interpreted = pytest.mark.skipif(find_triton("cpu") is not None, reason=str(find
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setitem(scan_args_module.CHUNK_TOKENS, "triton", 4)
+    monkeypatch.setattr(scan_triton, "CHUNK_TOKENS", 4)
 
 
 def results(backend, inputs, routes, **kwargs):
@@ -142,7 +142,8 @@ def test_operator_is_registered_correctly():
 
 
 def test_too_many_states_are_refused():
-    assert triton_refusal("cuda", 65) == "the triton kernels hold at most 64 states per channel, got 65"
+    needs = ScanNeeds("cuda", torch.float32, num_states=65, state_gradient=False)
+    assert triton_refusal(needs) == "the triton kernels hold at most 64 states per channel, got 65"
     inputs = arguments(4, state=65)
     with pytest.raises(RuntimeError, match="scan backend 'triton' was requested .* at most 64 states"):
         scan_routes(**inputs, routes=[Route(1, 4)], backend="triton")
@@ -153,22 +154,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from models.ops import triton_kernels
-from models.ops.scan_triton import CANDIDATES
+from models.ops.scan_triton import CANDIDATES, Gradients, Inputs, Rows, Widths
 
-ROWS = {"u", "delta", "B", "C", "y", "grad_y", "grad_u", "grad_delta"}
-STATES = {"A", "D", "bias", "ends", "step_sums", "starts", "entries", "last_state", "exits", "grad_maps", "grad_A",
-          "grad_D", "grad_bias", "scratch", "initial"}
-VARIANTS = {"span_ends": {"SOFTPLUS": True, "BACK": False}, "join_spans": {"BACK": True},
-            "walk_forward": {"SOFTPLUS": True, "KEEP": True, "ADD": True, "CHUNK": 32},
-            "walk_backward": {"SOFTPLUS": True, "ADD": True, "CHUNK": 32}}
+states, rows = "*fp32", Rows("*bf16", "i32", "i32", "i32")
+TYPES = {"inputs": Inputs(rows, rows, rows, rows, states, states, states, "*i64"), "y": rows, "grad_y": rows,
+         "grads": Gradients(rows, rows, states, states, states, states), "widths": Widths("i32", "i32", "i32", "i32"),
+         "tokens": "i32", "span": "i32", "spans": "i32", "first_route": "i32"}
+VARIANTS = {"span_kernel": {"SOFTPLUS": True, "BACK": False}, "scan_over_spans_kernel": {"BACK": True},
+            "forward_kernel": {"SOFTPLUS": True, "KEEP": True, "ADD": True, "CHUNK": 32},
+            "backward_kernel": {"SOFTPLUS": True, "ADD": True, "CHUNK": 32}}
 blocks = CANDIDATES[0]
 for name, constants in VARIANTS.items():
     kernel = getattr(triton_kernels, name)
     constants = {**constants, "N": 16, "E": blocks.channels}
-    types = {}
-    for p in kernel.params:
-        types[p.name] = ("constexpr" if p.name in constants else "*bf16" if p.name in ROWS else
-                         "*fp32" if p.name in STATES else "*i64" if p.name == "routes" else "i32")
+    types = {p.name: "constexpr" if p.name in constants else TYPES.get(p.name, states) for p in kernel.params}
     built = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32),
                            options={"num_warps": blocks.warps})
     print(name, len(built.asm["cubin"]), built.metadata.shared)
@@ -182,7 +181,7 @@ def test_kernels_compile_for_a_gpu_without_one():
     assert run.returncode == 0, run.stderr
     sizes = {name: (int(code), int(shared)) for name, code, shared in map(str.split, run.stdout.splitlines())}
     assert all(code > 1000 for code, _ in sizes.values())
-    assert sizes["span_ends"][1] == sizes["walk_forward"][1] == 0
+    assert sizes["span_kernel"][1] == sizes["forward_kernel"][1] == 0
 
 
 @pytest.mark.gpu
@@ -191,7 +190,7 @@ def test_kernels_compile_for_a_gpu_without_one():
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_on_a_gpu_against_float64(dtype, rounding, shared, blocks, monkeypatch):
-    monkeypatch.setitem(scan_args_module.CHUNK_TOKENS, "triton", 32)
+    monkeypatch.setattr(scan_triton, "CHUNK_TOKENS", 32)
     monkeypatch.setattr(scan_triton, "_choose_blocks", lambda args: blocks)
     inputs = arguments(35 * 53, groups=4, channels=70, state=16, shared=shared)
     inputs = {name: tensor.to("cuda", dtype) for name, tensor in inputs.items()}

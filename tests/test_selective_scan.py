@@ -1,10 +1,6 @@
 """Selective scan: every backend against the reference numbers and against the plain recurrence."""
 
-import importlib.abc
 import json
-import logging
-import sys
-import types
 
 import pytest
 import torch
@@ -14,36 +10,18 @@ from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.ops import (
-    Route,
-    S6Weights,
-    count_scan_flops,
-    scan_flops,
-    scan_mamba,
-    scan_torch,
-    selective_scan,
-    set_scan_backend,
-    ss2d_core,
-)
-from models.ops.scan_args import CHUNK_TOKENS, ScanArgs
-from models.ops.scan_reference import reference_scan
-from tests.scan_backends import BACKENDS, FAST, device_of, draw, relative_error, tolerance
+from models.ops import scan_mamba, scan_torch
+from models.ops.scan_op import scan_flops
+from models.ops.selective_scan import count_scan_flops, selective_scan
+from models.ops.ss2d import S6Weights, ss2d_core
+from tests.scan_backends import BACKENDS, FAST, chunk_tokens, device_of, random_inputs, relative_error, tolerance
 from tests.shared import SHARED, golden
 
-scan_module = sys.modules["models.ops.selective_scan"]  # the package's attribute of that name is the function
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
 def cases(pattern):
     return sorted(path.stem for path in (SHARED / "golden" / "selective_scan").glob(pattern)) or ["absent"]
-
-
-def random_inputs(batch=2, channels=6, length=7, state=4, groups=2, dtype=torch.float64, seed=0):
-    normal = draw(seed, dtype)
-    maps = (batch, groups, state, length)
-    return {"u": normal(batch, channels, length), "delta": normal(batch, channels, length) - 1,
-            "A": -torch.exp(normal(channels, state)), "B": normal(*maps), "C": normal(*maps), "D": normal(channels),
-            "z": normal(batch, channels, length), "delta_bias": normal(channels)}
 
 
 def values_and_grads(inputs, backend, cotangent=None, state_cotangent=None, **kwargs):
@@ -68,18 +46,6 @@ def values_and_grads(inputs, backend, cotangent=None, state_cotangent=None, **kw
     return [y.detach(), last_state.detach(), *zeros]
 
 
-@pytest.fixture(autouse=True)
-def fresh_choice(monkeypatch):
-    """No test inherits a backend from the environment, or an earlier log line."""
-    monkeypatch.delenv("SCAN_BACKEND", raising=False)
-    monkeypatch.setattr(scan_module, "_configured", "auto")
-    monkeypatch.setattr(scan_module, "_logged", set())
-    forget_kernel = scan_mamba.find_mamba_kernel.cache_clear
-    forget_kernel()
-    yield
-    forget_kernel()
-
-
 # ---- values and gradients ----
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,10 +65,10 @@ def test_golden_values_and_all_gradients(case, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases("ss2d_*.safetensors"))
-def test_golden_four_route_blocks(case, backend):
+def test_golden_four_route_blocks(case, backend, monkeypatch):
     """ss2d_core inside the three published blocks: values and the gradients of inputs and parameters."""
     data = load_file(golden("selective_scan") / f"{case}.safetensors")
-    set_scan_backend(backend)
+    monkeypatch.setenv("SCAN_BACKEND", backend)
     device, limit = device_of(backend), tolerance(backend, 1e-10)
     dtype = torch.float32 if backend == "mamba_ssm" else torch.float64
     leaves = {key: data[key].to(device, dtype).requires_grad_() for key in data if key.startswith(("param.", "in."))}
@@ -147,7 +113,7 @@ def test_equals_reference_at_any_length(length, backend):
 @pytest.mark.parametrize("length", [1, 3, 32, 65])
 def test_recurrence_by_doubling_equals_reference(length, monkeypatch):
     """The in-chunk recurrence of the torch backend on GPUs."""
-    for name in ("_recur", "_recur_back"):
+    for name in ("_recurrence", "_reverse_recurrence"):
         function = getattr(scan_torch, name + "_by_doubling")
         monkeypatch.setattr(scan_torch, name, lambda decay, states, end, function=function:
                             function(decay.chunk[:end], states.chunk[:end]))
@@ -203,7 +169,7 @@ def test_other_shapes_of_B_and_C(maps, backend):
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_gradcheck(backend):
     device_of(backend)
-    inputs = random_inputs(batch=1, channels=2, length=CHUNK_TOKENS[backend] + 2, state=2, groups=1)
+    inputs = random_inputs(batch=1, channels=2, length=chunk_tokens(backend) + 2, state=2, groups=1)
     leaves = [inputs[name].requires_grad_() for name in NAMES]
     assert torch.autograd.gradcheck(
         lambda *args: selective_scan(*args, delta_softplus=True, return_last_state=True, backend=backend), leaves)
@@ -387,116 +353,7 @@ def test_cost_is_counted_on_every_device():
     assert outer.calls == 2  # nothing is counted after the block
 
 
-# ---- choice of the backend and errors ----
-
-def scan_log(caplog, **kwargs):
-    with caplog.at_level(logging.INFO, logger="models.ops.selective_scan"):
-        selective_scan(**random_inputs(), **kwargs)
-    return [record.getMessage() for record in caplog.records]
-
-
-def test_auto_on_cpu_is_cpp_where_it_builds_and_says_so_once(caplog):
-    device_of("cpp")
-    scan_log(caplog)
-    assert scan_log(caplog) == ["selective scan: cpp backend (the fastest here)"]
-
-
-def test_auto_without_compiled_kernels_is_torch_and_says_why_once(caplog, monkeypatch):
-    monkeypatch.setattr(scan_module, "find_cpp_kernel", lambda: "no compiled kernels: the compiler 'c++' was not found")
-    scan_log(caplog)
-    reason = "no compiled kernels: the compiler 'c++' was not found"
-    assert scan_log(caplog) == [f"selective scan: torch backend ({reason})"]
-    with pytest.raises(RuntimeError, match="'cpp' was requested by the backend argument but cannot run: no compiled"):
-        selective_scan(**random_inputs(), backend="cpp")
-
-
-def test_argument_beats_environment_beats_configuration(caplog, monkeypatch):
-    set_scan_backend("reference")
-    assert scan_log(caplog)[-1] == "selective scan: reference backend (requested by the configuration)"
-    monkeypatch.setenv("SCAN_BACKEND", "torch")
-    assert scan_log(caplog)[-1] == "selective scan: torch backend (requested by SCAN_BACKEND)"
-    lines = scan_log(caplog, backend="reference")
-    assert lines[-1] == "selective scan: reference backend (requested by the backend argument)"
-
-
-def test_requested_mamba_that_cannot_run_is_an_error(monkeypatch):
-    with pytest.raises(RuntimeError, match="by the backend argument but cannot run: .*CUDA tensors.*cpu"):
-        selective_scan(**random_inputs(), backend="mamba_ssm")
-    monkeypatch.setenv("SCAN_BACKEND", "mamba_ssm")
-    with pytest.raises(RuntimeError, match="requested by SCAN_BACKEND but cannot run"):
-        selective_scan(**random_inputs())
-
-
-def test_unknown_backend_names_the_choices(monkeypatch):
-    for call in (lambda: set_scan_backend("cuda"), lambda: selective_scan(**random_inputs(), backend="cuda")):
-        with pytest.raises(ValueError, match="'cuda', choose from auto, triton, cpp, mamba_ssm, torch, reference"):
-            call()
-    monkeypatch.setenv("SCAN_BACKEND", "fast")
-    with pytest.raises(ValueError, match="SCAN_BACKEND: unknown scan backend 'fast'"):
-        selective_scan(**random_inputs())
-
-
-def install_fake_mamba(monkeypatch, kernel):
-    package = "mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface"
-    for name in package:
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules[package[-1]].selective_scan_fn = kernel
-
-
-def test_mamba_failure_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
-    kernel, reason = scan_mamba.find_mamba_kernel("cpu")
-    assert kernel is None and reason.startswith("mamba_ssm cannot be imported: ")
-
-
-def test_mamba_failure_library_does_not_load(monkeypatch):
-    class Broken(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.startswith("mamba_ssm"):
-                raise OSError("libcudart.so.11.0: cannot open shared object file\nsecond line")
-
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    kernel, reason = scan_mamba.find_mamba_kernel("cpu")
-    assert kernel is None
-    assert reason == "the mamba_ssm library does not load: libcudart.so.11.0: cannot open shared object file"
-
-
-def test_mamba_failure_probe_call(monkeypatch):
-    def kernel(*args, **kwargs):
-        raise RuntimeError("no kernel image is available")
-
-    install_fake_mamba(monkeypatch, kernel)
-    kernel, reason = scan_mamba.find_mamba_kernel("cpu")
-    assert kernel is None
-    assert reason == "the mamba_ssm probe call failed: no kernel image is available"
-
-
-def test_mamba_arguments_and_result(monkeypatch):
-    """A stand-in kernel with mamba_ssm's signature, on the CPU: the wrapper passes everything through."""
-    calls = []
-
-    def kernel(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-               return_last_state=False):
-        calls.append(u.dtype)
-        args = [x.unflatten(0, (B.shape[1], -1)) if x is not None else None for x in (A, D, delta_bias)]
-        rows = (x.mT.unflatten(2, (B.shape[1], -1)) for x in (u, delta))
-        maps = (x.permute(0, 3, 1, 2) for x in (B, C))
-        line = (Route(1, u.shape[2]),) * B.shape[1]
-        y, state = reference_scan(ScanArgs(*rows, args[0], *maps, *args[1:], None, line, delta_softplus))
-        y = y.flatten(2).mT
-        return (y, state.flatten(1, 2)) if return_last_state else y
-
-    install_fake_mamba(monkeypatch, kernel)
-    real = scan_mamba.find_mamba_kernel
-    monkeypatch.setattr(scan_mamba, "find_mamba_kernel", lambda: real("cpu"))
-    monkeypatch.setattr(scan_module, "_choose", lambda *_: "mamba_ssm")
-    inputs = random_inputs(dtype=torch.bfloat16)
-    y, last_state = selective_scan(**inputs, delta_softplus=True, return_last_state=True)
-    monkeypatch.undo()
-    expected = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend="reference")
-    assert calls == [torch.float32, torch.float32]  # the probe, then the call
-    assert torch.equal(y, expected[0]) and torch.equal(last_state, expected[1])
-
+# ---- errors and GPUs ----
 
 @pytest.mark.parametrize("name, shape", [
     ("delta", (2, 6, 8)), ("B", (2, 2, 3, 7)), ("C", (2, 4, 4, 7)), ("D", (5,)), ("z", (2, 6)), ("A", (5, 4)),

@@ -1,5 +1,6 @@
 """Options of the training step: they change its cost, not what it computes."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -117,6 +118,29 @@ def test_methods_can_be_recomputed():
     assert recompute_blocks(part) == 1 and len(calls) == 1
     assert torch.equal(torch.autograd.grad(part.twice(torch.ones(2, 3)).sum(), part.weight)[0], expected)
     assert len(calls) == 3
+
+
+def test_a_copy_recomputes_with_its_own_weights():
+    """As `AveragedModel` copies the model. The weights of the original must not be reached through the copy."""
+    class Part(torch.nn.Module):
+        recomputed = (torch.nn.Linear, "double")
+
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.Linear(3, 3)
+
+        def double(self, x):
+            return 2 * self.block(x)
+
+    part = Part().train()
+    assert recompute_blocks(part) == 2 and type(part.block) is torch.nn.Linear
+    other = copy.deepcopy(part)
+    with torch.no_grad():
+        other.block.weight.fill_(1), other.block.bias.zero_()
+    out = other.double(torch.ones(2, 3))
+    assert torch.equal(out, torch.full((2, 3), 6.0))
+    out.sum().backward()
+    assert part.block.weight.grad is None and other.block.weight.grad is not None
 
 
 def test_channels_last_changes_no_number():

@@ -1,13 +1,14 @@
 """Activation checkpointing: a block's activations are computed again in the backward pass instead of being kept.
 
 Backbones and decoders say what that pays for in a class attribute `recomputed`: classes of their blocks, or names of
-their own methods. A module keeps its parameters, its keys and its place in the tree; only its class is replaced by a
-subclass.
+their own methods. A module keeps its class, its parameters and its place in the tree; the method of this one object is
+replaced by one that recomputes. `copy.deepcopy` binds it to the copy.
 Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
 import functools
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -23,14 +24,13 @@ def recompute_blocks(part: nn.Module) -> int:
     targets = [(module, "forward") for module in part.modules() if isinstance(module, kinds)]
     targets += [(part, entry) for entry in named if isinstance(entry, str)]
     for module, method in targets:
-        module.__class__ = _recomputed(type(module), method)
+        setattr(module, method, types.MethodType(_recomputed(getattr(type(module), method)), module))
     return len(targets)
 
 
 @functools.cache
-def _recomputed(kind: type[nn.Module], method: str) -> type[nn.Module]:
-    original = getattr(kind, method)
-
+def _recomputed(original: Callable) -> Callable:
+    """The method of a class, recomputed in training; one function for all objects, so that they compile alike."""
     def recomputed(self, *args):
         run = functools.partial(original, self)
         if not (self.training and torch.is_grad_enabled()):
@@ -40,7 +40,7 @@ def _recomputed(kind: type[nn.Module], method: str) -> type[nn.Module]:
             return checkpoint(run, *args, use_reentrant=False)
         return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(norms)))
 
-    return type(f"Recomputed{kind.__name__}", (kind,), {method: recomputed, "__doc__": kind.__doc__})
+    return recomputed
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.ops import Route, S6Weights, s6_scan
+from models.ops.routes import Route
+from models.ops.ss2d import S6Weights, s6_scan
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes are log-uniform between the first two
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks.s6 import S6
-from models.ops import ss2d_core
+from models.ops.ss2d import ss2d_core
 
 
 class SS2DCore(nn.Module):

@@ -27,7 +27,8 @@ from models.blocks.s6 import S6, scan_together
 from models.decoder import BuildContext
 from models.decoders.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
 from models.decoders.options import DecoderOptions
-from models.ops import Route, ss2d_core
+from models.ops.routes import Route
+from models.ops.ss2d import ss2d_core
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
-"""Numerical operators with interchangeable backends; models import them from here and nowhere deeper."""
+"""The numerical operators. This file holds the table of the scan's backends and imports none of them, nor PyTorch.
 
-from models.ops.dcnv3 import Kernel, dcnv3
-from models.ops.routes import Route, four_routes
-from models.ops.selective_scan import (
-    SCAN_BACKENDS,
-    count_scan_flops,
-    scan_flops,
-    scan_routes,
-    selective_scan,
-    set_scan_backend,
-)
-from models.ops.ss2d import S6Weights, s6_scan, ss2d_core, window_positions
+A new backend is a file that defines a `models.ops.scan_backend.ScanBackend`, and a row here.
+"""
 
-__all__ = ["SCAN_BACKENDS", "Kernel", "Route", "S6Weights", "count_scan_flops", "dcnv3", "four_routes", "s6_scan",
-           "scan_flops", "scan_routes", "selective_scan", "set_scan_backend", "ss2d_core", "window_positions"]
+from utils.table import Table
+
+SCAN_BACKENDS = Table("scan_backend", {
+    "auto": None,  # the first of the following that is `fastest_on` the device and can run the call, else torch
+    "triton": "models.ops.scan_triton:TRITON",
+    "cpp": "models.ops.scan_cpp:CPP",
+    "mamba_ssm": "models.ops.scan_mamba:MAMBA_SSM",
+    "torch": "models.ops.scan_torch:TORCH",
+    "reference": "models.ops.scan_reference:REFERENCE",
+})

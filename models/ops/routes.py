@@ -4,6 +4,8 @@ Features are never reordered to be scanned. They stay rows of channels in spatia
 form where the next row is: two nested strides and a direction. Rows, columns and their reverses of a map are routes,
 and so are the orders of several tasks' maps: with the T tasks' tokens as a (T, L) grid, row by row is "task-first"
 and column by column is "position-first".
+
+Axes: B batch, P tokens or the positions of a route, K routes, C columns of a row.
 """
 
 from collections.abc import Sequence
@@ -31,7 +33,7 @@ class Route(NamedTuple):
         return not self.by_column and not self.reverse
 
     @property
-    def rule(self) -> tuple[int, int, int, int, int]:
+    def index_rule(self) -> tuple[int, int, int, int, int]:
         """(outer, inner, outer stride, inner stride, reverse): position p visits token
         p // inner * outer_stride + p % inner * inner_stride, counted from the end if reversed."""
         if self.by_column:
@@ -43,15 +45,10 @@ class Route(NamedTuple):
 
     def tokens(self, device: torch.device | None = None) -> Tensor:
         """The token at each position, (length,)."""
-        return rule_tokens(self.rule, device)
-
-
-def rule_tokens(rule: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """The token at each position of a route that is given by its rule."""
-    outer, inner, outer_stride, inner_stride, reverse = rule
-    first, second = torch.arange(outer, device=device), torch.arange(inner, device=device)
-    tokens = (first[:, None] * outer_stride + second * inner_stride).flatten()
-    return tokens.flip(0) if reverse else tokens
+        outer, inner, outer_stride, inner_stride, reverse = self.index_rule
+        first, second = torch.arange(outer, device=device), torch.arange(inner, device=device)
+        tokens = (first[:, None] * outer_stride + second * inner_stride).flatten()
+        return tokens.flip(0) if reverse else tokens
 
 
 def four_routes(height: int, width: int) -> tuple[Route, Route, Route, Route]:

@@ -1,6 +1,7 @@
 """The arguments of one scan call: checked once, in one canonical form that every backend reads.
 
-Axes: B batch, P tokens, K routes, E channels of a route, N state, R rank of the step size.
+Axes: B batch, P tokens, K routes, each with parameters of its own, E channels of a route, N state, R rank of the step
+size. (B, C and D are also the names of parameters, as in the literature.)
 """
 
 from typing import NamedTuple
@@ -10,9 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.routes import Route
-
-# Tokens between two kept states: three chunks of states should fit a CPU's cache, a GPU wants few launches.
-CHUNK_TOKENS = {"cpp": 64, "triton": 32, "torch": 32, "torch on cuda": 256}
 
 
 class ScanArgs(NamedTuple):
@@ -45,8 +43,8 @@ class ScanArgs(NamedTuple):
         double = any(tensor.dtype == torch.float64 for tensor in self.tensors.values())
         return torch.float64 if double else torch.float32
 
-    def with_wide_delta(self) -> "ScanArgs":
-        """The same scan with step sizes of all channels."""
+    def with_full_delta(self) -> "ScanArgs":
+        """The same scan with step sizes for all channels, in place of those of low rank."""
         if self.delta_weight is None:
             return self
         return self._replace(delta=project(self.delta, self.delta_weight.to(self.delta.dtype)), delta_weight=None)
@@ -62,29 +60,25 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("bpke,kfe->bpkf", x, weight)
 
 
-def chunk_tokens(kernel: str, device: torch.device) -> int:
-    """Tokens between two states that the kernel keeps along a route."""
-    return CHUNK_TOKENS["torch on cuda" if kernel == "torch" and device.type == "cuda" else kernel]
-
-
 def check_scan(args: ScanArgs) -> None:
     """Raises ValueError naming the argument, its shape and the shape it should have."""
     if args.delta.dim() != 4 or args.A.dim() != 3:
         raise ValueError(f"scan needs delta (B, P, K, E) and A (K, E, N), got delta {tuple(args.delta.shape)} "
                          f"and A {tuple(args.A.shape)}")
-    batch, tokens, groups, rank = args.delta.shape
+    batch, tokens, num_routes, rank = args.delta.shape
     channels, state = rank if args.delta_weight is None else args.A.shape[1], args.A.shape[2]
-    rows, maps, per_channel = (batch, tokens, groups, channels), (batch, tokens, groups, state), (groups, channels)
+    rows, per_state = (batch, tokens, num_routes, channels), (batch, tokens, num_routes, state)
+    per_channel = (num_routes, channels)
     expected = {"u": [rows, (batch, tokens, 1, channels)], "delta": [(*rows[:3], rank)],
-                "A": [(groups, channels, state)], "B": [maps], "C": [maps], "D": [per_channel],
-                "delta_bias": [per_channel], "delta_weight": [(groups, channels, rank)]}
+                "A": [(num_routes, channels, state)], "B": [per_state], "C": [per_state], "D": [per_channel],
+                "delta_bias": [per_channel], "delta_weight": [(num_routes, channels, rank)]}
     for name, tensor in args.tensors.items():
         if tuple(tensor.shape) not in expected[name]:
             raise ValueError(f"scan: {name} has shape {tuple(tensor.shape)}, expected "
                              f"{' or '.join(map(str, expected[name]))} for delta {tuple(args.delta.shape)}")
         check_tensor(name, tensor, args.delta)
-    if len(args.routes) != groups or any(route.length != tokens for route in args.routes):
-        raise ValueError(f"scan: {groups} groups of {tokens} tokens need as many routes of that length, got "
+    if len(args.routes) != num_routes or any(route.length != tokens for route in args.routes):
+        raise ValueError(f"scan: {num_routes} groups of {tokens} tokens need as many routes of that length, got "
                          f"{', '.join(f'{r.rows} x {r.columns}' for r in args.routes) or 'none'}")
 
 

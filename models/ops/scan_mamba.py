@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.ops.routes import from_sequences, to_sequences
 from models.ops.scan_args import ScanArgs
+from models.ops.scan_backend import ScanBackend, ScanNeeds
 
 
 @functools.cache
@@ -31,21 +32,21 @@ def find_mamba_kernel(device: str = "cuda") -> tuple[Callable | None, str]:
         return None, "mamba_ssm is installed but no CUDA device is available"
     try:
         sequence, matrix = torch.ones(1, 4, 8, device=device), torch.ones(4, 2, device=device)
-        maps = torch.ones(1, 1, 2, 8, device=device)
-        probe = selective_scan_fn(sequence, sequence, -matrix, maps, maps)
+        B = C = torch.ones(1, 1, 2, 8, device=device)
+        probe = selective_scan_fn(sequence, sequence, -matrix, B, C)
         float(probe.sum())  # a kernel built for another GPU fails here, at the first wait
     except RuntimeError as error:
         return None, f"the mamba_ssm probe call failed: {_first_line(error)}"
     return selective_scan_fn, "mamba_ssm is installed and its probe call works"
 
 
-def mamba_refusal(device: str, dtype: torch.dtype, state_gradient: bool) -> str | None:
-    """Why such a call cannot go to the kernel, or None; `state_gradient`: one through last_state is wanted."""
-    if device != "cuda":
-        return f"mamba_ssm needs CUDA tensors, got tensors on {device}"
-    if dtype != torch.float32:
+def mamba_refusal(needs: ScanNeeds) -> str | None:
+    """Why such a call cannot go to the kernel, or None."""
+    if needs.device != "cuda":
+        return f"mamba_ssm needs CUDA tensors, got tensors on {needs.device}"
+    if needs.dtype != torch.float32:
         return "mamba_ssm computes in float32, got float64 input"
-    if state_gradient:
+    if needs.state_gradient:
         return "mamba_ssm gives no gradient through last_state"
     kernel, reason = find_mamba_kernel()
     return None if kernel else reason
@@ -55,14 +56,17 @@ def mamba_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     """Returns y, like u, and the last state (B, K, E, N) in float32, without gradient."""
     kernel, _ = find_mamba_kernel()
     args, out_dtype = args.to_scan_dtype(), args.u.dtype
-    u, delta, in_maps, out_maps = (to_sequences(x, args.routes) for x in (args.u, args.delta, args.B, args.C))
+    u, delta, B, C = (to_sequences(x, args.routes) for x in (args.u, args.delta, args.B, args.C))
     D, bias = (None if x is None else x.flatten() for x in (args.D, args.delta_bias))
-    y, last_state = kernel(u.flatten(1, 2), delta.flatten(1, 2), args.A.flatten(0, 1), in_maps, out_maps, D=D, z=None,
+    y, last_state = kernel(u.flatten(1, 2), delta.flatten(1, 2), args.A.flatten(0, 1), B, C, D=D, z=None,
                            delta_bias=bias, delta_softplus=args.delta_softplus, return_last_state=True)
-    groups = (len(args.routes), -1)
-    y = from_sequences(y.unflatten(1, groups), args.routes, args.shared)
-    return y.to(out_dtype), last_state.unflatten(1, groups)
+    per_route = (len(args.routes), -1)
+    y = from_sequences(y.unflatten(1, per_route), args.routes, args.shared)
+    return y.to(out_dtype), last_state.unflatten(1, per_route)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+MAMBA_SSM = ScanBackend(mamba_refusal, scan=mamba_scan, fastest_on=("cuda",))

@@ -1,14 +1,10 @@
-"""Selective scan (S6): one operator, interchangeable backends, one line in the log saying which and why.
+"""Selective scan (S6): one operator with interchangeable backends (`models.ops.SCAN_BACKENDS`).
 
 `scan_routes` scans tokens along routes without reordering them and is what models use; `selective_scan` is the same
-scan with Mamba's arguments, for sequences. Neither caller sees a backend: `reference` is the plain recurrence, `torch`
-runs everywhere in bounded memory, `cpp` is compiled for the CPU on first use, `triton` are our kernels for CUDA and
-`mamba_ssm` is that package's. A backend asked for by name runs, or the call raises.
+scan with Mamba's arguments, for sequences. Neither caller sees a backend; `models.ops.scan_choice` chooses it.
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
 """
 
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +15,10 @@ from torch import Tensor
 
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs, check_scan, check_tensor
-from models.ops.scan_cpp import find_cpp_kernel
-from models.ops.scan_mamba import mamba_refusal, mamba_scan
+from models.ops.scan_backend import ScanNeeds
+from models.ops.scan_choice import choose_backend
 from models.ops.scan_op import scan_flops, scan_op
-from models.ops.scan_reference import reference_scan
-from models.ops.scan_triton import triton_refusal
 
-logger = logging.getLogger(__name__)
-
-SCAN_BACKENDS = ("auto", "triton", "cpp", "mamba_ssm", "torch", "reference")
-
-_FASTEST = {"cuda": ("triton", "mamba_ssm"), "cpu": ("cpp",)}  # of these the first that runs, else torch
-_PLAIN = {"reference": reference_scan, "mamba_ssm": mamba_scan}  # the others run inside our operator
-
-_configured = "auto"
-_logged: set[tuple[str, str]] = set()
 _counters: list["ScanCounter"] = []
 
 
@@ -54,7 +39,7 @@ def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, route
         routes: K orders of the P tokens.
         D, delta_bias: (K, E).
         backend: one of SCAN_BACKENDS; "auto" leaves the choice to the variable SCAN_BACKEND, then to
-            `set_scan_backend`, then to the first that runs: triton, then mamba_ssm on CUDA; cpp on CPU; else torch.
+            `set_scan_backend`, then to the fastest that can run (see `models.ops.scan_choice`).
 
     Tensors may have any strides; only those whose last axis is not dense are copied. Returns y, like u and in its
     dtype, in spatial order, and with `return_last_state` also the states (B, K, E, N) behind the last tokens. The
@@ -89,16 +74,15 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     Returns y (batch, channels, L) in u's dtype, channels-last in memory, and with `return_last_state` also h_{L-1},
     of shape (batch, channels, N), which contains neither D nor z. Precision and errors: as in `scan_routes`.
     """
-    B, C = (m.unsqueeze(1) if m.dim() == 3 else m for m in (B, C))  # (batch, N, L) -> (batch, 1, N, L)
+    B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))  # (batch, N, L) -> (batch, 1, N, L)
     groups = _check_sequences(u, delta, A, B, C, D, z, delta_bias)
     out_dtype = u.dtype
     if z is not None:  # one rounding to half precision, behind the gate
         u = u.to(torch.float64 if torch.float64 in (u.dtype, z.dtype) else torch.float32)
-    per_channel = (None if x is None else x.unflatten(0, (groups, -1)) for x in (A, D, delta_bias))
-    A, D, delta_bias = per_channel
+    A, D, delta_bias = (None if x is None else x.unflatten(0, (groups, -1)) for x in (A, D, delta_bias))
     rows = (x.mT.unflatten(2, (groups, -1)) for x in (u, delta))  # (batch, L, G, channels / G)
-    maps = (_group_maps(x, groups, u.shape) for x in (B, C))  # (batch, L, G, N)
-    y, last_state = scan_routes(*rows, A, *maps, [Route(1, u.shape[2])] * groups, D, delta_bias, delta_softplus,
+    B, C = (_per_group(x, groups, u.shape) for x in (B, C))  # (batch, L, G, N)
+    y, last_state = scan_routes(*rows, A, B, C, [Route(1, u.shape[2])] * groups, D, delta_bias, delta_softplus,
                                 return_last_state=True, backend=backend)
     y = y.flatten(2).mT  # (batch, channels, L)
     if z is not None:
@@ -106,13 +90,13 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return (y, last_state.flatten(1, 2)) if return_last_state else y
 
 
-def _group_maps(maps: Tensor, groups: int, shape: torch.Size) -> Tensor:
-    """(batch, G, N, L) to (batch, L, G, N); a constant map (channels, N), or one of fewer groups, is repeated."""
+def _per_group(x: Tensor, groups: int, shape: torch.Size) -> Tensor:
+    """B or C (batch, G, N, L) to (batch, L, G, N); a constant one (channels, N), or fewer groups, are repeated."""
     batch, channels, length = shape
-    if maps.dim() == 2:
-        return maps.expand(batch, length, -1, -1)
-    return maps.permute(0, 3, 1, 2).repeat_interleave(groups // maps.shape[1], dim=2) if groups != maps.shape[1] \
-        else maps.permute(0, 3, 1, 2)
+    if x.dim() == 2:
+        return x.expand(batch, length, -1, -1)
+    rows = x.permute(0, 3, 1, 2)
+    return rows if groups == x.shape[1] else rows.repeat_interleave(groups // x.shape[1], dim=2)
 
 
 def _check_sequences(u, delta, A, B, C, D, z, delta_bias) -> int:
@@ -121,7 +105,7 @@ def _check_sequences(u, delta, A, B, C, D, z, delta_bias) -> int:
         raise ValueError(f"selective_scan needs u (B, D, L) and A (D, N), got u {tuple(u.shape)} "
                          f"and A {tuple(A.shape)}")
     batch, channels, length = u.shape
-    groups = next((m.shape[1] for m in (B, C) if m.dim() == 4), 1)
+    groups = next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)
     if groups < 1 or channels % groups:
         raise ValueError(f"selective_scan: {groups} groups of B, C do not divide {channels} channels")
     constant, varying = (channels, A.shape[1]), (batch, groups, A.shape[1], length)
@@ -137,67 +121,14 @@ def _check_sequences(u, delta, A, B, C, D, z, delta_bias) -> int:
     return channels if B.dim() == 2 or C.dim() == 2 else groups
 
 
-def set_scan_backend(name: str) -> None:
-    """Sets the backend of calls that name none (config key `scan_backend`); SCAN_BACKEND overrides it."""
-    global _configured
-    _configured = _known(name, "set_scan_backend")
-
-
 def _run(args: ScanArgs, return_last_state: bool, backend: str) -> tuple[Tensor, Tensor]:
     if args.u.is_meta:
         return scan_op(args, "torch")
     state_gradient = (return_last_state and torch.is_grad_enabled()
                       and any(tensor.requires_grad for tensor in args.tensors.values()))
-    name = _choose(args.u.device.type, args.scan_dtype, args.A.shape[2], state_gradient, backend)
-    if name in _PLAIN:
-        return _PLAIN[name](args.with_wide_delta())
-    return scan_op(args, name)
-
-
-@torch.compiler.assume_constant_result
-def _choose(device: str, dtype: torch.dtype, state: int, state_gradient: bool, argument: str) -> str:
-    """Name of the backend of such a call: argument, then environment, then configuration, then what works."""
-    environment = os.environ.get("SCAN_BACKEND") or "auto"
-    requests = ((argument, "the backend argument"), (environment, "SCAN_BACKEND"),
-                (_configured, "the configuration"))
-    for name, source in requests:
-        if _known(name, source) == "auto":
-            continue
-        refusal = _refusal(name, device, dtype, state, state_gradient)
-        if refusal:
-            raise RuntimeError(f"scan backend '{name}' was requested by {source} but cannot run: {refusal}")
-        return _log_choice(name, f"requested by {source}")
-    refusals = []
-    for name in _FASTEST.get(device, ()):
-        refusal = _refusal(name, device, dtype, state, state_gradient)
-        if not refusal:
-            return _log_choice(name, "; ".join(refusals) or "the fastest here")
-        refusals.append(refusal)
-    return _log_choice("torch", "; ".join(refusals) or f"no other for {device} tensors")
-
-
-def _refusal(name: str, device: str, dtype: torch.dtype, state: int, state_gradient: bool) -> str | None:
-    """Why the backend cannot run such a call, or None."""
-    if name == "triton":
-        return triton_refusal(device, state)
-    if name == "mamba_ssm":
-        return mamba_refusal(device, dtype, state_gradient)
-    if name == "cpp":
-        return find_cpp_kernel() if device == "cpu" else f"cpp needs CPU tensors, got tensors on {device}"
-    return None
-
-
-def _known(name: str, place: str) -> str:
-    if name not in SCAN_BACKENDS:
-        raise ValueError(f"{place}: unknown scan backend {name!r}, choose from {', '.join(SCAN_BACKENDS)}")
-    return name
-
-
-def _log_choice(name: str, reason: str) -> str:
-    if (name, reason) not in _logged:
-        _logged.add((name, reason))
-        logger.info("selective scan: %s backend (%s)", name, reason)
-    return name
+    needs = ScanNeeds(args.u.device.type, args.scan_dtype, args.A.shape[2], state_gradient)
+    name, chosen = choose_backend(needs, backend)
+    return scan_op(args, name) if chosen.scan is None else chosen.scan(args.with_full_delta())
 
 
 @dataclass

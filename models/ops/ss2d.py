@@ -36,8 +36,8 @@ def s6_scan(x: Tensor, weights: S6Weights, routes: Sequence[Route], source: Tens
     """
     state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
     features = project(x if source is None else source, weights.x_proj)  # (B, P, K, R + 2 N)
-    step_features, in_maps, out_maps = features.split((rank, state, state), dim=-1)
-    return scan_routes(x, step_features, -torch.exp(weights.A_log), in_maps, out_maps, routes, D=weights.D,
+    step_features, B, C = features.split((rank, state, state), dim=-1)
+    return scan_routes(x, step_features, -torch.exp(weights.A_log), B, C, routes, D=weights.D,
                        delta_bias=weights.dt_proj_bias, delta_softplus=True, delta_weight=weights.dt_proj_weight)
 
 
@@ -48,11 +48,11 @@ def ss2d_core(x: Tensor, weights: S6Weights, source: Tensor | None = None, windo
     the map `source` (default x). `window` > 0 visits the map in windows of that side; 0 is the whole map.
     """
     height, width = x.shape[1:3]
-    maps = [None if m is None else m.flatten(1, 2).unsqueeze(2) for m in (x, source)]  # (B, H W, 1, D)
+    tokens = [None if m is None else m.flatten(1, 2).unsqueeze(2) for m in (x, source)]  # (B, H W, 1, D)
     if window:
-        y = _window_scan(*maps, weights, height, width, window)
+        y = _window_scan(*tokens, weights, height, width, window)
     else:
-        y = s6_scan(maps[0], weights, four_routes(height, width), maps[1])
+        y = s6_scan(tokens[0], weights, four_routes(height, width), tokens[1])
     return y.squeeze(2).unflatten(1, (height, width))
 
 

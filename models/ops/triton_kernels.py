@@ -1,13 +1,22 @@
-"""Triton kernels of the scan: one program walks a span of a route over one block of channels.
+"""Triton kernels of the scan. One program scans a span of a route for one block of channels.
 
-A tile is (N, E): states by channels, so that a thread owns whole channels, sums over the state stay inside it, and rows
-of channels are read as they lie in memory. The order is an index rule, stepped along; nothing is permuted. Spans run in
-parallel: first every span from a zero state (`span_ends`), then the short scan over spans (`join_spans`), then every
-span again from its true entry (`walk_forward`, `walk_backward`). There are no atomics: programs that share a sum write
-their part of it, and the parts are added in a fixed order.
+Spans run in parallel: first every span from a zero state (`span_kernel`), then the short scan over spans
+(`scan_over_spans_kernel`), then every span again from its true first state (`forward_kernel`, `backward_kernel`). A
+tile is (N, E), states by channels, so that a thread owns whole channels, sums over the state stay inside it, and rows
+of channels are read as they lie in memory. The order is an index rule, followed step by step; nothing is permuted.
+There are no atomics: programs that share a sum write their part of it, and the parts are added in a fixed order.
 
 The same source runs on CUDA and, with TRITON_INTERPRET=1, on a CPU. The dtype of A, float32 or float64, is that of the
-arithmetic. A is multiplied by log2(e) beforehand.
+arithmetic. A is multiplied by log2(e) beforehand: decay = exp2(A * step).
+
+Axes: b image of the batch, k route (with its parameters), t token of a chunk, e channel, n state.
+    E channels and N states of a tile, the latter padded to a power of two; (i, j) outer and inner index of a position.
+Terms: chunk: CHUNK positions of a route; the state before each is kept for the backward pass.
+    span: some chunks; sequence: one pair (b, k); all states are stored as (.., sequence, n, e).
+Arguments, tuples of `models.ops.scan_triton`:
+    Rows: address and strides of a tensor (b, token, k, columns). Inputs: the scan's tensors. Widths: routes in all and
+    in this launch, channels, states. What changes with the image size alone (`tokens`, `span`) and `first_route` are
+    plain arguments, because only those can be kept from being compiled in.
 
 Reference: Gu and Dao, "Mamba", 2023, section 3.3; Dao and Gu, "Mamba-2", 2024, section 6 (chunks of time in parallel).
 """
@@ -37,8 +46,8 @@ def softplus_and_slope(x):
 
 
 @triton.jit
-def enter(routes, k, position):
-    """Row and column of the position on route k, its strides, its row length and its direction."""
+def start_at(routes, k, position):
+    """(i, j) of the position on route k, the strides of i and j, the number of j and the direction, 1 or -1."""
     outer, inner = tl.load(routes + 5 * k), tl.load(routes + 5 * k + 1)
     reverse = tl.load(routes + 5 * k + 4)
     q = tl.where(reverse != 0, outer * inner - 1 - position, position)
@@ -46,8 +55,8 @@ def enter(routes, k, position):
 
 
 @triton.jit
-def advance(i, j, inner, direction):
-    """The next row and column; with the direction negated, the one before."""
+def next_position(i, j, inner, direction):
+    """The next (i, j); with the direction negated, the one before."""
     j += direction
     over, under = (j == inner).to(tl.int64), (j < 0).to(tl.int64)
     j = tl.where(over != 0, 0, tl.where(under != 0, inner - 1, j))
@@ -55,190 +64,230 @@ def advance(i, j, inner, direction):
 
 
 @triton.jit
-def load_step(delta, bias, offset, inside, dtype: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """Step sizes of one token and their slope; zero outside the channels, so that nothing happens there."""
-    step = tl.load(delta + offset, inside, 0.0).to(dtype) + bias
+def addresses(rows, b, token, k, columns):
+    return rows.data + b * rows.batch + token * rows.token + k * rows.route + columns
+
+
+@triton.jit
+def load_row(rows, b, token, k, columns, exist, dtype: tl.constexpr):
+    """Columns of the token's row, zero where they do not exist."""
+    return tl.load(addresses(rows, b, token, k, columns), exist, 0.0).to(dtype)
+
+
+@triton.jit
+def load_step(delta, b, token, k, e, bias, e_exists, dtype: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Step sizes of a token and their slope; zero for channels that do not exist, so that nothing happens there."""
+    step = load_row(delta, b, token, k, e, e_exists, dtype) + bias
     slope = tl.full(step.shape, 1.0, dtype)
     if SOFTPLUS:
         step, slope = softplus_and_slope(step)
-    return tl.where(inside, step, 0.0), slope
+    return tl.where(e_exists, step, 0.0), slope
+
+
+@triton.jit
+def block_of_channels(index, widths, N: tl.constexpr, E: tl.constexpr):
+    """Numbers e and n of a block, which of them and of their pairs exist, and the places of the pairs in (n, e)."""
+    e, n = index * E + tl.arange(0, E), tl.arange(0, N)
+    e_exists, n_exists = e < widths.channels, n < widths.states
+    return (e, n, e_exists, n_exists, n_exists[:, None] & e_exists[None, :],
+            n[:, None] * widths.channels + e[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
-def span_ends(u, delta, A, B, bias, routes, ends, step_sums, grad_y, u_b, u_t, u_k, d_b, d_t, d_k, m_b, m_t, m_k, g_b,
-              g_t, g_k, tokens, groups, channels, states, span, SOFTPLUS: tl.constexpr, BACK: tl.constexpr,
-              N: tl.constexpr, E: tl.constexpr):
-    """State behind each span that began with zero, and the sum of its steps; or, with BACK, the adjoint before each
-    span behind which it is zero (`B` is then C, and `grad_y` takes the place of step * u)."""
-    index, b, k = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups
-    e, n = tl.program_id(1) * E + tl.arange(0, E), tl.arange(0, N)
-    inside, kept = e < channels, n < states
-    both = kept[:, None] & inside[None, :]
-    dtype: tl.constexpr = A.dtype.element_ty
-    a = tl.load(A + (k * states + n[:, None]) * channels + e[None, :], both, 0.0)
-    bias_row = tl.load(bias + k * channels + e, inside, 0.0)
+def span_kernel(inputs, grad_y, last_states, step_sums, widths, tokens, span, SOFTPLUS: tl.constexpr,
+                BACK: tl.constexpr, N: tl.constexpr, E: tl.constexpr):
+    """State behind each span that began with zero, and the sum of its steps; or, with BACK, the gradient of the state
+    before each span if that of the state behind it is zero."""
+    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.routes
+    k = tl.program_id(2) % widths.routes
+    e, n, e_exists, n_exists, both_exist, tile = block_of_channels(tl.program_id(1), widths, N, E)
+    dtype: tl.constexpr = inputs.A.dtype.element_ty
+    A = tl.load(inputs.A + (k * widths.states + n[:, None]) * widths.channels + e[None, :], both_exist, 0.0)
+    bias = tl.load(inputs.bias + k * widths.channels + e, e_exists, 0.0)
     begin = index * span
     end = tl.minimum(begin + span, tokens)
     first = begin
     if BACK:
         first = end - 1
-    i, j, outer_stride, inner_stride, inner, direction = enter(routes, k, first)
+    i, j, outer_stride, inner_stride, inner, direction = start_at(inputs.routes, k, first)
     if BACK:
         direction = -direction
-    state, total = tl.zeros((N, E), dtype), tl.zeros((E,), dtype)
+    state, step_sum = tl.zeros((N, E), dtype), tl.zeros((E,), dtype)
     for _ in range(begin, end):
         token = i * outer_stride + j * inner_stride
-        step, _slope = load_step(delta, bias_row, b * d_b + token * d_t + k * d_k + e, inside, dtype, SOFTPLUS)
-        row = tl.load(B + b * m_b + token * m_t + k * m_k + n, kept, 0.0).to(dtype)
-        decay = tl.exp2(a * step[None, :])
+        step, _slope = load_step(inputs.delta, b, token, k, e, bias, e_exists, dtype, SOFTPLUS)
+        decay = tl.exp2(A * step[None, :])
         if BACK:
-            out = tl.load(grad_y + b * g_b + token * g_t + k * g_k + e, inside, 0.0).to(dtype)
-            state = decay * (state + row[:, None] * out[None, :])
+            C = load_row(inputs.C, b, token, k, n, n_exists, dtype)
+            state = decay * (state + C[:, None] * load_row(grad_y, b, token, k, e, e_exists, dtype)[None, :])
         else:
-            push = step * tl.load(u + b * u_b + token * u_t + k * u_k + e, inside, 0.0).to(dtype)
-            state = decay * state + row[:, None] * push[None, :]
-        total += step
-        i, j = advance(i, j, inner, direction)
-    chain = index * tl.num_programs(2) + tl.program_id(2)
-    tl.store(ends + (chain * states + n[:, None]) * channels + e[None, :], state, both)
-    tl.store(step_sums + chain * channels + e, total, inside)
+            B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
+            step_u = step * load_row(inputs.u, b, token, k, e, e_exists, dtype)
+            state = decay * state + B[:, None] * step_u[None, :]
+        step_sum += step
+        i, j = next_position(i, j, inner, direction)
+    sequence = index * tl.num_programs(2) + tl.program_id(2)
+    tl.store(last_states + sequence * widths.states * widths.channels + tile, state, both_exist)
+    tl.store(step_sums + sequence * widths.channels + e, step_sum, e_exists)
 
 
 @triton.jit(do_not_specialize=["spans"])
-def join_spans(A, ends, step_sums, initial, spans, groups, channels, states, BACK: tl.constexpr, N: tl.constexpr,
-               E: tl.constexpr):
-    """Replaces what `span_ends` found by what enters each span: span after span, or with BACK from the last one."""
-    chain, chains, k = tl.program_id(1).to(tl.int64), tl.num_programs(1), tl.program_id(1) % groups
-    e, n = tl.program_id(0) * E + tl.arange(0, E), tl.arange(0, N)
-    both = (n < states)[:, None] & (e < channels)[None, :]
-    tile = n[:, None] * channels + e[None, :]
-    a = tl.load(A + k * states * channels + tile, both, 0.0)
-    state = tl.load(initial + chain * states * channels + tile, both, 0.0)
+def scan_over_spans_kernel(A, states, step_sums, initial, widths, spans, BACK: tl.constexpr, N: tl.constexpr,
+                           E: tl.constexpr):
+    """Replaces what `span_kernel` found in `states` by the true state before each span; with BACK by the gradient of
+    the state behind it."""
+    sequence, sequences = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    e, n, e_exists, n_exists, both_exist, tile = block_of_channels(tl.program_id(0), widths, N, E)
+    size = widths.states * widths.channels
+    A = tl.load(A + tl.program_id(1) % widths.routes * size + tile, both_exist, 0.0)
+    state = tl.load(initial + sequence * size + tile, both_exist, 0.0)
     for count in range(spans):
         index = count
         if BACK:
             index = spans - 1 - count
-        here = index * chains + chain
-        local = tl.load(ends + here * states * channels + tile, both, 0.0)
-        tl.store(ends + here * states * channels + tile, state, both)
-        total = tl.load(step_sums + here * channels + e, e < channels, 0.0)
-        state = tl.exp2(a * total[None, :]) * state + local
+        here = index * sequences + sequence
+        from_zero = tl.load(states + here * size + tile, both_exist, 0.0)
+        tl.store(states + here * size + tile, state, both_exist)
+        step_sum = tl.load(step_sums + here * widths.channels + e, e_exists, 0.0)
+        state = tl.exp2(A * step_sum[None, :]) * state + from_zero
 
 
-@triton.jit(do_not_specialize=["tokens", "span", "first_group"])
-def walk_forward(u, delta, A, B, C, D, bias, routes, starts, y, entries, last_state, u_b, u_t, u_k, d_b, d_t, d_k, B_b,
-                 B_t, B_k, C_b, C_t, C_k, y_b, y_t, y_k, tokens, groups, channels, states, span, first_group,
-                 launched_groups, SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr,
-                 N: tl.constexpr, E: tl.constexpr):
-    """y of a span from its true entry, the states entering its chunks and, behind the last span, the last state."""
-    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // launched_groups
-    k = first_group + tl.program_id(2) % launched_groups
-    chain, chains = b * groups + k, tl.num_programs(2) // launched_groups * groups
-    e, n = tl.program_id(1) * E + tl.arange(0, E), tl.arange(0, N)
-    inside, kept = e < channels, n < states
-    both = kept[:, None] & inside[None, :]
-    tile = n[:, None] * channels + e[None, :]
-    dtype: tl.constexpr = A.dtype.element_ty
-    a = tl.load(A + k * states * channels + tile, both, 0.0)
-    bias_row, skip = tl.load(bias + k * channels + e, inside, 0.0), tl.load(D + k * channels + e, inside, 0.0)
-    state = tl.load(starts + (index * chains + chain) * states * channels + tile, both, 0.0)
+@triton.jit(do_not_specialize=["tokens", "span", "first_route"])
+def forward_kernel(inputs, first_states, y, chunk_states, last_state, widths, tokens, span, first_route,
+                   SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr,
+                   N: tl.constexpr, E: tl.constexpr):
+    """y of a span from its first state, the states before its chunks if KEEP and, behind the last span, the last state.
+    With ADD, y is added to what another route has left there."""
+    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.launched_routes
+    k = first_route + tl.program_id(2) % widths.launched_routes
+    sequences = tl.num_programs(2) // widths.launched_routes * widths.routes
+    sequence, size = b * widths.routes + k, widths.states * widths.channels
+    e, n, e_exists, n_exists, both_exist, tile = block_of_channels(tl.program_id(1), widths, N, E)
+    dtype: tl.constexpr = inputs.A.dtype.element_ty
+    A = tl.load(inputs.A + k * size + tile, both_exist, 0.0)
+    bias = tl.load(inputs.bias + k * widths.channels + e, e_exists, 0.0)
+    D = tl.load(inputs.D + k * widths.channels + e, e_exists, 0.0)
+    state = tl.load(first_states + (index * sequences + sequence) * size + tile, both_exist, 0.0)
     begin = index * span
     end = tl.minimum(begin + span, tokens)
-    i, j, outer_stride, inner_stride, inner, direction = enter(routes, k, begin)
+    i, j, outer_stride, inner_stride, inner, direction = start_at(inputs.routes, k, begin)
     for position in range(begin, end):
         if KEEP:  # noqa: SIM102 (the outer condition is decided by the compiler)
             if position % CHUNK == 0:
-                entry = (position // CHUNK * chains + chain) * states * channels
-                tl.store(entries + entry + tile, state, both)
+                chunk = position // CHUNK * sequences + sequence
+                tl.store(chunk_states + chunk * size + tile, state, both_exist)
         token = i * outer_stride + j * inner_stride
-        step, _slope = load_step(delta, bias_row, b * d_b + token * d_t + k * d_k + e, inside, dtype, SOFTPLUS)
-        x = tl.load(u + b * u_b + token * u_t + k * u_k + e, inside, 0.0).to(dtype)
-        in_map = tl.load(B + b * B_b + token * B_t + k * B_k + n, kept, 0.0).to(dtype)
-        out_map = tl.load(C + b * C_b + token * C_t + k * C_k + n, kept, 0.0).to(dtype)
-        state = tl.exp2(a * step[None, :]) * state + in_map[:, None] * (step * x)[None, :]
-        out = tl.sum(out_map[:, None] * state, 0) + skip * x
-        target = y + b * y_b + token * y_t + k * y_k + e
+        step, _slope = load_step(inputs.delta, b, token, k, e, bias, e_exists, dtype, SOFTPLUS)
+        u = load_row(inputs.u, b, token, k, e, e_exists, dtype)
+        B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
+        C = load_row(inputs.C, b, token, k, n, n_exists, dtype)
+        state = tl.exp2(A * step[None, :]) * state + B[:, None] * (step * u)[None, :]
+        out = tl.sum(C[:, None] * state, 0) + D * u
+        target = addresses(y, b, token, k, e)
         if ADD:
-            out += tl.load(target, inside, 0.0).to(dtype)
-        tl.store(target, out.to(y.dtype.element_ty), inside)
-        i, j = advance(i, j, inner, direction)
+            out += tl.load(target, e_exists, 0.0).to(dtype)
+        tl.store(target, out.to(y.data.dtype.element_ty), e_exists)
+        i, j = next_position(i, j, inner, direction)
     if end == tokens:
-        tl.store(last_state + chain * states * channels + tile, state, both)
+        tl.store(last_state + sequence * size + tile, state, both_exist)
 
 
-@triton.jit(do_not_specialize=["tokens", "span", "first_group"])
-def walk_backward(u, delta, A, B, C, D, bias, routes, entries, exits, grad_y, grad_u, grad_delta, grad_maps, grad_A,
-                  grad_D, grad_bias, scratch, u_b, u_t, u_k, d_b, d_t, d_k, B_b, B_t, B_k, C_b, C_t, C_k, g_b, g_t, g_k,
-                  gu_b, gu_t, gu_k, gd_b, gd_t, gd_k, tokens, groups, channels, states, span, first_group,
-                  launched_groups, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
-                  E: tl.constexpr):
-    """All gradients of a span, chunk by chunk from its end: states again from the entry of the chunk, into `scratch`,
-    then the adjoints g_p = C_p grad_y_p + exp(s_{p+1} A) g_{p+1} back through it."""
-    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // launched_groups
-    k = first_group + tl.program_id(2) % launched_groups
-    batch = tl.num_programs(2) // launched_groups
-    chain, chains = b * groups + k, batch * groups
-    block = tl.program_id(1)
-    e, n = block * E + tl.arange(0, E), tl.arange(0, N)
-    inside, kept = e < channels, n < states
-    both = kept[:, None] & inside[None, :]
-    tile = n[:, None] * channels + e[None, :]
+@triton.jit
+def recompute_states(inputs, state, A, bias, b, k, route, length, block, scratch, slab, dtype: tl.constexpr,
+                     SOFTPLUS: tl.constexpr, SIZE: tl.constexpr):
+    """Writes the state before each token of a chunk to `scratch`, (t, n, e); returns (i, j) behind the chunk."""
+    e, n, e_exists, n_exists, _both_exist, _tile = block
+    i, j, outer_stride, inner_stride, inner, direction = route
+    for t in range(length):
+        tl.store(scratch + t * SIZE + slab, state)
+        token = i * outer_stride + j * inner_stride
+        step, _slope = load_step(inputs.delta, b, token, k, e, bias, e_exists, dtype, SOFTPLUS)
+        step_u = step * load_row(inputs.u, b, token, k, e, e_exists, dtype)
+        B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
+        state = tl.exp2(A * step[None, :]) * state + B[:, None] * step_u[None, :]
+        i, j = next_position(i, j, inner, direction)
+    return i, j
+
+
+@triton.jit
+def backward_step(inputs, grad_y, grads, grad_state, sums, parameters, b, k, token, state_before, part, widths, block,
+                  dtype: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr):
+    """Back through one token: writes the gradients of its u, delta and, as row `part` of grads.B_C, of its B and C.
+
+    From the gradient of the state behind the token to that of the state before it (which lies at the addresses
+    `state_before`). Returned are that gradient and the sums, the token's share in the gradients of A (without their
+    factor ln 2), D and the bias added.
+    """
+    e, n, e_exists, n_exists, _both_exist, _tile = block
+    A, D, bias = parameters
+    sum_A, sum_D, sum_bias = sums
+    step, slope = load_step(inputs.delta, b, token, k, e, bias, e_exists, dtype, SOFTPLUS)
+    u = load_row(inputs.u, b, token, k, e, e_exists, dtype)
+    B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
+    C = load_row(inputs.C, b, token, k, n, n_exists, dtype)
+    grad_out = load_row(grad_y, b, token, k, e, e_exists, dtype)
+    decay = tl.exp2(A * step[None, :])
+    decayed = decay * tl.load(state_before)
+    grad_state += C[:, None] * grad_out[None, :]
+    tl.store(grads.B_C + 2 * part * widths.states + n, tl.sum(grad_state * (step * u)[None, :], 1), n_exists)
+    state = decayed + B[:, None] * (step * u)[None, :]
+    tl.store(grads.B_C + (2 * part + 1) * widths.states + n, tl.sum(state * grad_out[None, :], 1), n_exists)
+    grad_step_u = tl.sum(grad_state * B[:, None], 0)
+    grad_exponent = grad_state * decayed  # of step * A
+    sum_A += grad_exponent * step[None, :]
+    grad_step = (tl.sum(grad_exponent * A, 0) * LN2 + grad_step_u * u) * slope
+    sum_bias += grad_step
+    sum_D += grad_out * u
+    tl.store(addresses(grads.delta, b, token, k, e), grad_step.to(grads.delta.data.dtype.element_ty), e_exists)
+    target, grad_u = addresses(grads.u, b, token, k, e), grad_step_u * step + D * grad_out
+    if ADD:
+        grad_u += tl.load(target, e_exists, 0.0).to(dtype)
+    tl.store(target, grad_u.to(grads.u.data.dtype.element_ty), e_exists)
+    return decay * grad_state, sum_A, sum_D, sum_bias
+
+
+@triton.jit(do_not_specialize=["tokens", "span", "first_route"])
+def backward_kernel(inputs, chunk_states, grad_last_states, grad_y, grads, scratch, widths, tokens, span, first_route,
+                    SOFTPLUS: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, E: tl.constexpr):
+    """All gradients of a span, chunk by chunk from its end: the states again, from the one before the chunk, into
+    `scratch`, then back through it by grad_state_p = C_p grad_y_p + exp(step_{p+1} A) grad_state_{p+1}."""
+    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.launched_routes
+    k = first_route + tl.program_id(2) % widths.launched_routes
+    images = tl.num_programs(2) // widths.launched_routes
+    sequence, sequences, size = b * widths.routes + k, images * widths.routes, widths.states * widths.channels
+    block_index = tl.program_id(1)
+    block = block_of_channels(block_index, widths, N, E)
+    e, n, e_exists, n_exists, both_exist, tile = block
     slab = n[:, None] * E + tl.arange(0, E)[None, :]
-    scratch += ((index * tl.num_programs(1) + block) * tl.num_programs(2) + tl.program_id(2)) * CHUNK * N * E
-    dtype: tl.constexpr = A.dtype.element_ty
-    a = tl.load(A + k * states * channels + tile, both, 0.0)
-    bias_row, skip = tl.load(bias + k * channels + e, inside, 0.0), tl.load(D + k * channels + e, inside, 0.0)
-    carry = tl.load(exits + (index * chains + chain) * states * channels + tile, both, 0.0)
+    scratch += ((index * tl.num_programs(1) + block_index) * tl.num_programs(2) + tl.program_id(2)) * CHUNK * N * E
+    dtype: tl.constexpr = inputs.A.dtype.element_ty
+    A = tl.load(inputs.A + k * size + tile, both_exist, 0.0)
+    bias = tl.load(inputs.bias + k * widths.channels + e, e_exists, 0.0)
+    D = tl.load(inputs.D + k * widths.channels + e, e_exists, 0.0)
+    here = index * sequences + sequence
+    grad_state = tl.load(grad_last_states + here * size + tile, both_exist, 0.0)
     sum_A, sum_D, sum_bias = tl.zeros((N, E), dtype), tl.zeros((E,), dtype), tl.zeros((E,), dtype)
     span_begin = index * span
     span_end = tl.minimum(span_begin + span, tokens)
     chunks = (span_end - span_begin + CHUNK - 1) // CHUNK
-    parts = (block.to(tl.int64) * batch + b) * tokens  # rows of grad_maps: (block, b, token, k, B or C, n)
+    parts = (block_index.to(tl.int64) * images + b) * tokens  # rows of grads.B_C: (block, b, token, k, B or C, n)
     for count in range(chunks):
         begin = span_begin + (chunks - 1 - count) * CHUNK
         length = tl.minimum(span_end - begin, CHUNK).to(tl.int32)
-        i, j, outer_stride, inner_stride, inner, direction = enter(routes, k, begin)
-        state = tl.load(entries + (begin // CHUNK * chains + chain) * states * channels + tile, both, 0.0)
-        for t in range(length):
-            tl.store(scratch + t * N * E + slab, state)
-            token = i * outer_stride + j * inner_stride
-            step, _slope = load_step(delta, bias_row, b * d_b + token * d_t + k * d_k + e, inside, dtype, SOFTPLUS)
-            push = step * tl.load(u + b * u_b + token * u_t + k * u_k + e, inside, 0.0).to(dtype)
-            in_map = tl.load(B + b * B_b + token * B_t + k * B_k + n, kept, 0.0).to(dtype)
-            state = tl.exp2(a * step[None, :]) * state + in_map[:, None] * push[None, :]
-            i, j = advance(i, j, inner, direction)
+        route = start_at(inputs.routes, k, begin)
+        _i, _j, outer_stride, inner_stride, inner, direction = route
+        state = tl.load(chunk_states + (begin // CHUNK * sequences + sequence) * size + tile, both_exist, 0.0)
+        i, j = recompute_states(inputs, state, A, bias, b, k, route, length, block, scratch, slab, dtype, SOFTPLUS,
+                                N * E)
         tl.debug_barrier()
         for back in range(length):
-            i, j = advance(i, j, inner, -direction)
+            i, j = next_position(i, j, inner, -direction)
             token = i * outer_stride + j * inner_stride
-            step, slope = load_step(delta, bias_row, b * d_b + token * d_t + k * d_k + e, inside, dtype, SOFTPLUS)
-            x = tl.load(u + b * u_b + token * u_t + k * u_k + e, inside, 0.0).to(dtype)
-            in_map = tl.load(B + b * B_b + token * B_t + k * B_k + n, kept, 0.0).to(dtype)
-            out_map = tl.load(C + b * C_b + token * C_t + k * C_k + n, kept, 0.0).to(dtype)
-            out = tl.load(grad_y + b * g_b + token * g_t + k * g_k + e, inside, 0.0).to(dtype)
-            decayed = tl.exp2(a * step[None, :])
-            before = decayed * tl.load(scratch + (length - 1 - back) * N * E + slab)
-            adjoint = carry + out_map[:, None] * out[None, :]
-            part = (parts + token) * groups + k
-            tl.store(grad_maps + 2 * part * states + n, tl.sum(adjoint * (step * x)[None, :], 1), kept)
-            state = before + in_map[:, None] * (step * x)[None, :]
-            tl.store(grad_maps + (2 * part + 1) * states + n, tl.sum(state * out[None, :], 1), kept)
-            grad_push = tl.sum(adjoint * in_map[:, None], 0)
-            exponent = adjoint * before  # gradient of step * A
-            sum_A += exponent * step[None, :]
-            grad_step = (tl.sum(exponent * a, 0) * LN2 + grad_push * x) * slope
-            sum_bias += grad_step
-            sum_D += out * x
-            tl.store(grad_delta + b * gd_b + token * gd_t + k * gd_k + e, grad_step.to(grad_delta.dtype.element_ty),
-                     inside)
-            target = grad_u + b * gu_b + token * gu_t + k * gu_k + e
-            grad_x = grad_push * step + skip * out
-            if ADD:
-                grad_x += tl.load(target, inside, 0.0).to(dtype)
-            tl.store(target, grad_x.to(grad_u.dtype.element_ty), inside)
-            carry = decayed * adjoint
+            grad_state, sum_A, sum_D, sum_bias = backward_step(
+                inputs, grad_y, grads, grad_state, (sum_A, sum_D, sum_bias), (A, D, bias), b, k, token,
+                scratch + (length - 1 - back) * N * E + slab, (parts + token) * widths.routes + k, widths, block, dtype,
+                SOFTPLUS, ADD)
         tl.debug_barrier()
-    here = index * chains + chain
-    tl.store(grad_A + here * states * channels + tile, sum_A, both)
-    tl.store(grad_D + here * channels + e, sum_D, inside)
-    tl.store(grad_bias + here * channels + e, sum_bias, inside)
+    tl.store(grads.A + here * size + tile, sum_A, both_exist)
+    tl.store(grads.D + here * widths.channels + e, sum_D, e_exists)
+    tl.store(grads.bias + here * widths.channels + e, sum_bias, e_exists)

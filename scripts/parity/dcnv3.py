@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
 from models.build import build_backbone
-from models.ops import Kernel, dcnv3
+from models.ops.dcnv3 import Kernel, dcnv3
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, stored_error
 
 EXACT, OUTPUT, GRADIENT = 1e-9, 2e-5, 5e-5  # float64; float32, where gradients are relative to their largest entry

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from losses import MultiTaskLoss
 from models.build import build_model
-from models.ops import count_scan_flops, selective_scan, set_scan_backend
+from models.ops.scan_choice import set_scan_backend
+from models.ops.selective_scan import count_scan_flops, selective_scan
 from models.released.mtmamba import convert, recognises
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, scaled_error, stem
 from utils.engine.build import model_from_config

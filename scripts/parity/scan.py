@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from safetensors.torch import load_file
 
-from models.ops import selective_scan
+from models.ops.selective_scan import selective_scan
 from scripts.parity.base import Check, Folder, Measure, Options, scaled_error
 
 INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")

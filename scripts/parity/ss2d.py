@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.ops import S6Weights, set_scan_backend, ss2d_core
+from models.ops.scan_choice import set_scan_backend
+from models.ops.ss2d import S6Weights, ss2d_core
 from scripts.parity.base import Check, Folder, Measure, Options, scaled_error
 
 NEEDED = {"in.x", "out.y", "param.x_proj_weight", "param.A_logs", "param.out_norm.weight"}

@@ -16,7 +16,7 @@ from losses.multi_task import MultiTaskLoss
 from models.blocks.recompute import recompute_blocks
 from models.build import build_model
 from models.model import MultiTaskModel
-from models.ops import set_scan_backend
+from models.ops.scan_choice import set_scan_backend
 from utils.engine.checkpoint import load_model, read_checkpoint
 from utils.engine.config import Config
 from utils.engine.tasks import TASKS, label_rules, tasks_named

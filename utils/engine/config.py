@@ -25,9 +25,8 @@ from losses.balancing import BALANCING
 from models.backbones import BACKBONES
 from models.decoders import DECODERS
 from models.necks import NECKS
-from utils.table import Table
+from models.ops import SCAN_BACKENDS
 
-SCAN_BACKENDS = Table("scan_backend", dict.fromkeys(("auto", "triton", "cpp", "mamba_ssm", "torch", "reference")))
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES

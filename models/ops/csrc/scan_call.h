@@ -1,4 +1,6 @@
 // The arguments of one call of the scan: rows in spatial order, routes over them, and how the work is cut into tasks.
+//
+// Axes: b batch, t token, k route, c channel, n state. S is the type of the arithmetic, float or double.
 #pragma once
 
 #include "scan_simd.h"
@@ -38,12 +40,12 @@ struct Route {
   }
 };
 
-// Rows of a (batch, tokens, groups, columns) tensor of any floating type, read and written as S.
+// Rows of a (batch, tokens, routes, columns) tensor of any floating type, read and written as S.
 struct Rows {
   Tensor tensor;
   char* data;
   ScalarType type;
-  int64_t size, batch, token, group;
+  int64_t size, batch, token, route;
 
   explicit Rows(const Tensor& source) : tensor(source.stride(3) == 1 ? source : source.contiguous()) {
     data = static_cast<char*>(tensor.data_ptr());
@@ -51,11 +53,11 @@ struct Rows {
     size = tensor.element_size();
     batch = tensor.stride(0) * size;
     token = tensor.stride(1) * size;
-    group = tensor.size(2) == 1 ? 0 : tensor.stride(2) * size;  // one group serves all routes
+    route = tensor.size(2) == 1 ? 0 : tensor.stride(2) * size;  // one row serves all routes
   }
 
   char* at(int64_t b, int64_t t, int64_t k, int64_t first) const {
-    return data + b * batch + t * token + k * group + first * size;
+    return data + b * batch + t * token + k * route + first * size;
   }
 
   template <typename F>
@@ -107,22 +109,22 @@ struct Call {
   Tensor A, D, bias;  // (k, n, c), (k, c), (k, c) as S
   std::vector<Route> routes;
   bool softplus, shared;
-  int64_t batch, tokens, groups, channels, states;
+  int64_t batch, tokens, num_routes, channels, states;
   int64_t padded_states, chunks, vecs, blocks;
 
   Call(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
        const OptionalTensor& D_, const OptionalTensor& bias_, at::IntArrayRef flat_routes, bool softplus_)
       : u(u_), delta(delta_), B(B_), C(C_), softplus(softplus_) {
-    batch = delta_.size(0), tokens = delta_.size(1), groups = delta_.size(2), channels = delta_.size(3);
+    batch = delta_.size(0), tokens = delta_.size(1), num_routes = delta_.size(2), channels = delta_.size(3);
     states = A_.size(2);
-    shared = u_.size(2) == 1 && groups > 1;
+    shared = u_.size(2) == 1 && num_routes > 1;
     const auto type = c10::CppTypeToScalarType<S>::value;
     A = A_.to(type).transpose(1, 2).contiguous();
-    const auto zeros = [&] { return at::zeros({groups, channels}, A.options()); };
+    const auto zeros = [&] { return at::zeros({num_routes, channels}, A.options()); };
     D = D_ ? D_->to(type).contiguous() : zeros();
     bias = bias_ ? bias_->to(type).contiguous() : zeros();
-    TORCH_CHECK(static_cast<int64_t>(flat_routes.size()) == 5 * groups, "scan: five numbers for each route");
-    for (int64_t k = 0; k < groups; ++k) {
+    TORCH_CHECK(static_cast<int64_t>(flat_routes.size()) == 5 * num_routes, "scan: five numbers for each route");
+    for (int64_t k = 0; k < num_routes; ++k) {
       const int64_t* r = flat_routes.data() + 5 * k;
       TORCH_CHECK(r[0] * r[1] == tokens, "scan: a route of ", r[0] * r[1], " positions over ", tokens, " tokens");
       routes.push_back({r[0], r[1], r[2], r[3], r[4]});
@@ -132,13 +134,13 @@ struct Call {
     cut_channels();
   }
 
-  // What runs one after the other if routes share their input, else side by side.
-  int64_t chains() const { return batch * (shared ? 1 : groups); }
+  // Scans that may run side by side; routes that share their input run one after the other.
+  int64_t parallel_scans() const { return batch * (shared ? 1 : num_routes); }
 
   // Blocks of equal width, a function of the shape alone: sums over channels are taken block by block.
   void cut_channels() {
     const int64_t all = (channels + kLanes<S> - 1) / kLanes<S>;
-    const int64_t width = std::clamp<int64_t>(all * chains() / kWantedBlocks, kMinVecs, kMaxVecs);
+    const int64_t width = std::clamp<int64_t>(all * parallel_scans() / kWantedBlocks, kMinVecs, kMaxVecs);
     blocks = (all + width - 1) / width;
     vecs = blocks ? (all + blocks - 1) / blocks : 1;
   }
@@ -148,16 +150,17 @@ struct Call {
   template <typename F>
   void for_each_task(const F& run) const {
     const int64_t threads = at::get_num_threads(), wanted = threads == 1 ? 1 : 2 * threads;
-    const int64_t parts = std::clamp<int64_t>(wanted / std::max<int64_t>(chains(), 1), 1, std::max<int64_t>(blocks, 1));
-    at::parallel_for(0, chains() * parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t scans = parallel_scans();
+    const int64_t parts = std::clamp<int64_t>(wanted / std::max<int64_t>(scans, 1), 1, std::max<int64_t>(blocks, 1));
+    at::parallel_for(0, scans * parts, 1, [&](int64_t begin, int64_t end) {
       const FlushSubnormals guard;
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t chain = task / parts, part = task % parts;
+        const int64_t scan = task / parts, part = task % parts;
         const int64_t first_block = part * blocks / parts, end_block = (part + 1) * blocks / parts;
         if (shared) {
-          run(chain, int64_t{0}, groups, first_block, end_block);
+          run(scan, int64_t{0}, num_routes, first_block, end_block);
         } else {
-          run(chain / groups, chain % groups, chain % groups + 1, first_block, end_block);
+          run(scan / num_routes, scan % num_routes, scan % num_routes + 1, first_block, end_block);
         }
       }
     });

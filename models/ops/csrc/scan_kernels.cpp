@@ -2,17 +2,17 @@
 //
 // Tokens lie as rows of channels in spatial order; a route only says which row comes next, so nothing is reordered in
 // memory. Work is done by chunks of kChunk tokens and blocks of a few vectors of channels. The forward pass keeps the
-// state at the entry of each chunk; the backward pass replays a chunk from there into a buffer that fits the
-// first-level cache and walks back through it.
+// state before each chunk; the backward pass computes the states of one chunk at a time again from there, into a buffer
+// that fits the first-level cache, and goes back through it.
 //
 // Tasks (batch, route, block) run in parallel. Where all routes share their input, one task runs its routes one after
 // the other, so that their results add up in place. The gradients of B and C sum over the blocks of a route: blocks
 // write partial sums for a window of tokens, which are then added in a fixed order. No result depends on the number of
 // threads.
 //
-// Axes: b batch, t token, k route, c channel, n state. A chain is one pair (b, k).
+// Axes: b batch, t token, k route, c channel, n state. A sequence is one pair (b, k).
 
-#include "scan_lane.h"
+#include "scan_block.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
@@ -25,45 +25,46 @@ namespace scan {
 namespace {
 
 template <typename S>
-std::tuple<Tensor, Tensor, Tensor> forward(const Call<S>& call, const Tensor& u, bool keep_entries) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Call<S>& call, const Tensor& u, bool keep_chunk_states) {
   const auto options = call.A.options();
   // Half-precision results of several routes are added up in single precision.
   const Tensor y = at::empty(u.sizes(), call.shared ? options : u.options());
-  const Tensor last = at::zeros({call.batch, call.groups, call.states, call.channels}, options);
-  const Tensor entries = keep_entries
-      ? at::empty({call.chunks, call.batch, call.groups, call.states, call.channels}, options)
+  const Tensor last = at::zeros({call.batch, call.num_routes, call.states, call.channels}, options);
+  const Tensor chunk_states = keep_chunk_states
+      ? at::empty({call.chunks, call.batch, call.num_routes, call.states, call.channels}, options)
       : at::empty({0}, options);
   const Rows y_rows(y);
   call.for_each_task([&](int64_t b, int64_t first_route, int64_t end_route, int64_t first_block, int64_t end_block) {
     for (int64_t k = first_route; k < end_route; ++k) {
-      std::deque<Lane<S>> lanes;
-      for (int64_t block = first_block; block < end_block; ++block) lanes.emplace_back(call, b, k, block);
+      std::deque<BlockScan<S>> scans;
+      for (int64_t block = first_block; block < end_block; ++block) scans.emplace_back(call, b, k, block);
       for (int64_t chunk = 0; chunk < call.chunks; ++chunk) {
-        for (Lane<S>& lane : lanes) {
-          if (keep_entries) lane.write(lane.state, entries, lane.entry(chunk), call.states);
-          lane.forward(chunk, y_rows);
+        for (BlockScan<S>& one : scans) {
+          if (keep_chunk_states) one.write(one.state, chunk_states, one.chunk_index(chunk), call.states);
+          one.forward(chunk, y_rows);
         }
       }
-      for (const Lane<S>& lane : lanes) lane.write(lane.state, last, lane.chain, call.states);
+      for (const BlockScan<S>& one : scans) one.write(one.state, last, one.sequence, call.states);
     }
   });
-  return {y.to(u.scalar_type()), last.transpose(2, 3).contiguous(), entries};
+  return {y.to(u.scalar_type()), last.transpose(2, 3).contiguous(), chunk_states};
 }
 
-// Adds the blocks' shares of one window, block after block, into the gradients of B and C.
+// Adds the blocks' partial sums of one window, block after block, into the gradients of B and C.
 template <typename S>
-void reduce_maps(const Call<S>& call, int64_t first_chunk, int64_t num_chunks, const Tensor& shares, const Rows& grad_B,
-                 const Rows& grad_C) {
+void sum_over_blocks(const Call<S>& call, int64_t first_chunk, int64_t num_chunks, const Tensor& partial_sums,
+                     const Rows& grad_B, const Rows& grad_C) {
   const int64_t size = kChunk * call.padded_states, block_size = num_chunks * 2 * size;
-  at::parallel_for(0, call.batch * call.groups * num_chunks, kReduceGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, call.batch * call.num_routes * num_chunks, kReduceGrain, [&](int64_t begin, int64_t end) {
     std::vector<S> sums(2 * size);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t chain = item / num_chunks, chunk = item % num_chunks, b = chain / call.groups,
-                    k = chain % call.groups, start = (first_chunk + chunk) * kChunk;
+      const int64_t sequence = item / num_chunks, chunk = item % num_chunks, b = sequence / call.num_routes,
+                    k = sequence % call.num_routes, start = (first_chunk + chunk) * kChunk;
       std::fill(sums.begin(), sums.end(), S(0));
       for (int64_t block = 0; block < call.blocks; ++block) {
-        const S* share = shares.const_data_ptr<S>() + (chain * call.blocks + block) * block_size + chunk * 2 * size;
-        for (int64_t i = 0; i < 2 * size; ++i) sums[i] += share[i];
+        const S* partial =
+            partial_sums.const_data_ptr<S>() + (sequence * call.blocks + block) * block_size + chunk * 2 * size;
+        for (int64_t i = 0; i < 2 * size; ++i) sums[i] += partial[i];
       }
       int64_t token[kChunk];
       const int64_t length = std::min(kChunk, call.tokens - start);
@@ -79,8 +80,8 @@ void reduce_maps(const Call<S>& call, int64_t first_chunk, int64_t num_chunks, c
 // Chunks between two reductions of the gradients of B and C: as many as hold a quarter of the memory of delta.
 template <typename S>
 int64_t reduction_window(const Call<S>& call) {
-  const int64_t shares_of_chunk = std::max<int64_t>(2 * kChunk * call.padded_states * call.blocks, 1);
-  return std::clamp<int64_t>(call.tokens * call.channels / 4 / shares_of_chunk, 4, std::max<int64_t>(call.chunks, 4));
+  const int64_t sums_of_chunk = std::max<int64_t>(2 * kChunk * call.padded_states * call.blocks, 1);
+  return std::clamp<int64_t>(call.tokens * call.channels / 4 / sums_of_chunk, 4, std::max<int64_t>(call.chunks, 4));
 }
 
 Tensor sum_over_batch(const Tensor& values) {
@@ -90,44 +91,45 @@ Tensor sum_over_batch(const Tensor& values) {
 }
 
 template <typename S>
-std::vector<Tensor> backward(const Call<S>& call, const Tensor& entries, const Tensor& grad_y,
+std::vector<Tensor> backward(const Call<S>& call, const Tensor& chunk_states, const Tensor& grad_y,
                              const Tensor& grad_last) {
   const auto options = call.A.options();
-  const int64_t kept = call.chunks * call.batch * call.groups * call.states * call.channels;
-  TORCH_CHECK(entries.numel() == kept, "scan: ", entries.numel(), " kept states where ", kept, " are needed");
+  const int64_t kept = call.chunks * call.batch * call.num_routes * call.states * call.channels;
+  TORCH_CHECK(chunk_states.numel() == kept, "scan: ", chunk_states.numel(), " kept states where ", kept, " are needed");
   const auto dense_like = [](const Rows& rows) { return at::empty(rows.tensor.sizes(), rows.tensor.options()); };
   const Tensor grad_u = call.shared ? at::zeros(call.u.tensor.sizes(), options) : dense_like(call.u);
   const Tensor grad_delta = dense_like(call.delta), grad_B = dense_like(call.B), grad_C = dense_like(call.C);
-  Carried carried;
-  carried.adjoint = grad_last.to(call.A.scalar_type()).transpose(2, 3).clone(at::MemoryFormat::Contiguous);
-  carried.A = at::zeros_like(carried.adjoint);
-  carried.D = at::zeros({call.batch, call.groups, call.channels}, options);
-  carried.bias = at::zeros_like(carried.D);
-  const Rows y_rows(grad_y), u_rows(grad_u), delta_rows(grad_delta), B_rows(grad_B), C_rows(grad_C);
+  RunningGradients running;
+  running.grad_state = grad_last.to(call.A.scalar_type()).transpose(2, 3).clone(at::MemoryFormat::Contiguous);
+  running.A = at::zeros_like(running.grad_state);
+  running.D = at::zeros({call.batch, call.num_routes, call.channels}, options);
+  running.bias = at::zeros_like(running.D);
+  const Rows grad_y_rows(grad_y), grad_u_rows(grad_u), grad_delta_rows(grad_delta);
+  const Rows grad_B_rows(grad_B), grad_C_rows(grad_C);
 
-  const int64_t size = 2 * kChunk * call.padded_states, chains = call.batch * call.groups;
+  const int64_t size = 2 * kChunk * call.padded_states, sequences = call.batch * call.num_routes;
   const int64_t window = reduction_window(call);
-  const Tensor shares = at::empty({chains * call.blocks * window * size}, options);
+  const Tensor partial_sums = at::empty({sequences * call.blocks * window * size}, options);
   for (int64_t end = call.chunks; end > 0; end -= window) {
     const int64_t begin = std::max<int64_t>(end - window, 0), num_chunks = end - begin;
     call.for_each_task([&](int64_t b, int64_t first_route, int64_t end_route, int64_t first_block, int64_t end_block) {
       for (int64_t k = first_route; k < end_route; ++k) {
-        std::deque<BackwardLane<S>> lanes;
-        for (int64_t block = first_block; block < end_block; ++block) lanes.emplace_back(call, b, k, block, carried);
+        std::deque<BlockScanBackward<S>> scans;
+        for (int64_t block = first_block; block < end_block; ++block) scans.emplace_back(call, b, k, block, running);
         for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
-          S* sums = shares.data_ptr<S>() + (lanes[0].chain * call.blocks + first_block) * num_chunks * size;
-          for (BackwardLane<S>& lane : lanes) {
-            lane.backward(chunk, entries, y_rows, u_rows, delta_rows, sums + (chunk - begin) * size);
+          S* sums = partial_sums.data_ptr<S>() + (scans[0].sequence * call.blocks + first_block) * num_chunks * size;
+          for (BlockScanBackward<S>& one : scans) {
+            one.backward(chunk, chunk_states, grad_y_rows, grad_u_rows, grad_delta_rows, sums + (chunk - begin) * size);
             sums += num_chunks * size;
           }
         }
-        for (const BackwardLane<S>& lane : lanes) lane.save();
+        for (const BlockScanBackward<S>& one : scans) one.save();
       }
     });
-    reduce_maps(call, begin, num_chunks, shares, B_rows, C_rows);
+    sum_over_blocks(call, begin, num_chunks, partial_sums, grad_B_rows, grad_C_rows);
   }
-  return {grad_u.to(call.u.type), grad_delta, sum_over_batch(carried.A).transpose(1, 2).contiguous(), grad_B,
-          grad_C, sum_over_batch(carried.D), sum_over_batch(carried.bias)};
+  return {grad_u.to(call.u.type), grad_delta, sum_over_batch(running.A).transpose(1, 2).contiguous(), grad_B,
+          grad_C, sum_over_batch(running.D), sum_over_batch(running.bias)};
 }
 
 template <typename F>
@@ -138,21 +140,21 @@ auto with_state_type(const Tensor& A, const F& run) {
 // A decides the arithmetic: double for a double A, single otherwise. Shapes are checked by the caller.
 std::tuple<Tensor, Tensor, Tensor> scan_forward(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
-    const OptionalTensor& delta_bias, at::IntArrayRef routes, bool delta_softplus, bool keep_entries) {
+    const OptionalTensor& delta_bias, at::IntArrayRef routes, bool delta_softplus, bool keep_chunk_states) {
   return with_state_type(A, [&](auto zero) {
     const Call<decltype(zero)> call(u, delta, A, B, C, D, delta_bias, routes, delta_softplus);
-    return forward(call, u, keep_entries);
+    return forward(call, u, keep_chunk_states);
   });
 }
 
 // Gradients of u, delta, A, B, C, D, delta_bias; the last three without time axis in the arithmetic's type.
 std::vector<Tensor> scan_backward(
-    const Tensor& grad_y, const Tensor& grad_last, const Tensor& entries, const Tensor& u, const Tensor& delta,
+    const Tensor& grad_y, const Tensor& grad_last, const Tensor& chunk_states, const Tensor& u, const Tensor& delta,
     const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& delta_bias,
     at::IntArrayRef routes, bool delta_softplus) {
   return with_state_type(A, [&](auto zero) {
     const Call<decltype(zero)> call(u, delta, A, B, C, D, delta_bias, routes, delta_softplus);
-    return backward(call, entries, grad_y, grad_last);
+    return backward(call, chunk_states, grad_y, grad_last);
   });
 }
 
@@ -161,9 +163,9 @@ std::vector<Tensor> scan_backward(
 
 TORCH_LIBRARY(mtdp_scan, library) {
   library.def("forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
-              "int[] routes, bool delta_softplus, bool keep_entries) -> (Tensor, Tensor, Tensor)");
-  library.def("backward(Tensor grad_y, Tensor grad_last, Tensor entries, Tensor u, Tensor delta, Tensor A, Tensor B, "
-              "Tensor C, Tensor? D, Tensor? delta_bias, int[] routes, bool delta_softplus) -> Tensor[]");
+              "int[] routes, bool delta_softplus, bool keep_chunk_states) -> (Tensor, Tensor, Tensor)");
+  library.def("backward(Tensor grad_y, Tensor grad_last, Tensor chunk_states, Tensor u, Tensor delta, Tensor A, "
+              "Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, int[] routes, bool delta_softplus) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(mtdp_scan, CPU, library) {

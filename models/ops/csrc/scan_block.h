@@ -1,6 +1,7 @@
-// One route over one block of channels: the walk through a chunk of tokens, forward, and back with gradients.
+// The scan of one block of channels along one route, chunk by chunk: forward, and back with gradients.
 //
 // Axes of buffers: t token of the chunk, v vector of channels of the block, n state, j state of a group of kStates.
+// As in the literature h is the state, and grad_h its gradient; a sequence is one pair (b, k).
 #pragma once
 
 #include "scan_call.h"
@@ -32,32 +33,32 @@ class Workspace {
 
 // One route and one block of channels: its parameters, its state, and the inputs of the current chunk.
 template <typename S>
-struct Lane {
+struct BlockScan {
   const Call<S>& call;
-  const int64_t b, k, chain, first, count, vecs;  // channels first .. first + count - 1
+  const int64_t b, k, sequence, first, count, vecs;  // channels first .. first + count - 1
   Workspace<S> memory;
-  Vec<S>*A, *state, *D, *bias;         // (n, v), (n, v), (v), (v); A times log2(e)
-  Vec<S>*u, *raw, *step, *push, *out;  // (t, v); raw: step before softplus, push: step * u
-  S *maps_B, *maps_C;                  // (t, n)
+  Vec<S>*A, *state, *D, *bias;                // (n, v), (n, v), (v), (v); A times log2(e)
+  Vec<S>*u, *raw_step, *step, *step_u, *out;  // (t, v); raw_step: step before softplus, step_u: step * u
+  S *B, *C;                                   // (t, n)
   int64_t token[kChunk], length = 0;
 
-  Lane(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, int64_t extra_vectors = 0)
-      : call(call_), b(b_), k(k_), chain(b_ * call_.groups + k_), first(block * call_.vecs * kLanes<S>),
+  BlockScan(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, int64_t extra_vectors = 0)
+      : call(call_), b(b_), k(k_), sequence(b_ * call_.num_routes + k_), first(block * call_.vecs * kLanes<S>),
         count(std::min(call_.channels - first, call_.vecs * kLanes<S>)), vecs(call_.vecs),
-        memory(vecs * (2 * call_.padded_states + 2 + 5 * kChunk) + 2 * map_vectors() + extra_vectors) {
+        memory(vecs * (2 * call_.padded_states + 2 + 5 * kChunk) + 2 * vectors_of_B() + extra_vectors) {
     for (Vec<S>** rows : {&A, &state}) *rows = memory.take(vecs * call.padded_states);
     for (Vec<S>** row : {&D, &bias}) *row = memory.take(vecs);
-    for (Vec<S>** rows : {&u, &raw, &step, &push, &out}) *rows = memory.take(vecs * kChunk);
-    for (S** maps : {&maps_B, &maps_C}) *maps = reinterpret_cast<S*>(memory.take(map_vectors()));
+    for (Vec<S>** rows : {&u, &raw_step, &step, &step_u, &out}) *rows = memory.take(vecs * kChunk);
+    for (S** rows : {&B, &C}) *rows = reinterpret_cast<S*>(memory.take(vectors_of_B()));
     read(call.A, k, call.states, A);
     for (int64_t i = 0; i < vecs * call.states; ++i) A[i] *= kLog2E<S>;
     read(call.D, k, 1, D);
     read(call.bias, k, 1, bias);
   }
 
-  int64_t entry(int64_t chunk) const { return chunk * call.batch * call.groups + chain; }
+  int64_t chunk_index(int64_t chunk) const { return chunk * call.batch * call.num_routes + sequence; }
 
-  int64_t map_vectors() const { return kChunk * call.padded_states / kLanes<S> + 1; }
+  int64_t vectors_of_B() const { return kChunk * call.padded_states / kLanes<S> + 1; }
 
   // The i-th (rows, c) matrix of a tensor to and from this block's vectors (rows, v).
   void read(const Tensor& tensor, int64_t i, int64_t rows, Vec<S>* target) const {
@@ -82,17 +83,17 @@ struct Lane {
     length = std::min(kChunk, call.tokens - chunk * kChunk);
     call.routes[k].tokens(chunk * kChunk, length, token);
     for (int64_t t = 0; t < length; ++t) {
-      call.B.load(b, token[t], k, 0, call.states, call.padded_states, maps_B + t * call.padded_states);
-      call.C.load(b, token[t], k, 0, call.states, call.padded_states, maps_C + t * call.padded_states);
+      call.B.load(b, token[t], k, 0, call.states, call.padded_states, B + t * call.padded_states);
+      call.C.load(b, token[t], k, 0, call.states, call.padded_states, C + t * call.padded_states);
     }
     load_rows(call.u, u);
-    load_rows(call.delta, raw);
+    load_rows(call.delta, raw_step);
     for (int64_t t = 0; t < length; ++t) {
       for (int64_t v = 0; v < vecs; ++v) {
         const int64_t i = t * vecs + v;
-        raw[i] += bias[v];
-        step[i] = call.softplus ? softplus<S>(raw[i]) : raw[i];
-        push[i] = step[i] * u[i];
+        raw_step[i] += bias[v];
+        step[i] = call.softplus ? softplus<S>(raw_step[i]) : raw_step[i];
+        step_u[i] = step[i] * u[i];
       }
     }
   }
@@ -102,23 +103,23 @@ struct Lane {
     for (int64_t t = 0; t < length; ++t)
       for (int64_t v = 0; v < vecs; ++v) out[t * vecs + v] = D[v] * u[t * vecs + v];
     for (int64_t v = 0; v < vecs; ++v)
-      for (int64_t n = 0; n < call.padded_states; n += kStates) advance(v, n);
+      for (int64_t n = 0; n < call.padded_states; n += kStates) scan_states(v, n);
     store_rows(out, y, call.shared && k > 0);
   }
 
   // Moves states n .. n + kStates - 1 of vector v through the chunk and adds their share to `out`.
-  void advance(int64_t v, int64_t n) {
+  void scan_states(int64_t v, int64_t n) {
     Vec<S> rate[kStates], h[kStates];
     for (int j = 0; j < kStates; ++j) rate[j] = A[(n + j) * vecs + v], h[j] = state[(n + j) * vecs + v];
     for (int64_t t = 0; t < length; ++t) {
       const int64_t i = t * vecs + v;
-      const S *map_B = maps_B + t * call.padded_states + n, *map_C = maps_C + t * call.padded_states + n;
-      const Vec<S> s = step[i], p = push[i];
+      const S *B_t = B + t * call.padded_states + n, *C_t = C + t * call.padded_states + n;
+      const Vec<S> s = step[i], p = step_u[i];
       Vec<S> sum = out[i];
 #pragma GCC unroll 4
       for (int j = 0; j < kStates; ++j) {
-        h[j] = exp2<S>(s * rate[j]) * h[j] + p * map_B[j];
-        sum += h[j] * map_C[j];
+        h[j] = exp2<S>(s * rate[j]) * h[j] + p * B_t[j];
+        sum += h[j] * C_t[j];
       }
       out[i] = sum;
     }
@@ -127,32 +128,32 @@ struct Lane {
 };
 
 // What the backward pass carries from window to window, per batch item: (b, k, n, c) or (b, k, c).
-struct Carried {
-  Tensor adjoint, A, D, bias;
+struct RunningGradients {
+  Tensor grad_state, A, D, bias;
 };
 
-// A lane that replays a chunk and walks back through it.
+// A block that computes the states of a chunk again and goes back through it.
 template <typename S>
-struct BackwardLane : Lane<S> {
-  using Base = Lane<S>;
-  using Base::A, Base::call, Base::chain, Base::D, Base::length, Base::maps_B, Base::maps_C, Base::memory, Base::push,
-      Base::raw, Base::state, Base::step, Base::u, Base::vecs;
-  Vec<S>*adjoint, *grad_A, *grad_D, *grad_bias;  // (n, v), (n, v), (v), (v)
-  Vec<S>*grad_y, *grad_push, *grad_step;         // (t, v)
-  Vec<S>*states, *decays, *terms_B, *terms_C;    // (t, j): of kStates states; terms are summed over vectors
-  const Carried& carried;
+struct BlockScanBackward : BlockScan<S> {
+  using Base = BlockScan<S>;
+  using Base::A, Base::call, Base::sequence, Base::D, Base::length, Base::B, Base::C, Base::memory, Base::step_u,
+      Base::raw_step, Base::state, Base::step, Base::u, Base::vecs;
+  Vec<S>*grad_state, *grad_A, *grad_D, *grad_bias;  // (n, v), (n, v), (v), (v)
+  Vec<S>*grad_y, *grad_step_u, *grad_step;          // (t, v)
+  Vec<S>*states, *decays, *terms_B, *terms_C;       // (t, j): of kStates states; terms are summed over vectors
+  const RunningGradients& running;
 
-  BackwardLane(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, const Carried& carried_)
-      : Base(call_, b_, k_, block, extra_vectors(call_)), carried(carried_) {
-    for (Vec<S>** rows : {&adjoint, &grad_A}) *rows = memory.take(vecs * call.padded_states);
+  BlockScanBackward(const Call<S>& call_, int64_t b_, int64_t k_, int64_t block, const RunningGradients& running_)
+      : Base(call_, b_, k_, block, extra_vectors(call_)), running(running_) {
+    for (Vec<S>** rows : {&grad_state, &grad_A}) *rows = memory.take(vecs * call.padded_states);
     for (Vec<S>** row : {&grad_D, &grad_bias}) *row = memory.take(vecs);
-    for (Vec<S>** rows : {&grad_push, &grad_step}) *rows = memory.take(vecs * kChunk);
+    for (Vec<S>** rows : {&grad_step_u, &grad_step}) *rows = memory.take(vecs * kChunk);
     for (Vec<S>** rows : {&states, &decays, &terms_B, &terms_C}) *rows = memory.take(kStates * (kChunk + 1));
     grad_y = this->out;
-    this->read(carried.adjoint, chain, call.states, adjoint);
-    this->read(carried.A, chain, call.states, grad_A);
-    this->read(carried.D, chain, 1, grad_D);
-    this->read(carried.bias, chain, 1, grad_bias);
+    this->read(running.grad_state, sequence, call.states, grad_state);
+    this->read(running.A, sequence, call.states, grad_A);
+    this->read(running.D, sequence, 1, grad_D);
+    this->read(running.bias, sequence, 1, grad_bias);
   }
 
   static int64_t extra_vectors(const Call<S>& call) {
@@ -160,26 +161,26 @@ struct BackwardLane : Lane<S> {
   }
 
   void save() const {
-    this->write(adjoint, carried.adjoint, chain, call.states);
-    this->write(grad_A, carried.A, chain, call.states);
-    this->write(grad_D, carried.D, chain, 1);
-    this->write(grad_bias, carried.bias, chain, 1);
+    this->write(grad_state, running.grad_state, sequence, call.states);
+    this->write(grad_A, running.A, sequence, call.states);
+    this->write(grad_D, running.D, sequence, 1);
+    this->write(grad_bias, running.bias, sequence, 1);
   }
 
-  // `sums` receives this block's share of the gradients of the maps: B in (t, n), then C in (t, n).
-  void backward(int64_t chunk, const Tensor& entries, const Rows& y, const Rows& u_rows, const Rows& delta_rows,
-                S* sums) {
+  // `sums` receives this block's share of the gradients of B and C: that of B in (t, n), then that of C.
+  void backward(int64_t chunk, const Tensor& chunk_states, const Rows& grad_y_rows, const Rows& grad_u_rows,
+                const Rows& grad_delta_rows, S* sums) {
     this->load(chunk);
-    this->load_rows(y, grad_y);
-    std::fill(grad_push, grad_push + vecs * length, Vec<S>{});
+    this->load_rows(grad_y_rows, grad_y);
+    std::fill(grad_step_u, grad_step_u + vecs * length, Vec<S>{});
     std::fill(grad_step, grad_step + vecs * length, Vec<S>{});
-    this->read(entries, this->entry(chunk), call.states, state);
+    this->read(chunk_states, this->chunk_index(chunk), call.states, state);
     for (int64_t n = 0; n < call.padded_states; n += kStates) {
       std::fill(terms_B, terms_B + kStates * length, Vec<S>{});
       std::fill(terms_C, terms_C + kStates * length, Vec<S>{});
       for (int64_t v = 0; v < vecs; ++v) {
-        replay(v, n);
-        walk_back(v, n);
+        recompute_states(v, n);
+        backward_states(v, n);
       }
       for (int64_t t = 0; t < length; ++t) {
         for (int j = 0; j < kStates; ++j) {
@@ -188,67 +189,70 @@ struct BackwardLane : Lane<S> {
         }
       }
     }
-    finish_rows();
-    this->store_rows(grad_push, u_rows, call.shared);
-    this->store_rows(grad_step, delta_rows, false);
+    finish_gradients();
+    this->store_rows(grad_step_u, grad_u_rows, call.shared);
+    this->store_rows(grad_step, grad_delta_rows, false);
   }
 
   // States before each step and after the last, and the decay of each step.
-  void replay(int64_t v, int64_t n) {
+  void recompute_states(int64_t v, int64_t n) {
     Vec<S> rate[kStates], h[kStates];
     for (int j = 0; j < kStates; ++j) {
       rate[j] = A[(n + j) * vecs + v];
       states[j] = h[j] = state[(n + j) * vecs + v];
     }
     for (int64_t t = 0; t < length; ++t) {
-      const S* map_B = maps_B + t * call.padded_states + n;
-      const Vec<S> s = step[t * vecs + v], p = push[t * vecs + v];
+      const S* B_t = B + t * call.padded_states + n;
+      const Vec<S> s = step[t * vecs + v], p = step_u[t * vecs + v];
 #pragma GCC unroll 4
       for (int j = 0; j < kStates; ++j) {
         const Vec<S> decay = exp2<S>(s * rate[j]);
-        h[j] = decay * h[j] + p * map_B[j];
+        h[j] = decay * h[j] + p * B_t[j];
         decays[t * kStates + j] = decay;
         states[(t + 1) * kStates + j] = h[j];
       }
     }
   }
 
-  // g is the adjoint of the state: g_t = C_t dy_t + decay_{t+1} g_{t+1}.
-  void walk_back(int64_t v, int64_t n) {
-    Vec<S> rate[kStates], g[kStates], sum_A[kStates] = {};
-    for (int j = 0; j < kStates; ++j) rate[j] = A[(n + j) * vecs + v], g[j] = adjoint[(n + j) * vecs + v];
+  // grad_h_t = C_t grad_y_t + decay_{t+1} grad_h_{t+1}
+  void backward_states(int64_t v, int64_t n) {
+    Vec<S> rate[kStates], grad_h[kStates], sum_A[kStates] = {};
+    for (int j = 0; j < kStates; ++j) rate[j] = A[(n + j) * vecs + v], grad_h[j] = grad_state[(n + j) * vecs + v];
     for (int64_t t = length - 1; t >= 0; --t) {
       const int64_t i = t * vecs + v;
-      const S *map_B = maps_B + t * call.padded_states + n, *map_C = maps_C + t * call.padded_states + n;
-      const Vec<S> dy = grad_y[i], s = step[i], p = push[i];
-      Vec<S> sum_push = grad_push[i], sum_step = grad_step[i];
+      const S *B_t = B + t * call.padded_states + n, *C_t = C + t * call.padded_states + n;
+      const Vec<S> grad_out = grad_y[i], s = step[i], p = step_u[i];
+      Vec<S> sum_step_u = grad_step_u[i], sum_step = grad_step[i];
 #pragma GCC unroll 4
       for (int j = 0; j < kStates; ++j) {
         const int64_t at = t * kStates + j;
-        g[j] += dy * map_C[j];
-        terms_C[at] += dy * states[at + kStates];
-        terms_B[at] += g[j] * p;
-        sum_push += g[j] * map_B[j];
-        g[j] *= decays[at];
-        const Vec<S> exponent = g[j] * states[at];  // gradient of step * A
+        grad_h[j] += grad_out * C_t[j];
+        terms_C[at] += grad_out * states[at + kStates];
+        terms_B[at] += grad_h[j] * p;
+        sum_step_u += grad_h[j] * B_t[j];
+        grad_h[j] *= decays[at];
+        const Vec<S> exponent = grad_h[j] * states[at];  // gradient of step * A
         sum_A[j] += exponent * s;
         sum_step += exponent * rate[j];
       }
-      grad_push[i] = sum_push, grad_step[i] = sum_step;
+      grad_step_u[i] = sum_step_u, grad_step[i] = sum_step;
     }
-    for (int j = 0; j < kStates; ++j) adjoint[(n + j) * vecs + v] = g[j], grad_A[(n + j) * vecs + v] += sum_A[j];
+    for (int j = 0; j < kStates; ++j) {
+      grad_state[(n + j) * vecs + v] = grad_h[j];
+      grad_A[(n + j) * vecs + v] += sum_A[j];
+    }
   }
 
-  // From the gradients of push = step * u and of step to those of u and delta, in place.
-  void finish_rows() {
+  // From the gradients of step_u = step * u and of step to those of u and delta, in place.
+  void finish_gradients() {
     for (int64_t v = 0; v < vecs; ++v) {
       Vec<S> sum_D{}, sum_bias{};
       for (int64_t t = 0; t < length; ++t) {
         const int64_t i = t * vecs + v;
-        Vec<S> slope = grad_step[i] * kLn2<S> + grad_push[i] * u[i];  // rates were in units of log2(e)
-        if (call.softplus) slope *= softplus_slope<S>(raw[i]);
+        Vec<S> slope = grad_step[i] * kLn2<S> + grad_step_u[i] * u[i];  // rates were in units of log2(e)
+        if (call.softplus) slope *= softplus_slope<S>(raw_step[i]);
         grad_step[i] = slope;
-        grad_push[i] = grad_push[i] * step[i] + D[v] * grad_y[i];
+        grad_step_u[i] = grad_step_u[i] * step[i] + D[v] * grad_y[i];
         sum_D += grad_y[i] * u[i];
         sum_bias += slope;
       }
