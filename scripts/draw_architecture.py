@@ -75,7 +75,7 @@ def draw() -> str:
         shade = 96 - 2 * i
         parts += [f'<rect x="10" y="{top}" width="{WIDTH - 20}" height="{BAND}" rx="6" fill="hsl(210, 45%, {shade}%)" '
                   f'stroke="#8aa"/>',
-                  f'<text x="24" y="{top + 34}" font-size="18" font-weight="bold" {TEXT}>{name.replace(".", "/")}</text>',
+                  f'<text x="24" y="{top + 34}" font-size="18" {TEXT}>{name.replace(".", "/")}</text>',
                   f'<text x="24" y="{top + 56}" font-size="12.5" {TEXT} fill="#444">{SAYS[name]}</text>',
                   *boxes(name, top)]
     lanes = sorted(arrows(names).items(), key=lambda item: (names.index(item[0][0]), names.index(item[0][1])))

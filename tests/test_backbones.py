@@ -127,7 +127,7 @@ def test_full_size_parameter_counts(name, image_size, count):
 # ------------------------------------------------------------ shapes
 
 
-@pytest.mark.parametrize("name", [name for name, entry in BACKBONES.items() if entry.sizes])
+@pytest.mark.parametrize("name", [name for name, entry in BACKBONES.items() if entry.defaults])
 def test_every_named_backbone_gives_the_maps_it_announces(name):
     with torch.device("meta"):  # shapes without memory or time
         backbone = build_backbone(name, (448, 576))

@@ -5,15 +5,15 @@ import dataclasses
 
 import pytest
 import torch
-from utils.engine.schedule import build_optimizer
 
 from models.blocks.recompute import recompute_blocks
 from models.decoders import DECODERS
 from tests.conftest import TINY
 from utils.batches import batches_on
-from utils.engine.build import model_from_config, prepare_for_training
+from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import load_config
-from utils.engine.train import build_criterion, train
+from utils.engine.run import build_optimizer
+from utils.engine.train import train
 from utils.precision import set_float32_arithmetic
 
 SIZE = (64, 96)

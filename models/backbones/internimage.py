@@ -18,8 +18,8 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from models.blocks.init import init_linear
-from utils.options import Options
 from models.ops.dcnv3 import Kernel, dcnv3
+from utils.options import Options
 
 EPS = 1e-6  # of every LayerNorm
 

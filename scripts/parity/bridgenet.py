@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from losses import MultiTaskLoss
+from evaluation.evaluator import TaskContext
+from losses.multi_task import MultiTaskLoss
+from models.blocks.resize import resize
 from models.build import build_model
-from models.model import MultiTaskModel, resize
+from models.model import MultiTaskModel
 from models.released.bridgenet import is_dead, recognises, rename
 from scripts.parity.base import (
     Check,
@@ -36,7 +38,7 @@ from scripts.parity.base import (
 )
 from scripts.parity.models import Recorder, compare_keys, compare_norms, manifests
 from utils.engine.checkpoint import load_model
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 
 EVALUATED = 5e-5  # the stored float32 evaluation, whatever the arithmetic here
 EXACT, OUTPUT, GRADIENT = 1e-9, 5e-5, 1e-2  # training; in float32 a ReLU near zero may switch

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from evaluation import DepthMeter
+from evaluation.depth import DepthMeter
+from evaluation.evaluator import TaskContext
 from evaluation.saliency import THRESHOLDS
-from losses import MultiTaskLoss
+from losses.multi_task import MultiTaskLoss
 from scripts.parity.base import (
     Check,
     Folder,
@@ -26,7 +27,7 @@ from scripts.parity.base import (
     scaled_error,
     stem,
 )
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 
 WEIGHTS = {"semseg": 1, "human_parts": 2, "sal": 5, "normals": 10, "depth": 1, "edge": 50}
 SCORES = {"semseg": "mIoU", "human_parts": "mIoU", "depth": "rmse", "normals": "mean", "sal": "maxF_exact"}

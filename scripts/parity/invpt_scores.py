@@ -13,18 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data.palette import CITYSCAPES, voc_palette
+from data.palette import CITYSCAPES
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evaluation import save_edge_maps
-from losses import MultiTaskLoss
-from models.model import resize
+from data.labels import VOID
+from evaluation.boundary.edge_maps import save_edge_maps
+from evaluation.evaluator import TaskContext
+from losses.multi_task import MultiTaskLoss
+from models.blocks.resize import resize
 from scripts.parity.base import Check, Folder, Measure, Options, absolute_error, entry_error, scaled_error
 from scripts.parity.metrics import VALID_RANGE
 from scripts.parity.outputs import compare_decoded
-from utils.engine.tasks import TASKS, VOID, TaskContext
+from utils.engine.tasks import TASKS
+from utils.engine.views import voc_palette
 
 PERCENT = ("mIoU", "maxF")
 MID_GREY = 127

@@ -7,17 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from losses import (
-    BalancedBCELoss,
-    BalancedCrossEntropyLoss,
-    CrossEntropyLoss,
-    L1Loss,
-    MultiTaskLoss,
-    NormalsLoss,
-    load_balancing_loss,
-)
+from evaluation.evaluator import TaskContext
+from losses.cross_entropy import BalancedCrossEntropyLoss, CrossEntropyLoss
+from losses.edge import BalancedBCELoss
+from losses.load_balancing import load_balancing_loss
+from losses.multi_task import MultiTaskLoss
+from losses.regression import L1Loss, NormalsLoss
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, entry_error, scaled_error
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

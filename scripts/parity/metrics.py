@@ -8,16 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation import (
-    DepthMeter,
-    EdgeLossMeter,
-    Meter,
-    NormalsMeter,
-    SaliencyMeter,
-    SegmentationMeter,
-    delta_m,
-)
-from evaluation.saliency import THRESHOLDS
+from evaluation import delta_m
+from evaluation.boundary.edge_loss import EdgeLossMeter
+from evaluation.depth import DepthMeter
+from evaluation.meter import Meter
+from evaluation.normals import NormalsMeter
+from evaluation.saliency import THRESHOLDS, SaliencyMeter
+from evaluation.segmentation import SegmentationMeter
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error, scaled_error
 from utils.engine.tasks import TASKS
 

@@ -13,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from losses.schemes import MultiTaskLoss
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.labels import VOID
+from evaluation.evaluator import TaskContext
+from losses.multi_task import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel, Predictions
 from models.released.mlore import is_dead, locate, recognises, reshaped
@@ -25,7 +27,7 @@ from scripts.parity.base import Check, Folder, Measure, Options, below, scaled_e
 from scripts.parity.mlore_inside import record_inside
 from scripts.parity.models import compare_keys, manifests
 from utils.engine.checkpoint import convert_released, load_model
-from utils.engine.tasks import TASKS, VOID, TaskContext, tasks_named
+from utils.engine.tasks import TASKS, tasks_named
 
 OPTIONS = ("final_embed_dim", "rank_list", "topk", "spe_rank", "pre_softmax")
 GATE_MODES = {"mask_then_softmax": True, "softmax_then_mask": False}

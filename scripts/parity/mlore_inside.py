@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from models.model import MultiTaskModel, resize
+from models.blocks.resize import resize
+from models.model import MultiTaskModel
 from scripts.parity.models import Recorder
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from losses import MultiTaskLoss
+from evaluation.evaluator import TaskContext
+from losses.multi_task import MultiTaskLoss
 from models.build import build_model
 from models.ops.scan_choice import set_scan_backend
 from models.ops.selective_scan import count_scan_flops, selective_scan
@@ -27,7 +28,7 @@ from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, abs
 from utils.engine.build import model_from_config
 from utils.engine.checkpoint import compare_states, load_model
 from utils.engine.config import load_config
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"model", "tasks", "num_output", "image_size", "output_size", "backbone", "decoder"}

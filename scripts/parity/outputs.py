@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation import save_edge_maps
+from evaluation.boundary.edge_maps import save_edge_maps
+from evaluation.evaluator import TaskContext
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error, scaled_error
-from utils.engine.tasks import TASKS, TaskContext
+from utils.engine.tasks import TASKS
 
 CONDITIONS = ("all_void", "no_positive", "batch_of_one")
 CHANNELS = {"semseg": 40, "human_parts": 7}          # of the degenerate inputs made here; any number would do

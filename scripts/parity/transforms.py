@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data import transforms
+from data.labels import VOID
 from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
-from utils.engine.tasks import TASKS, VOID
+from utils.engine.tasks import TASKS
 
 DEPTH_VOID = {"taskprompter": -1.0, "mlore": 0.0}      # after the transforms; the others and ours: 255
 GREY_LEVEL = float(1.01 / 255 / transforms.STD.min())  # one level of 255 after normalisation

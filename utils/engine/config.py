@@ -26,7 +26,6 @@ from models.backbones import BACKBONES
 from models.decoders import DECODERS
 from models.necks import NECKS
 from models.ops import SCAN_BACKENDS
-
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluation.evaluator import Evaluator, TaskContext
-from models.model import resize
+from models.blocks.resize import resize
 from utils.batches import to_device
 from utils.engine.results import VALID_PIXELS, Results
 from utils.engine.tasks import TASKS

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from data.loader import build_eval_loader
 from data.transforms import MEAN, STD
 from evaluation.evaluator import TaskContext
-from models.model import MultiTaskModel, resize
+from models.blocks.resize import resize
+from models.model import MultiTaskModel
 from utils import distributed
 from utils.engine.build import build_split, evaluation_contexts, task_contexts, trained_model
 from utils.engine.config import Config
