@@ -89,9 +89,10 @@ class System:
 
     def _held(self, path: Path, names: Iterable[str]) -> list[str]:
         """Names of what a file holds; the weights and the norms of their gradients are one thing each."""
+        is_table = path.suffix == ".json"
         if recognise(names) in self.released:
-            return ["norms" if path.suffix == ".json" else "state"]
-        return [self.canonical(name) for name in names]
+            return ["norms" if is_table else "state"]
+        return list(names) if is_table else [self.canonical(name) for name in names]
 
     def canonical(self, name: str) -> str:
         """The name of an array as the comparisons know it."""
