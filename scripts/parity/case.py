@@ -170,13 +170,13 @@ class Case:
     def find(self, name: str, seen: Mapping[str, Tensor]) -> Tensor:
         """A feature inside our model by the reference's name.
 
-        A row of `places` is a pattern, a path as in `record_inside` or a function of `seen` and the groups, and
+        A row of `places` is a pattern, a path as in `record_inside` or a function of case, `seen` and groups, and
         perhaps an einops pattern that brings the axes into order. In a path "{tasks[0]}" is the first task.
         """
         for pattern, place, *axes in self.system.places:
             if match := re.fullmatch(pattern, name):
                 path = None if callable(place) else match.expand(place).format(tasks=self.tasks)
-                got = place(seen, *match.groups()) if path is None else seen[path]
+                got = place(self, seen, *match.groups()) if path is None else seen[path]
                 return rearrange(got, *axes) if axes else got
         return seen[name]
 
