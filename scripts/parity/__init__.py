@@ -13,8 +13,8 @@ function that yields a `Measure` per compared quantity. Files that no check read
 from utils.table import Table
 
 FAMILIES = Table("family of references", {
-    "selective_scan": "scripts.parity.scan:checks",
-    "ss2d": "scripts.parity.ss2d:checks",
+    "selective_scan": "scripts.parity.scan:scan_checks",
+    "ss2d": "scripts.parity.scan:route_checks",
     "metrics": "scripts.parity.metrics:checks",
     "losses": "scripts.parity.losses:checks",
     "outputs": "scripts.parity.outputs:checks",

@@ -184,7 +184,7 @@ def stored_error(got: Tensor, want: Tensor) -> float:
     if got.dtype != torch.float64 or want.dtype == torch.float64 or not error > 0:
         return error
     rounding = HALF_ULP * want.double().abs() + SMALLEST / 2
-    return ((got.detach() - want).abs() - rounding).clamp_min(0).max().item()
+    return ((got.detach().cpu() - want.cpu()).abs() - rounding.cpu()).clamp_min(0).max().item()
 
 
 def stored_share(got: Tensor, want: Tensor) -> float:
