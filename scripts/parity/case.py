@@ -26,7 +26,18 @@ from torch import Tensor, nn
 from models.model import MultiTaskModel, Predictions
 from models.ops import set_scan_backend
 from models.released import recognise
-from scripts.parity.base import Bound, Check, Folder, Measure, Options, below, scaled_error, stem, stored_error, stored_share
+from scripts.parity.base import (
+    Bound,
+    Check,
+    Folder,
+    Measure,
+    Options,
+    below,
+    scaled_error,
+    stem,
+    stored_error,
+    stored_share,
+)
 from scripts.parity.program import load
 
 NO_EFFECT = "no output depends on it, and it is not computed here"
