@@ -12,31 +12,18 @@ from torch import Tensor
 
 from models.model import MultiTaskModel, resize
 from models.released.bridgenet import rename
+from scripts.parity import compare
 from scripts.parity.base import (
     Bound,
-    Check,
-    Folder,
     Measure,
     NotCovered,
-    Options,
     absolute_error,
-    scaled_error,
     stored_error,
     stored_share,
 )
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
-from scripts.parity.compare import (
-    compare_keys,
-    count,
-    dead_keys,
-    difference,
-    gradient_norms,
-    inside,
-    manifests,
-    outputs,
-    training,
-)
-from scripts.parity.program import build, criterion, decode, flops, meter, parameters
+from scripts.parity.program import build, criterion, flops, meter, parameters
+from scripts.parity.scores import SCORE, compare_losses, filled
 
 # Sizes of a backbone: the reference's name -> ours.
 VIT_SIZES = {"embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "patch_size": "patch_size"}
@@ -77,7 +64,7 @@ def _repeated(per_stage: list[list[int]], length: int) -> tuple[int, ...]:
 
 
 def _outputs(case: Case) -> Iterator[Measure]:
-    yield from outputs(case)
+    yield from compare.outputs(case)
     intermediate = case.predict().intermediate
     for task, low in case.below("eval.mid.inter_low.").items():
         want = resize(low, tuple(case.config["image_size"]))
@@ -91,18 +78,43 @@ def _scores(case: Case) -> Iterator[Measure]:
     inter = {task: resize(low.to(dtype), size) for task, low in case.below("eval.mid.inter_low.").items()}
     labels = {task: label.float() for task, label in case.below("target.").items()}
     losses = criterion(final, table["loss_weights"], intermediate_weight=table["intermediate_weight"])
-    got = losses(final, labels, inter)
-    for name, want in table["losses"].items():
-        yield Measure(f"loss {name}", scaled_error(got[name.replace("inter_", "inter/", 1)], want), 2e-6)
+    yield from compare_losses(losses(final, labels, inter), table["losses"], case.options, "loss ")
     for task, scores in table["metrics"].items():
-        scored = meter(task, final[task].shape[1])
-        scored.update(decode(task, final[task]), labels[task])
+        scored = filled(meter(task, final[task].shape[1]), task, [(final[task], labels[task])], case.options)
         for name, want in scores.items():
-            yield Measure(f"{task} {name}", scaled_error(scored.compute()[name], want), 1e-6)
+            yield SCORE.measure(f"{task} {name}", scored.compute()[name], want, case.options)
 
 
 def _as_stored(got: Tensor, want: Tensor) -> Tensor:
     return got if got.ndim == want.ndim else rearrange(got, "b c h w -> b (h w) c")
+
+
+def full_size(entry: dict) -> MultiTaskModel:
+    """The model of a manifest's entry without memory; widths are told by the shapes, the rest is default."""
+    shapes, tasks = entry["keys"], entry["tasks"]
+    coarse, mixed, *_ = shapes[f"multi_task_decoder.trfl.mix_proj.{next(iter(tasks))}.0.weight"]
+    embed = mixed - next(iter(tasks.values()))
+    with torch.device("meta"):
+        return _on_backbone(entry, {"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
+
+
+def _full_size(entry: dict) -> Iterator[Measure]:
+    model, shapes = full_size(entry), entry["keys"]
+    yield from compare.keys(model, shapes, entry["tasks"])
+    dead = compare.count(shapes, compare.dead_keys(shapes))
+    yield compare.difference("parameters without effect", dead, entry["params_unused"])
+    yield compare.difference("encoder", parameters(model.encoder), entry["params_backbone"])
+    yield compare.difference("heads", parameters(model.heads), entry["params_heads"])
+    yield compare.difference("params_total", parameters(model) + dead, entry["params_total"])
+    gmacs = (flops(model.eval(), entry["image_size"]).get_total_flops() / 2 + _dead_macs(entry)) / 1e9
+    yield compare.difference("gmacs", gmacs, entry["gmacs"]["total"], 0.006)  # two decimals are given
+
+
+def _dead_macs(entry: dict) -> int:
+    """Multiply-adds of the one layer that the original computes without using it: 3 x 3 on the finest map."""
+    is_vit = entry["backbone"]["type"] == "vit"  # a transposed convolution there, else one without padding
+    height, width = (side // 16 if is_vit else side // 4 - 2 for side in entry["image_size"])
+    return height * width * math.prod(entry["keys"]["multi_task_decoder.scale_embed.0.weight"])
 
 
 SYSTEM = System(
@@ -110,9 +122,10 @@ SYSTEM = System(
     fits=lambda config: {"pred_out_num_constant", "dilated_ratio", "backbone"} <= config.keys(),
     build=_build,
     convert=lambda tensors, tasks: {rename(key, tasks): value for key, value in tensors.items()},
-    groups={"outputs": (_outputs, *MODEL, "eval.out."), "features inside": (inside, *MODEL, "eval.mid."),
+    groups={"outputs": (_outputs, *MODEL, "eval.out."), "features inside": (compare.inside, *MODEL, "eval.mid."),
             "losses and scores": (_scores, "eval.out.", "target.", "metrics"),
-            "training": (training, *MODEL, "train."), "gradient norms": (gradient_norms, *MODEL, "train.", "norms")},
+            "training": (compare.training, *MODEL, "train."),
+            "gradient norms": (compare.gradient_norms, *MODEL, "train.", "norms")},
     names=((r"(image|target\..*)", r"\1"),
            (r"out\.(\w+)", r"eval.out.\1"),
            (r"R\.(\w+)", r"train.fixed.\1"),
@@ -139,37 +152,7 @@ SYSTEM = System(
     bounds=Bounds(value=Bound(absolute_error, 5e-5, 5e-5), train=TRAINED, after=TRAINED,
                   gradient=Bound(stored_share, 1e-9, 1e-2)),
     uncovered=lambda config, name: NO_EFFECT if name == "scale_embed.0" else "",
-    as_stored=_as_stored)
-
-
-def checks(folder: Folder) -> Iterator[Check]:
-    yield from SYSTEM.checks(folder)
-    yield from manifests(folder, SYSTEM.released, "keys", _manifest)
-
-
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry without memory; widths are told by the shapes, the rest is default."""
-    shapes, tasks = entry["keys"], entry["tasks"]
-    coarse, mixed, *_ = shapes[f"multi_task_decoder.trfl.mix_proj.{next(iter(tasks))}.0.weight"]
-    embed = mixed - next(iter(tasks.values()))
-    with torch.device("meta"):
-        return _on_backbone(entry, {"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
-
-
-def _manifest(entry: dict, options: Options) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["keys"]
-    yield from compare_keys(model, shapes, entry["tasks"])
-    dead = count(shapes, dead_keys(shapes))
-    yield difference("parameters without effect", dead, entry["params_unused"])
-    yield difference("encoder", parameters(model.encoder), entry["params_backbone"])
-    yield difference("heads", parameters(model.heads), entry["params_heads"])
-    yield difference("params_total", parameters(model) + dead, entry["params_total"])
-    gmacs = (flops(model.eval(), entry["image_size"]).get_total_flops() / 2 + _dead_macs(entry)) / 1e9
-    yield difference("gmacs", gmacs, entry["gmacs"]["total"], 0.006)  # two decimals are given
-
-
-def _dead_macs(entry: dict) -> int:
-    """Multiply-adds of the one layer that the original computes without using it: 3 x 3 on the finest map."""
-    is_vit = entry["backbone"]["type"] == "vit"  # a transposed convolution there, else one without padding
-    height, width = (side // 16 if is_vit else side // 4 - 2 for side in entry["image_size"])
-    return height * width * math.prod(entry["keys"]["multi_task_decoder.scale_embed.0.weight"])
+    as_stored=_as_stored,
+    shapes="keys",
+    full_size=_full_size)
+checks = SYSTEM.checks

@@ -70,7 +70,9 @@ class System:
     groups: name -> the comparison, and beginnings of the names that it needs. names: patterns of the original's
     names of arrays, and the names above. places: patterns of the names of features inside and where ours are, see
     `find`. uncovered: why a feature is not compared, or nothing. as_stored: ours in the shape of the reference.
-    uses_scan: whether --device and --scan_backend apply.
+    record: makes a dict that a forward pass fills, where `record_inside` does not do. uses_scan: whether --device and
+    --scan_backend apply. full_size: the comparison of an entry of a table of models of full size, which has the
+    original's keys with their shapes below the key `shapes`.
     """
 
     released: Collection[str]
@@ -85,9 +87,14 @@ class System:
     as_stored: Callable[[Tensor, Tensor], Tensor] = lambda got, want: got
     record: Callable[[MultiTaskModel], dict[str, Tensor]] | None = None
     uses_scan: bool = False
+    shapes: str = "state_dict"
+    full_size: Callable[[dict], Iterator[Measure]] | None = None
 
     def checks(self, folder: Folder) -> Iterator[Check]:
-        """Every comparison of every case whose files are there."""
+        """Every comparison of every case whose files are there, and every model of full size."""
+        for path, name, entry in folder.entries(lambda entry: isinstance(entry.get(self.shapes), dict)):
+            if self.full_size is not None and recognise(entry[self.shapes]) in self.released:
+                yield Check(f"{stem(path)}/{name}", frozenset({path}), lambda _, entry=entry: self.full_size(entry))
         for path, config in folder.tables.items():
             if not (isinstance(config, dict) and self.fits(config)):
                 continue

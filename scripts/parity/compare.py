@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from models.model import MultiTaskModel, Predictions
 from models.released import RELEASED, recognise
-from scripts.parity.base import Check, Folder, Measure, Options, absolute_error, stem
+from scripts.parity.base import Measure, absolute_error
 from scripts.parity.case import Case
 
 
@@ -107,27 +106,19 @@ def gradient_norms(case: Case) -> Iterator[Measure]:
 # ------------------------------------------------------------ models of full size
 
 
-def manifests(folder: Folder, released: Collection[str], keys: str,
-              run: Callable[[dict, Options], Iterator[Measure]]) -> Iterator[Check]:
-    """One check per entry of a table of full-size models; `keys` is where an entry has the original's shapes."""
-    for path, name, entry in folder.entries(lambda entry: isinstance(entry.get(keys), dict)):
-        if recognise(entry[keys]) in released:
-            yield Check(f"{stem(path)}/{name}", frozenset({path}), partial(run, entry))
-
-
-def dead_keys(keys: Collection[str]) -> set[str]:
+def dead_keys(names: Collection[str]) -> set[str]:
     """Those of layers that ours do not have, as no output depends on them."""
-    kind = RELEASED[recognise(keys)]
-    return {key for key in keys if kind.is_dead(key)} | set(kind.dead_keys(keys))
+    kind = RELEASED[recognise(names)]
+    return {key for key in names if kind.is_dead(key)} | set(kind.dead_keys(names))
 
 
-def count(shapes: Mapping[str, Sequence[int]], keys: Iterable[str]) -> int:
+def count(shapes: Mapping[str, Sequence[int]], names: Iterable[str]) -> int:
     """Number of entries of these tensors."""
-    return sum(math.prod(shapes[key]) for key in keys)
+    return sum(math.prod(shapes[name]) for name in names)
 
 
-def compare_keys(model: nn.Module, shapes: Mapping[str, Sequence[int]], tasks: Sequence[str],
-                 joined: int = 0) -> Iterator[Measure]:
+def keys(model: nn.Module, shapes: Mapping[str, Sequence[int]], tasks: Sequence[str],
+         joined: int = 0) -> Iterator[Measure]:
     """The model's state dict against the original's keys and shapes; `joined` of its keys become part of others."""
     kind, dead = RELEASED[recognise(shapes)], dead_keys(shapes)
     published = kind.convert({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, tuple(tasks))

@@ -11,9 +11,9 @@ import torch
 
 from models.model import MultiTaskModel
 from models.released.demt import convert
-from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
+from scripts.parity import compare
+from scripts.parity.base import Bound, Measure, NotCovered, absolute_error, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
-from scripts.parity.compare import compare_keys, difference, inside, manifests, outputs, training
 from scripts.parity.program import build, parameters
 from utils.engine.tasks import TASKS
 
@@ -28,8 +28,8 @@ def _build(config: dict, attention: str = "batch") -> MultiTaskModel:
     if HEADS[head["name"]] == "demt":
         options = {key: head[key] for key in ("dim", "num_heads", "mixer_depth")} | {"attention": attention}
     name, sizes = _backbone(config["backbone"])
-    outputs = {task: config["tasks"][task] for task in config["task_order"]}
-    return build(HEADS[head["name"]], name, outputs, config["image_size"], sizes, options)
+    tasks = {task: config["tasks"][task] for task in config["task_order"]}
+    return build(HEADS[head["name"]], name, tasks, config["image_size"], sizes, options)
 
 
 def _backbone(entry: dict) -> tuple[str, dict]:
@@ -67,15 +67,35 @@ def _single(case: Case) -> Iterator[Measure]:
         yield case.measure("value", f"{task}, alone", torch.cat([out[task] for out in alone]), want)
 
 
+def full_size(entry: dict) -> MultiTaskModel:
+    """The model of a manifest's entry, without memory."""
+    if entry["backbone"] not in SIZES:
+        raise NotCovered(f"no backbone '{entry['backbone']}' here")
+    backbone = SIZES[entry["backbone"]]
+    options = {key: entry[key] for key in ("dim", "num_heads", "mixer_depth", "mixer_order") if key in entry}
+    with torch.device("meta"):
+        return build(HEADS[entry["head"]], backbone, entry["tasks"], entry["input_hw"],
+                     {"window_size": 7} if backbone.startswith("swin") else {}, options)
+
+
+def _full_size(entry: dict) -> Iterator[Measure]:
+    model, shapes = full_size(entry), entry["keys"]
+    derived = sum(key.endswith("relative_position_index") for key in shapes)
+    added = sum(key.endswith("_extra_state") for key in model.state_dict())  # the order of the mixers
+    yield from compare.keys(model, shapes, entry["tasks"], joined=derived - added)
+    yield compare.difference("parameters", parameters(model), entry["parameters"])
+    yield compare.difference("parameters of the backbone", parameters(model.encoder), entry["parameters_backbone"])
+
+
 SYSTEM = System(
     released=("DeMT", "FCN"),
     fits=lambda config: (isinstance(config.get("head"), dict) and config["head"].get("name") in HEADS
                          and "backbone" in config),
     build=_build,
     convert=convert,
-    groups={"outputs": (outputs, *MODEL, "eval.out."), "inside": (inside, *MODEL, "eval.mid."),
-            "each image alone": (_single, *MODEL, "eval_single."), "training": (training, *MODEL, "train."),
-            "training, each image alone": (partial(training, run="trainps.", attention="per_sample"), *MODEL,
+    groups={"outputs": (compare.outputs, *MODEL, "eval.out."), "inside": (compare.inside, *MODEL, "eval.mid."),
+            "each image alone": (_single, *MODEL, "eval_single."), "training": (compare.training, *MODEL, "train."),
+            "training, each image alone": (partial(compare.training, run="trainps.", attention="per_sample"), *MODEL,
                                            "trainps.")},
     names=((rf"(eval|eval_single|train|trainps)\.{TASK}", r"\1.out.\2"),
            (r"eval\.(feat\d)", r"eval.mid.\1"),
@@ -93,29 +113,7 @@ SYSTEM = System(
             (r"mixer(\d)", lambda case, seen, index: seen[
                 f"decoder.mixers.{case.tasks[int(index)]}.{case.config['head']['mixer_depth'] - 1}"])),
     bounds=Bounds(value=Bound(_relative_error, 2e-5, 1e-4), train=Bound(absolute_error, 1e-4, 5e-4),
-                  loss=Bound(absolute_error, 1e-6, 1e-5), gradient=Bound(scaled_error, 2e-4, 1e-3)))
-
-
-def checks(folder: Folder) -> Iterator[Check]:
-    yield from SYSTEM.checks(folder)
-    yield from manifests(folder, SYSTEM.released, "keys", _manifest)
-
-
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry, without memory."""
-    if entry["backbone"] not in SIZES:
-        raise NotCovered(f"no backbone '{entry['backbone']}' here")
-    backbone = SIZES[entry["backbone"]]
-    options = {key: entry[key] for key in ("dim", "num_heads", "mixer_depth", "mixer_order") if key in entry}
-    with torch.device("meta"):
-        return build(HEADS[entry["head"]], backbone, entry["tasks"], entry["input_hw"],
-                     {"window_size": 7} if backbone.startswith("swin") else {}, options)
-
-
-def _manifest(entry: dict, options: Options) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["keys"]
-    derived = sum(key.endswith("relative_position_index") for key in shapes)
-    added = sum(key.endswith("_extra_state") for key in model.state_dict())  # the order of the mixers
-    yield from compare_keys(model, shapes, entry["tasks"], joined=derived - added)
-    yield difference("parameters", parameters(model), entry["parameters"])
-    yield difference("parameters of the backbone", parameters(model.encoder), entry["parameters_backbone"])
+                  loss=Bound(absolute_error, 1e-6, 1e-5), gradient=Bound(scaled_error, 2e-4, 1e-3)),
+    shapes="keys",
+    full_size=_full_size)
+checks = SYSTEM.checks

@@ -6,20 +6,9 @@ import torch
 
 from models.model import MultiTaskModel
 from models.released.invpt import rename
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options
+from scripts.parity import compare
+from scripts.parity.base import Measure, NotCovered
 from scripts.parity.case import MODEL, NO_EFFECT, System
-from scripts.parity.compare import (
-    compare_keys,
-    count,
-    dead_keys,
-    difference,
-    gradient_norms,
-    inside,
-    manifests,
-    outputs,
-    training,
-    vit_sizes,
-)
 from scripts.parity.program import build, flops, parameters
 
 
@@ -36,15 +25,39 @@ def _build(config: dict) -> MultiTaskModel:
 
 
 TOKENS = "b c h w -> b (h w) c"
+
+
+def full_size(entry: dict) -> MultiTaskModel:
+    """The model of a manifest's entry without memory, with the sizes that its shapes tell."""
+    shapes, first = entry["state_dict"], entry["tasks"][0]
+    tasks = {task: entry["num_output"][task] for task in entry["tasks"]}
+    coarse, mixed, *_ = shapes[f"multi_task_decoder.invpt.mix_proj.{first}.0.weight"]
+    embed = mixed - tasks[first]
+    with torch.device("meta"):
+        return build("InvPT", "vit", tasks, entry["image_size"], compare.vit_sizes(shapes),
+                     {"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
+
+
+def _full_size(entry: dict) -> Iterator[Measure]:
+    model, shapes = full_size(entry), entry["state_dict"]
+    yield from compare.keys(model, shapes, entry["tasks"])
+    dead = compare.count(shapes, compare.dead_keys(shapes))
+    yield compare.difference("parameters", parameters(model) + dead, entry["total_parameters"])
+    operators = entry["gmacs_batch1"]["by_operator"]
+    want = sum(operators[name] for name in ("conv", "linear", "matmul", "einsum"))
+    macs = flops(model, entry["image_size"]).get_total_flops() / 2e9
+    yield compare.difference("multiply-adds of products", macs / want, 1.0, 1e-6)
+
+
 SYSTEM = System(
     released=("InvPT",),
     fits=lambda config: config.get("model") == "InvPT" and "backbone" in config,
     build=_build,
     convert=lambda tensors, tasks: {rename(key, tasks): value for key, value in tensors.items()},
-    groups={"outputs": (lambda case: outputs(case, kinds=("out",)), *MODEL),
-            "preliminary predictions": (lambda case: outputs(case, kinds=("inter",)), *MODEL),
-            "features inside": (inside, *MODEL), "training": (training, *MODEL),
-            "gradient norms": (gradient_norms, *MODEL, "norms")},
+    groups={"outputs": (lambda case: compare.outputs(case, kinds=("out",)), *MODEL),
+            "preliminary predictions": (lambda case: compare.outputs(case, kinds=("inter",)), *MODEL),
+            "features inside": (compare.inside, *MODEL), "training": (compare.training, *MODEL),
+            "gradient norms": (compare.gradient_norms, *MODEL, "norms")},
     places=((r"backbone\.tap(\d)", r"encoder[\1]", TOKENS),
             (r"decoder\.skip0", "decoder.skip_fine"),
             (r"decoder\.skip1", "decoder.skip_middle"),
@@ -56,30 +69,6 @@ SYSTEM = System(
             (r"stage(\d)\.norm", r"decoder.aggregate.norms.\1", TOKENS),
             (r"stage(\d)\.(\w+)", r"decoder.stages.\1[0][\2]"),
             (r"aggregated\.(\w+)", r"decoder.aggregate[\1]")),
-    uncovered=lambda config, name: NO_EFFECT if name == "decoder.skip2" else "")
-
-
-def checks(folder: Folder) -> Iterator[Check]:
-    yield from SYSTEM.checks(folder)
-    yield from manifests(folder, SYSTEM.released, "state_dict", _manifest)
-
-
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry without memory, with the sizes that its shapes tell."""
-    shapes, first = entry["state_dict"], entry["tasks"][0]
-    tasks = {task: entry["num_output"][task] for task in entry["tasks"]}
-    coarse, mixed, *_ = shapes[f"multi_task_decoder.invpt.mix_proj.{first}.0.weight"]
-    embed = mixed - tasks[first]
-    with torch.device("meta"):
-        return build("InvPT", "vit", tasks, entry["image_size"], vit_sizes(shapes),
-                     {"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
-
-
-def _manifest(entry: dict, options: Options) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["state_dict"]
-    yield from compare_keys(model, shapes, entry["tasks"])
-    yield difference("parameters", parameters(model) + count(shapes, dead_keys(shapes)), entry["total_parameters"])
-    operators = entry["gmacs_batch1"]["by_operator"]
-    want = sum(operators[name] for name in ("conv", "linear", "matmul", "einsum"))
-    macs = flops(model, entry["image_size"]).get_total_flops() / 2e9
-    yield difference("multiply-adds of products", macs / want, 1.0, 1e-6)
+    uncovered=lambda config, name: NO_EFFECT if name == "decoder.skip2" else "",
+    full_size=_full_size)
+checks = SYSTEM.checks

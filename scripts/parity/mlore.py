@@ -12,19 +12,9 @@ from torch import Tensor
 
 from models.model import MultiTaskModel, resize
 from models.released.mlore import convert, locate, reshaped
-from scripts.parity.base import Bound, Check, Folder, Measure, Options, scaled_error
+from scripts.parity import compare
+from scripts.parity.base import Bound, Measure, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
-from scripts.parity.compare import (
-    buffers,
-    compare_keys,
-    count,
-    dead_keys,
-    difference,
-    forward,
-    inside,
-    manifests,
-    predictions,
-)
 from scripts.parity.program import build, criterion, flops, parameters
 from utils.engine.tasks import VOID, tasks_named
 
@@ -46,7 +36,7 @@ def _build(config: Mapping, tasks: Mapping[str, int], **options) -> MultiTaskMod
 
 def _outputs(case: Case, run: str) -> Iterator[Measure]:
     out = case.predict()
-    yield from predictions(case, out, run, "value")
+    yield from compare.predictions(case, out, run, "value")
     if f"{run}cv" in case.values:
         yield case.measure("value", f"{run}cv", out.extra[BALANCE], case.values[f"{run}cv"])
 
@@ -64,11 +54,11 @@ def _draw(model: MultiTaskModel, noise: Mapping[str, Tensor]) -> None:
 def _training(case: Case, run: str) -> Iterator[Measure]:
     """Outputs, gates, buffers, gradients of L (sum of mean(output * fixed) over tasks) and of the balancing term."""
     noise = case.below("noise.") if run == "train_noise." else {}
-    step = forward(case, partial(_draw, noise=noise))
-    yield from predictions(case, step.out, run, "train")
+    step = compare.forward(case, partial(_draw, noise=noise))
+    yield from compare.predictions(case, step.out, run, "train")
     for name, want in case.below(f"{run}gate.").items():
         yield case.measure("train", f"{run}gate.{name}", case.find(f"{name}.gate", step.seen), want)
-    yield from buffers(case, step.model, run)
+    yield from compare.buffers(case, step.model, run)
     tensors = {"input": step.image, **dict(step.model.named_parameters())}
     for name, value, part in (("L", step.loss, "grad."), ("cv", step.out.extra[BALANCE], "grad_cv.")):
         if f"{run}{name}" in case.values:
@@ -92,7 +82,8 @@ def _same_part(key: str, tensors: Mapping[str, Tensor], want: Tensor, case: Case
 
 def _losses(case: Case) -> Iterator[Measure]:
     """The published losses with their weights on fixed labels."""
-    out, labels, weights = forward(case, partial(_draw, noise={})).out, case.below("gt."), case.config["loss_weights"]
+    out = compare.forward(case, partial(_draw, noise={})).out
+    labels, weights = case.below("gt."), case.config["loss_weights"]
     if "depth" in labels:
         labels["depth"] = torch.where(labels["depth"] == 0, VOID, labels["depth"])  # the original's void is 0
     losses = criterion(out.final, weights, edge_w=case.config["edge_pos_weight"])
@@ -112,7 +103,7 @@ def _folding(case: Case) -> Iterator[Measure]:
             seen = case.record(model)
             with torch.no_grad():
                 out = model(case.image())
-            yield from predictions(case, out, f"{mode}.{form}.", "value")
+            yield from compare.predictions(case, out, f"{mode}.{form}.", "value")
             for name, want in case.below(f"{mode}.{form}.mid.").items():
                 yield case.measure("value", f"{mode}.{form}.mid.{name}", case.find(name, seen), want)
     yield from _single_kernels(case)
@@ -185,6 +176,35 @@ def _places(stage: str, name: str) -> tuple:
             (name + "bn", here + r".norm.\2"))
 
 
+def full_size(entry: dict) -> MultiTaskModel:
+    """The model of a manifest's entry, without memory."""
+    tasks = {key.split(".")[1]: shape[0] for key, shape in entry["state_dict"].items()
+             if key.startswith("heads.") and key.endswith(".linear_pred.weight")}
+    with torch.device("meta"):
+        return _build(entry["config"], tasks)
+
+
+def _full_size(entry: dict) -> Iterator[Measure]:
+    model, shapes = full_size(entry), entry["state_dict"]
+    joined = sum(locate(key)[1] > 0 for key in shapes.keys() - compare.dead_keys(shapes))  # all experts but the first
+    yield from compare.keys(model, shapes, tuple(model.heads), joined)
+    left_out = compare.count(shapes, (key for key in compare.dead_keys(shapes)
+                                      if "running" not in key and "num_batches" not in key))
+    yield compare.difference("parameters without effect", left_out, entry["params_never_used_in_forward"])
+    row = shapes["backbone.pos_embed"][-1]  # of the class token
+    yield compare.difference("parameters", parameters(model) + left_out + row, entry["total_params"])
+    for form, want in entry["gmacs_batch1"].items():
+        yield compare.difference(f"multiply-adds, {form}", _gmacs(model, entry, form == "folded") / want, 1.0, 0.01)
+
+
+def _gmacs(model: MultiTaskModel, entry: dict, folded: bool) -> float:
+    """With the heads' convolutions on the enlarged maps, as the reference computes them."""
+    for head in model.heads.values():
+        head.conv.forward = head.conv.plain
+    model.prepare_for_inference() if folded else model.train().eval()
+    return flops(model, entry["config"]["img_size"]).get_total_flops() / 2e9
+
+
 SYSTEM = System(
     released=("MLoRE",),
     fits=lambda config: "tasks" in config and config.keys() >= set(OPTIONS),
@@ -192,7 +212,7 @@ SYSTEM = System(
     convert=convert,
     groups={"outputs": (partial(_outputs, run="eval."), *MODEL, "eval."),
             "outputs of float64": (partial(_outputs, run="eval64."), *MODEL, "eval64."),
-            "features inside": (inside, *MODEL, "eval.mid."),
+            "features inside": (compare.inside, *MODEL, "eval.mid."),
             **{name: (partial(_training, run=run), *MODEL, run) for name, run in (
                 ("training", "train."), ("training of float64", "train64."), ("training with noise", "train_noise."))},
             "losses": (_losses, *MODEL, "train.loss."), "folding": (_folding, *MODEL, "folded_kernel."),
@@ -212,38 +232,6 @@ SYSTEM = System(
                                                                 seen[f"heads.{task}"].shape[-2:])),
             *(row for name, stage in STAGES.items() for row in _places(stage, name))),
     bounds=Bounds(value=VALUE, loss=SUM, gradient=SUM),
-    as_stored=lambda got, want: got if got.ndim == want.ndim else got.reshape(want.shape))
-
-
-def checks(folder: Folder) -> Iterator[Check]:
-    yield from SYSTEM.checks(folder)
-    yield from manifests(folder, SYSTEM.released, "state_dict", _manifest)
-
-
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry, without memory."""
-    tasks = {key.split(".")[1]: shape[0] for key, shape in entry["state_dict"].items()
-             if key.startswith("heads.") and key.endswith(".linear_pred.weight")}
-    with torch.device("meta"):
-        return _build(entry["config"], tasks)
-
-
-def _manifest(entry: dict, options: Options) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["state_dict"]
-    joined = sum(locate(key)[1] > 0 for key in shapes.keys() - dead_keys(shapes))  # all experts but the first
-    yield from compare_keys(model, shapes, tuple(model.heads), joined)
-    left_out = count(shapes, (key for key in dead_keys(shapes)
-                              if "running" not in key and "num_batches" not in key))
-    yield difference("parameters without effect", left_out, entry["params_never_used_in_forward"])
-    row = shapes["backbone.pos_embed"][-1]  # of the class token
-    yield difference("parameters", parameters(model) + left_out + row, entry["total_params"])
-    for form, want in entry["gmacs_batch1"].items():
-        yield difference(f"multiply-adds, {form}", _gmacs(model, entry, form == "folded") / want, 1.0, 0.01)
-
-
-def _gmacs(model: MultiTaskModel, entry: dict, folded: bool) -> float:
-    """With the heads' convolutions on the enlarged maps, as the reference computes them."""
-    for head in model.heads.values():
-        head.conv.forward = head.conv.plain
-    model.prepare_for_inference() if folded else model.train().eval()
-    return flops(model, entry["config"]["img_size"]).get_total_flops() / 2e9
+    as_stored=lambda got, want: got if got.ndim == want.ndim else got.reshape(want.shape),
+    full_size=_full_size)
+checks = SYSTEM.checks

@@ -18,9 +18,9 @@ from losses.schemes import SCHEMES
 from models.model import MultiTaskModel
 from models.ops import count_scan_flops, selective_scan
 from models.released.mtmamba import convert, recognises
+from scripts.parity import compare
 from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
-from scripts.parity.compare import buffers, compare_keys, difference, forward, inside, loss_and_gradients, predictions
 from scripts.parity.program import ROOT, build, build_from_file, criterion, flops, parameters
 from utils.engine.tasks import TASKS
 
@@ -46,7 +46,7 @@ def _run(kind: str, case: Case) -> str:
 
 
 def _outputs(case: Case) -> Iterator[Measure]:
-    yield from predictions(case, case.predict(), _run("eval", case), "value")
+    yield from compare.predictions(case, case.predict(), _run("eval", case), "value")
 
 
 def _features(case: Case) -> Iterator[Measure]:
@@ -60,7 +60,7 @@ def _features(case: Case) -> Iterator[Measure]:
 
 def _inside(case: Case) -> Iterator[Measure]:
     """Every recorded point inside the model, and the recorded scan by itself; all from a float32 run."""
-    yield from inside(case)
+    yield from compare.inside(case)
     scan = {key: value.to(case.options.dtype) for key, value in case.below("eval.scan0.").items()}
     if scan:
         y = scan.pop("y")
@@ -69,16 +69,16 @@ def _inside(case: Case) -> Iterator[Measure]:
 
 def _training(case: Case) -> Iterator[Measure]:
     """Outputs in training mode and the batch norms' statistics after them, from a float32 run."""
-    step = forward(case)
+    step = compare.forward(case)
     recorded = case.below("eval.out.") | case.below("train.out.")  # a model without batch norm is recorded once
     for task, out in step.out.final.items():
         yield case.measure("train", f"train.out.{task}", out, recorded[task])
-    yield from buffers(case, step.model, "train.")
+    yield from compare.buffers(case, step.model, "train.")
 
 
 def _gradients(case: Case) -> Iterator[Measure]:
-    step = forward(case)
-    yield from loss_and_gradients(case, step, _run("train", case))
+    step = compare.forward(case)
+    yield from compare.loss_and_gradients(case, step, _run("train", case))
     norm = torch.stack([parameter.grad.norm() for parameter in step.model.parameters()]).norm()
     yield case.measure("gradient", "norm of all gradients", norm[None], case.values["train.grad_norm64"])
 
@@ -104,27 +104,6 @@ PLACES = (
     (r"head\.(\w+)\.expand", r"heads.\1.proj<0"),
     (r"head\.(\w+)\.logits", r"heads.\1.proj"),
 )
-SYSTEM = System(
-    released=("MTMamba",),
-    fits=lambda config: config.keys() >= SIZES,
-    build=_build,
-    convert=convert,
-    groups={"features": (_features, *MODEL, "eval.feat."), "inside": (_inside, *MODEL, "eval.mid."),
-            "outputs": (_outputs, *MODEL, "eval.out."), "training": (_training, *MODEL, "eval.out."),
-            "gradients": (_gradients, *MODEL, "train.fixed.")},
-    names=((r"eval\.((?:bb|dec|head)\..*)", r"eval.mid.\1"),
-           (r"train\.cot\.(\w+)", r"train.fixed.\1"),
-           (r"train\.loss64", "train64.loss"),
-           (r"train\.buffer\.(.*)", r"train.after.\1"),
-           (r"(train|train64)\.grad\.param\.(.*)", r"\1.grad.\2")),
-    places=PLACES,
-    bounds=Bounds(value=Bound(absolute_error, 1e-9, 5e-4), loss=Bound(absolute_error, 1e-9, 5e-4),
-                  gradient=Bound(scaled_error, 1e-9, 5e-4), inside=Bound(absolute_error, 5e-4, 5e-4),
-                  train=Bound(absolute_error, 5e-4, 5e-4), after=Bound(absolute_error, 5e-5, 5e-5)),
-    uncovered=lambda config, name: "" if any(re.fullmatch(pattern, name) for pattern, _ in PLACES)
-    else "no such point in this program's model",
-    as_stored=_as_stored,
-    uses_scan=True)
 
 
 def checks(folder: Folder) -> Iterator[Check]:
@@ -166,12 +145,35 @@ def _sizes(entry: dict, options: Options) -> Iterator[Measure]:
     with torch.device("meta"):
         model = build_from_file(entry["config_file"]).eval()
     derived = sum(key.endswith("relative_position_index") for key in entry["state_dict"])
-    yield from compare_keys(model, entry["state_dict"], tuple(model.heads), joined=derived)
-    yield difference("params_total", parameters(model), entry["params_total"])
-    yield difference("params_backbone", parameters(model.encoder), entry["params_backbone"])
+    yield from compare.keys(model, entry["state_dict"], tuple(model.heads), joined=derived)
+    yield compare.difference("params_total", parameters(model), entry["params_total"])
+    yield compare.difference("params_backbone", parameters(model.encoder), entry["params_backbone"])
     with count_scan_flops() as scans:
         products = flops(model, entry["input"][-2:])
     macs = products.get_total_flops() / 2e9 - scans.flops / 1e9
-    yield difference("gmacs", macs, entry["gmacs_linear_conv_matmul"], 0.006)   # two decimals are given
+    yield compare.difference("gmacs", macs, entry["gmacs_linear_conv_matmul"], 0.006)   # two decimals are given
     updates = (scans.flops - scans.elements) / 9e9
-    yield difference("scan updates, G", updates, entry["scan_state_updates_G"], 0.0006)
+    yield compare.difference("scan updates, G", updates, entry["scan_state_updates_G"], 0.0006)
+
+
+SYSTEM = System(
+    released=("MTMamba",),
+    fits=lambda config: config.keys() >= SIZES,
+    build=_build,
+    convert=convert,
+    groups={"features": (_features, *MODEL, "eval.feat."), "inside": (_inside, *MODEL, "eval.mid."),
+            "outputs": (_outputs, *MODEL, "eval.out."), "training": (_training, *MODEL, "eval.out."),
+            "gradients": (_gradients, *MODEL, "train.fixed.")},
+    names=((r"eval\.((?:bb|dec|head)\..*)", r"eval.mid.\1"),
+           (r"train\.cot\.(\w+)", r"train.fixed.\1"),
+           (r"train\.loss64", "train64.loss"),
+           (r"train\.buffer\.(.*)", r"train.after.\1"),
+           (r"(train|train64)\.grad\.param\.(.*)", r"\1.grad.\2")),
+    places=PLACES,
+    bounds=Bounds(value=Bound(absolute_error, 1e-9, 5e-4), loss=Bound(absolute_error, 1e-9, 5e-4),
+                  gradient=Bound(scaled_error, 1e-9, 5e-4), inside=Bound(absolute_error, 5e-4, 5e-4),
+                  train=Bound(absolute_error, 5e-4, 5e-4), after=Bound(absolute_error, 5e-5, 5e-5)),
+    uncovered=lambda config, name: "" if any(re.fullmatch(pattern, name) for pattern, _ in PLACES)
+    else "no such point in this program's model",
+    as_stored=_as_stored,
+    uses_scan=True)

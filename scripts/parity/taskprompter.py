@@ -9,20 +9,9 @@ from torch import Tensor, nn
 from models.backbones.swin import DERIVED_BUFFERS
 from models.model import MultiTaskModel
 from models.released.taskprompter import DETECTION, rename
-from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, stored_error
+from scripts.parity import compare
+from scripts.parity.base import Bound, Measure, NotCovered, stored_error
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, System
-from scripts.parity.compare import (
-    compare_keys,
-    count,
-    dead_keys,
-    difference,
-    gradient_norms,
-    inside,
-    manifests,
-    outputs,
-    training,
-    vit_sizes,
-)
 from scripts.parity.program import build, flops, parameters
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *DERIVED_BUFFERS)
@@ -109,23 +98,6 @@ def _prompt_names(place: str) -> tuple[str, ...]:
     return tuple(f"{place}.{what}" for what in ("prompts", "spatial_attn", "channel_attn"))
 
 
-SYSTEM = System(
-    released=("TaskPrompter",),
-    fits=lambda config: config.get("model") == "TaskPrompter" and "backbone" in config,
-    build=_build,
-    convert=lambda tensors, tasks: {rename(key): value for key, value in tensors.items()},
-    groups={"outputs": (outputs, *MODEL), "features inside": (inside, *MODEL), "training": (training, *MODEL),
-            "gradient norms": (gradient_norms, *MODEL, "norms")},
-    bounds=Bounds(value=Bound(stored_error, 1e-9, 2e-4)),
-    uncovered=_uncovered,
-    record=record_inside)
-
-
-def checks(folder: Folder) -> Iterator[Check]:
-    yield from SYSTEM.checks(folder)
-    yield from manifests(folder, SYSTEM.released, "state_dict", _manifest)
-
-
 def full_size(entry: dict) -> MultiTaskModel:
     """The model of a manifest's entry without memory, with the sizes that its shapes tell."""
     shapes = entry["state_dict"]
@@ -135,7 +107,7 @@ def full_size(entry: dict) -> MultiTaskModel:
                "use_ctr": any(key.startswith("backbone.ctr_attn_conv.") for key in shapes),
                "head": "deconv" if f"heads.{tasks[0]}.mt_proj.3.weight" in shapes else "conv"}
     if "backbone.pos_embed" in shapes:
-        backbone, sizes = "vit", vit_sizes(shapes)
+        backbone, sizes = "vit", compare.vit_sizes(shapes)
         options |= {"embed_dim": joint // 2}
     else:
         backbone, sizes = "swin", _swin_sizes(shapes)
@@ -158,14 +130,29 @@ def _swin_sizes(shapes: dict) -> dict:
             "window_size": (math.isqrt(stages[0][0][0]) + 1) // 2}  # tables have (2 w - 1)^2 rows
 
 
-def _manifest(entry: dict, options: Options) -> Iterator[Measure]:
+def _full_size(entry: dict) -> Iterator[Measure]:
     model, shapes = full_size(entry), entry["state_dict"]
-    yield from compare_keys(model, shapes, entry["tasks"])
-    lost = count(shapes, (key for key in dead_keys(shapes) if not key.endswith(BUFFERS)))
-    yield difference("parameters", parameters(model) + lost, entry["total_parameters"])
+    yield from compare.keys(model, shapes, entry["tasks"])
+    lost = compare.count(shapes, (key for key in compare.dead_keys(shapes) if not key.endswith(BUFFERS)))
+    yield compare.difference("parameters", parameters(model) + lost, entry["total_parameters"])
     if DETECTION in entry["tasks"]:
         yield Measure("multiply-adds", uncovered="no 3D detection here, and features are projected before they grow")
         return
     convolutions = flops(model, entry["image_size"]).get_flop_counts()["Global"][torch.ops.aten.convolution] / 2e9
     want = entry["gmacs_batch1_conv_and_matmul_only"]["by_operator"]["aten.convolution"]
-    yield difference("multiply-adds of convolutions", convolutions / want, 1.0, 1e-6)
+    yield compare.difference("multiply-adds of convolutions", convolutions / want, 1.0, 1e-6)
+
+
+SYSTEM = System(
+    released=("TaskPrompter",),
+    fits=lambda config: config.get("model") == "TaskPrompter" and "backbone" in config,
+    build=_build,
+    convert=lambda tensors, tasks: {rename(key): value for key, value in tensors.items()},
+    groups={"outputs": (compare.outputs, *MODEL), "features inside": (compare.inside, *MODEL),
+            "training": (compare.training, *MODEL),
+            "gradient norms": (compare.gradient_norms, *MODEL, "norms")},
+    bounds=Bounds(value=Bound(stored_error, 1e-9, 2e-4)),
+    uncovered=_uncovered,
+    record=record_inside,
+    full_size=_full_size)
+checks = SYSTEM.checks
