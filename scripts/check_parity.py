@@ -6,7 +6,6 @@ DIR is searched with all its sub-folders. One row per case; the exit status is 1
 found. Reference files that no check reads are listed as "not covered", never as passed.
 """
 
-
 import argparse
 import sys
 from collections.abc import Iterator

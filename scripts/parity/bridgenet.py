@@ -13,14 +13,7 @@ from torch import Tensor
 from models.model import MultiTaskModel, resize
 from models.released.bridgenet import rename
 from scripts.parity import compare
-from scripts.parity.base import (
-    Bound,
-    Measure,
-    NotCovered,
-    absolute_error,
-    stored_error,
-    stored_share,
-)
+from scripts.parity.base import Bound, Measure, NotCovered, absolute_error, stored_error, stored_share
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
 from scripts.parity.program import build, criterion, flops, meter, parameters
 from scripts.parity.scores import SCORE, compare_losses, filled

@@ -1,8 +1,8 @@
 """Data sets: what the loaders make of tiny data folders in the layouts of the published archives."""
 
-
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from data.datasets import DATASETS
 from data.datasets.cityscapes import VOID_DISPARITY
 from data.datasets.pascal_context import NORMALS_IDS, has_people
 from data.transforms import STD, fixed_transform
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error
 from utils.engine.tasks import TASKS
 
 GREY_LEVEL = float(1.01 / 255 / STD.min())      # one level of 255 after normalisation
@@ -25,17 +25,16 @@ def checks(folder: Folder) -> Iterator[Check]:
                 yield from _cases(directory, expected)
     for path, content in folder.tables.items():
         if isinstance(content, list) and content and all(isinstance(x, int) for x in content):
-            yield Check(path.stem, frozenset({path}), lambda options, ids=content: _normals_ids(ids))
+            yield Check(path.stem, frozenset({path}), partial(_normals_ids, content))
 
 
 def _cases(directory: Path, expected: Path) -> Iterator[Check]:
-    samples = dict.fromkeys(key.rpartition("/")[0] for key in Npz(expected))
-    for sample in samples:
-        yield Check(f"{directory.name}/{sample}", frozenset({expected}),
-                    lambda options, s=sample: _run(directory, Npz(expected), s))
+    data = Npz(expected)
+    for sample in dict.fromkeys(key.rpartition("/")[0] for key in data):
+        yield Check(f"{directory.name}/{sample}", frozenset({expected}), partial(_run, directory, data, sample))
 
 
-def _normals_ids(ids: list[int]) -> Iterator[Measure]:
+def _normals_ids(ids: list[int], options: Options) -> Iterator[Measure]:
     yield Measure("number of differing ids", len(set(ids) ^ set(NORMALS_IDS)), 0.0)
 
 
@@ -49,7 +48,7 @@ def _data_set_of(directory: Path) -> type[MultiTaskDataset]:
     raise NotCovered("not the layout of a data set of this program")
 
 
-def _run(directory: Path, expected: Npz, sample: str) -> Iterator[Measure]:
+def _run(directory: Path, expected: Npz, sample: str, options: Options) -> Iterator[Measure]:
     split, name = sample.split("/")
     want = {key.rpartition("/")[2]: key for key in expected if key.startswith(f"{sample}/")}
     want = {key: expected[path] for key, path in want.items()}

@@ -1,25 +1,17 @@
 """Scores and internal counts of every metric, in the convention of each published code base."""
 
-
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation import (
-    DepthMeter,
-    EdgeLossMeter,
-    Meter,
-    NormalsMeter,
-    SaliencyMeter,
-    SegmentationMeter,
-    delta_m,
-)
+from evaluation import DepthMeter, EdgeLossMeter, Meter, NormalsMeter, SaliencyMeter, SegmentationMeter, delta_m
 from evaluation.saliency import THRESHOLDS
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error, scaled_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error, scaled_error
 from utils.engine.tasks import TASKS
 
 TOLERANCE = 1e-5                     # the references sum in float32
@@ -29,8 +21,7 @@ VALID_RANGE = (0.0, 80.0)            # of depth labels in mlore and taskprompter
 LOWER_IS_BETTER = ("rmse", "mean", "loss")
 # Base figures of MTMamba's checkpoint criterion (its percentages against fractions are its bug)
 BASES = {"NYUD": {"semseg": 0.55, "depth": 0.49, "normals": 18.40, "edge": 0.0465},
-         "PASCALContext": {"semseg": 80.89, "human_parts": 71.71, "sal": 85.28, "normals": 13.47,
-                           "edge": 0.04},
+         "PASCALContext": {"semseg": 80.89, "human_parts": 71.71, "sal": 85.28, "normals": 13.47, "edge": 0.04},
          "Cityscapes": {"semseg": 80.0, "depth": 1.0}}
 
 
@@ -43,8 +34,7 @@ def checks(folder: Folder) -> Iterator[Check]:
             for metric, want in metrics.items():
                 data = _input_of(metric, inputs)
                 files = frozenset({table} if data is None else {table, data})
-                yield Check(f"{family}/{metric}", files,
-                            lambda options, args=(family, metric, want, data): _run(*args))
+                yield Check(f"{family}/{metric}", files, partial(_run, family, metric, want, data))
 
 
 def _is_scores(content: object) -> bool:
@@ -66,7 +56,7 @@ def _input_of(metric: str, inputs: list[Path]) -> Path | None:
     return best
 
 
-def _run(family: str, metric: str, want: dict, path: Path | None) -> Iterator[Measure]:
+def _run(family: str, metric: str, want: dict, path: Path | None, options: Options) -> Iterator[Measure]:
     if {"multi", "single", "value"} <= want.keys():
         yield _gain(want)
         return
@@ -78,8 +68,7 @@ def _run(family: str, metric: str, want: dict, path: Path | None) -> Iterator[Me
     task = next((name for name in TASKS if metric.replace("disparity", "depth").startswith(name)), None)
     if task is None:
         raise NotCovered("not a task of this program")
-    meter = _fill(task, family, metric, Npz(path))
-    got = OBSERVED[task](meter, family)
+    got = _observed(task, _fill(task, family, metric, Npz(path)), family)
     for key, value in {**want, **want.get("_state", {})}.items():
         if key != "_state":
             yield _compare(key, got.get(key), value, family in PERCENT and key in ("mIoU", "maxF"))
@@ -142,36 +131,34 @@ def _edge_weight(metric: str) -> float:
 METERS: dict[str, Callable[[str, str, int], Meter]] = {
     "semseg": lambda family, metric, channels: SegmentationMeter(channels),
     "human_parts": lambda family, metric, channels: SegmentationMeter(channels),
-    "normals": lambda family, metric, channels: NormalsMeter(
-        convention="arccos" if family == OLD else "atan2"),
+    "normals": lambda family, metric, channels: NormalsMeter(convention="arccos" if family == OLD else "atan2"),
     "sal": lambda family, metric, channels: SaliencyMeter(),
     "edge": lambda family, metric, channels: EdgeLossMeter(_edge_weight(metric)),
 }
+# Figure or count of a reference -> ours.
+SEGMENTATION = {"value": "mIoU", "intersection": "tp"}
+NAMES = {"semseg": SEGMENTATION, "human_parts": SEGMENTATION, "edge": {"n": "num_valid"},
+         "normals": {"value": "mean", "sum_deg_diff": "sum_deg", "total": "num_valid"},
+         "depth": {"value": "rmse", "n_valid": "num_valid", "total": "num_valid", "total_rmses": "squared",
+                   "total_log_rmses": "squared_log", "sum_squared_error": "squared"}}
 
 
-def _segmentation(meter: Meter, family: str) -> dict:
+def _observed(task: str, meter: Meter, family: str) -> dict:
+    """Figures and counts under the reference's names."""
     figures, state = meter.compute(), meter.state
-    return {"mIoU": figures["mIoU"], "value": figures["mIoU"], **state, "intersection": state["tp"],
-            "union": state["tp"] + state["fp"] + state["fn"],
-            "jaccards_all_categs": [figures[f"IoU/{k}"] for k in range(meter.num_classes)]}
+    if task == "sal":
+        return _saliency(figures, state, family)
+    own = {**state, **figures}
+    got = own | {theirs: own[ours] for theirs, ours in NAMES[task].items()}
+    if NAMES[task] is SEGMENTATION:
+        got |= {"union": state["tp"] + state["fp"] + state["fn"],
+                "jaccards_all_categs": [figures[f"IoU/{k}"] for k in range(meter.num_classes)]}
+    if task == "normals" and family == OLD:            # the old code base returns its mean under the name rmse
+        got["rmse"] = figures["mean"]
+    return got
 
 
-def _depth_figures(meter: Meter, family: str) -> dict:
-    figures, state = meter.compute(), meter.state
-    return {**figures, "value": figures["rmse"], "n_valid": state["num_valid"], "total": state["num_valid"],
-            "total_rmses": state["squared"], "total_log_rmses": state["squared_log"],
-            "sum_squared_error": state["squared"]}
-
-
-def _normals(meter: Meter, family: str) -> dict:
-    figures, state = meter.compute(), meter.state
-    # the old code base returns its mean under the name rmse
-    return {**figures, "rmse": figures["mean" if family == OLD else "rmse"], "value": figures["mean"],
-            "sum_deg_diff": state["sum_deg"], "total": state["num_valid"]}
-
-
-def _saliency(meter: Meter, family: str) -> dict:
-    figures, state = meter.compute(), meter.state
+def _saliency(figures: dict, state: dict, family: str) -> dict:
     if family == OLD:
         iou, precision, recall = (state[f"sum_{name}"] / state["num_images"]
                                   for name in ("iou", "precision", "recall"))
@@ -182,16 +169,6 @@ def _saliency(meter: Meter, family: str) -> dict:
     return {"maxF": figures["maxF"], "value": figures["maxF_exact"], "true_positives": state[f"tp{suffix}"],
             "predicted_positives": state[f"predicted{suffix}"], "actual_positives": state["positives"],
             "thresholds": THRESHOLDS}
-
-
-def _edge(meter: Meter, family: str) -> dict:
-    return {**meter.compute(), "n": meter.state["num_valid"]}
-
-
-OBSERVED: dict[str, Callable[[Meter, str], dict]] = {
-    "semseg": _segmentation, "human_parts": _segmentation, "depth": _depth_figures, "normals": _normals,
-    "sal": _saliency, "edge": _edge,
-}
 
 
 def _gain(want: dict) -> Measure:

@@ -1,13 +1,13 @@
 """Augmentation: every single step with given parameters, and whole pipelines replayed from recorded draws."""
 
-
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from data import transforms
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error
 from utils.engine.tasks import TASKS, VOID
 
 DEPTH_VOID = {"taskprompter": -1.0, "mlore": 0.0}      # after the transforms; the others and ours: 255
@@ -44,10 +44,10 @@ def checks(folder: Folder) -> Iterator[Check]:
     data = folder.holding(["input/image"])
     for table, entry in folder.records():
         if data is not None and "op" in entry:
-            yield Check(entry["name"], frozenset({table, data}), lambda options, e=entry: _run(e, Npz(data)))
+            yield Check(entry["name"], frozenset({table, data}), partial(_run, entry, Npz(data)))
 
 
-def _run(entry: dict, data: Npz) -> Iterator[Measure]:
+def _run(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
     prefix = f"{entry['name']}/"
     wanted = [key.removeprefix(prefix) for key in data if key.startswith(prefix)]
     if not wanted:
