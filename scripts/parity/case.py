@@ -42,7 +42,6 @@ from scripts.parity.program import load
 
 NO_EFFECT = "no output depends on it, and it is not computed here"
 MODEL = ("state", "image")  # what every comparison of a model needs
-Convert = Callable[[Mapping, Sequence[str]], dict]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class System:
     released: Collection[str]
     fits: Callable[[dict], bool]
     build: Callable[..., MultiTaskModel]
-    convert: Convert
+    convert: Callable[[Mapping, Sequence[str]], dict]
     groups: Mapping[str, tuple]
     names: Sequence[tuple[str, str]] = ()
     places: Sequence[tuple] = ()

@@ -11,7 +11,7 @@ of the weights of edge pixels. The last two are in float32.
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -155,7 +155,8 @@ def invpt_checks(folder: Folder) -> Iterator[Check]:
             yield Check(path.stem, frozenset({path, *tables}), partial(_single_image, path))
 
 
-def _of_set(run, figures: dict, path: Path, data_set: str, options: Options) -> Iterator[Measure]:
+def _of_set(run: Callable, figures: dict, path: Path, data_set: str, options: Options) -> Iterator[Measure]:
+    """A comparison with the arrays of one set."""
     yield from run(figures, below(load_file(path), f"{data_set}."), options)
 
 
