@@ -44,8 +44,8 @@ def compare(root: Path, options: Options, only: str = "") -> Iterator[Row]:
     """One row per case below `root`, then the files that nothing reads; `only` is a part of "family/case"."""
     for folder in _folders(root):
         used: set[Path] = set()
-        for family, find in FAMILIES.items():
-            for check in find(folder):
+        for family in FAMILIES:
+            for check in FAMILIES.load(family)(folder):
                 used |= check.files
                 name = f"{folder.path.name}: {check.case}"
                 if only in f"{family}/{name}":

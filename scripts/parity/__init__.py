@@ -1,45 +1,33 @@
-"""Comparison with published reference numbers: one module per kind of reference, all in the table below.
+"""Comparison with published reference numbers ("golden" files): one module per kind, all in the table below.
 
-A module offers `checks(folder)`, which recognises its files by their content and yields one `Check` per case.
-A new kind is a new module and a row. `base` and `models` hold what they share.
+How a check is added: one file and one row. The file offers `checks(folder)`, which recognises its reference files
+by their content, never by their names, and yields one `Check` per case: a name, the files that it reads, and a
+function that yields a `Measure` per compared quantity. Files that no check reads are listed as "not covered".
+
+    base      a folder of reference files, measures and their bounds
+    program   how this program's models, losses and meters are made
+    case      a published model of toy size: a new one says in a `System` how its names map to ours
+    compare   what is compared of such a case, and of the keys of a model of full size
 """
 
-from scripts.parity import (
-    boundary,
-    bridgenet,
-    dcnv3,
-    demt,
-    demt_scores,
-    invpt,
-    invpt_scores,
-    loaders,
-    losses,
-    metrics,
-    mlore,
-    mtmamba,
-    outputs,
-    scan,
-    ss2d,
-    taskprompter,
-    transforms,
-)
+from utils.table import Table
 
-FAMILIES = {
-    "selective_scan": scan.checks,
-    "ss2d": ss2d.checks,
-    "metrics": metrics.checks,
-    "losses": losses.checks,
-    "outputs": outputs.checks,
-    "transforms": transforms.checks,
-    "loaders": loaders.checks,
-    "boundary": boundary.checks,
-    "dcnv3": dcnv3.checks,
-    "mtmamba": mtmamba.checks,
-    "invpt": invpt.checks,
-    "mlore": mlore.checks,
-    "invpt_scores": invpt_scores.checks,
-    "demt": demt.checks,
-    "demt_scores": demt_scores.checks,
-    "taskprompter": taskprompter.checks,
-    "bridgenet": bridgenet.checks,
-}
+FAMILIES = Table("family of references", {
+    "selective_scan": "scripts.parity.scan:scan_checks",
+    "ss2d": "scripts.parity.scan:route_checks",
+    "metrics": "scripts.parity.metrics:checks",
+    "losses": "scripts.parity.losses:checks",
+    "outputs": "scripts.parity.scores:output_checks",
+    "transforms": "scripts.parity.transforms:checks",
+    "loaders": "scripts.parity.loaders:checks",
+    "boundary": "scripts.parity.boundary:checks",
+    "dcnv3": "scripts.parity.dcnv3:checks",
+    "mtmamba": "scripts.parity.mtmamba:checks",
+    "invpt": "scripts.parity.invpt:checks",
+    "mlore": "scripts.parity.mlore:checks",
+    "invpt_scores": "scripts.parity.scores:invpt_checks",
+    "demt": "scripts.parity.demt:checks",
+    "demt_scores": "scripts.parity.scores:demt_checks",
+    "taskprompter": "scripts.parity.taskprompter:checks",
+    "bridgenet": "scripts.parity.bridgenet:checks",
+})

@@ -1,10 +1,11 @@
-"""What the parity checks share: a folder of reference numbers, one check, and how far off a result is."""
+"""What all checks share: a folder of reference numbers, one check, and how far off a result may be."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,25 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """How far off a quantity may be: what measures its error, and the limits in float64 and in float32.
+
+    With `as_stored` a reference that is not of float64 has the limit of float32 in any arithmetic.
+    """
+
+    error: Callable[[Any, Any], float]
+    float64: float
+    float32: float
+    as_stored: bool = False
+
+    def measure(self, name: str, got: Any, want: Any, options: Options) -> Measure:
+        limit = options.pick(self.float64, self.float32)
+        if self.as_stored and want.dtype != torch.float64:
+            limit = self.float32
+        return Measure(name, self.error(got, want), limit)
+
+
+@dataclass(frozen=True)
 class Check:
     """One case: the files it reads and a function that compares them with this program."""
 
@@ -96,9 +116,17 @@ class Folder:
         needed = set(needed)
         return next((p for p, keys in self.arrays.items() if p.suffix == ".npz" and needed <= keys), None)
 
-    def beside(self, path: Path) -> dict[Path, frozenset[str]]:
-        """Files of arrays with the same name up to the first dot."""
-        return {p: keys for p, keys in self.arrays.items() if stem(p) == stem(path)}
+    def beside(self, path: Path) -> dict[Path, frozenset[str] | dict]:
+        """The other files with the same name up to the first dot, with the names of what they hold."""
+        return {p: names for p, names in {**self.arrays, **self.tables}.items()
+                if stem(p) == stem(path) and p != path and not isinstance(names, list)}
+
+    def entries(self, fits: Callable[[dict], bool]) -> Iterator[tuple[Path, str, dict]]:
+        """File, name and content of the entries of tables {name: entry} that fit."""
+        for path, content in self.tables.items():
+            for name, entry in (content.items() if isinstance(content, dict) else ()):
+                if isinstance(entry, dict) and fits(entry):
+                    yield path, name, entry
 
     def records(self) -> Iterator[tuple[Path, dict]]:
         """Entries of the JSON files that are lists of named cases."""
@@ -151,12 +179,17 @@ def absolute_error(got, want) -> float:
 
 
 def stored_error(got: Tensor, want: Tensor) -> float:
-    """Largest |got - want|; in float64 only what exceeds the rounding of `want` to the stored float32."""
+    """Largest |got - want|; in float64 only what exceeds the rounding of a `want` that was stored in float32."""
     error = absolute_error(got, want)
-    if got.dtype != torch.float64 or not error > 0:
+    if got.dtype != torch.float64 or want.dtype == torch.float64 or not error > 0:
         return error
     rounding = HALF_ULP * want.double().abs() + SMALLEST / 2
-    return ((got.detach() - want).abs() - rounding).clamp_min(0).max().item()
+    return ((got.detach().cpu() - want.cpu()).abs() - rounding.cpu()).clamp_min(0).max().item()
+
+
+def stored_share(got: Tensor, want: Tensor) -> float:
+    """`stored_error` over the largest |want|, for gradients."""
+    return stored_error(got, want) / max(want.abs().max().item(), 1e-12)
 
 
 def scaled_error(got, want) -> float:

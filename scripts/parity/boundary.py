@@ -7,6 +7,7 @@ and once more from the picture on.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from evaluation.boundary.protocol import Protocol, image_counts
 from evaluation.boundary.scores import BoundaryTotals, precision_recall_f
 from evaluation.boundary.suppression import suppress
 from evaluation.boundary.truth import connected_components, region_outline, truth_boundary
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error
 
 KINDS = {"labelmap": "regions", "seg_list": "regions", "edge_png": "nyud"}
 SCORES = {"ods": "odsF", "ois": "oisF", "ap": "ap", "ods_threshold": "threshold"}
@@ -29,16 +30,16 @@ CASE = {"pred", "gt_raw", "gt_kind", "max_dist", "nms", "counts_lo", "counts_hi"
 def checks(folder: Folder) -> Iterator[Check]:
     for path, keys in folder.arrays.items():
         if keys >= CASE:
-            yield Check(path.stem, frozenset({path}), lambda _, path=path: _case(Npz(path)))
+            yield Check(path.stem, frozenset({path}), partial(_case, Npz(path)))
         elif "thin_in_0" in keys:
-            yield Check(path.stem, frozenset({path}), lambda _, path=path: _steps(Npz(path)))
+            yield Check(path.stem, frozenset({path}), partial(_steps, Npz(path)))
         elif "thresholds" in keys and any(key.endswith("/exact_matches") for key in keys):
-            yield Check(path.stem, frozenset({path}), lambda _, path=path: _plain(folder, Npz(path)))
+            yield Check(path.stem, frozenset({path}), partial(_plain, folder, Npz(path)))
     for table, content in folder.tables.items():
         if isinstance(content, dict) and all(isinstance(g, dict) and {"cases", "run0"} <= g.keys()
                                              for g in content.values()):
             for name, group in content.items():
-                yield Check(f"{table.stem}/{name}", frozenset({table}), lambda _, g=group: _group(folder, g))
+                yield Check(f"{table.stem}/{name}", frozenset({table}), partial(_group, folder, group))
 
 
 def _truths(data: Npz) -> list[np.ndarray]:
@@ -50,7 +51,7 @@ def _counts(data: Npz) -> np.ndarray:
     return image_counts(data["pred"], _truths(data), Protocol(float(data["max_dist"])))
 
 
-def _case(data: Npz) -> Iterator[Measure]:
+def _case(data: Npz, options: Options) -> Iterator[Measure]:
     protocol, truths = Protocol(float(data["max_dist"])), _truths(data)
     counts, stored = image_counts(data["pred"], truths, protocol), data["counts"]
     yield Measure("thresholds", absolute_error(protocol.thresholds, data["thresholds"]), 1e-15)
@@ -91,7 +92,7 @@ def _one_matching(data: Npz, truth: np.ndarray) -> Iterator[Measure]:
     yield Measure("number of pairs", abs(len(partners) - int(data["exact_matches"][k])), 0.0)
 
 
-def _steps(data: Npz) -> Iterator[Measure]:
+def _steps(data: Npz, options: Options) -> Iterator[Measure]:
     for name in data:
         kind, _, number = name.rpartition("_")
         if kind == "thin_in":
@@ -110,7 +111,7 @@ def _steps(data: Npz) -> Iterator[Measure]:
             yield Measure(f"suppressed map {number}, pixels that differ", int(off.sum()), NMS_PIXELS)
 
 
-def _plain(folder: Folder, data: Npz) -> Iterator[Measure]:
+def _plain(folder: Folder, data: Npz, options: Options) -> Iterator[Measure]:
     """The protocol without suppression."""
     for name in {key.rpartition("/")[0] for key in data if "/" in key}:
         case = Npz(_file(folder, name))
@@ -119,7 +120,7 @@ def _plain(folder: Folder, data: Npz) -> Iterator[Measure]:
         yield Measure(f"{name} sumR, sumP", absolute_error(counts[:, [1, 3]], data[f"{name}/counts"][:, [1, 3]]), 0.0)
 
 
-def _group(folder: Folder, group: dict) -> Iterator[Measure]:
+def _group(folder: Folder, group: dict, options: Options) -> Iterator[Measure]:
     """Scores of a set: the whole chain against exact matching, and against every run of the reference."""
     cases = [Npz(_file(folder, name)) for name in group["cases"]]
     thresholds = cases[0]["thresholds"]

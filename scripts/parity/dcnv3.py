@@ -9,84 +9,73 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
 from models.build import build_backbone
-from models.ops.dcnv3 import Kernel, dcnv3
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, below, stored_error
+from models.ops import dcnv3
+from models.ops.dcnv3 import Kernel
+from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, below, stored_error, stored_share
 
-EXACT, OUTPUT, GRADIENT = 1e-9, 2e-5, 5e-5  # float64; float32, where gradients are relative to their largest entry
+OUTPUT, GRADIENT = Bound(stored_error, 1e-9, 2e-5), Bound(stored_share, 1e-9, 5e-5)
 
 
 def checks(folder: Folder) -> Iterator[Check]:
-    for table, content in folder.tables.items():
-        for case, settings in (content.items() if isinstance(content, dict) else ()):
-            run = _kind(settings)
-            arrays = next((p for p, keys in folder.arrays.items() if f"{case}.input" in keys), None)
-            if run is not None and arrays is not None:
-                yield Check(case, frozenset({table, arrays}), partial(run, case, settings, arrays))
+    for table, case, settings in folder.entries(lambda entry: True):
+        run = _operator if "group_channels" in settings else KINDS.get(str(settings.get("kind")))
+        arrays = next((p for p, keys in folder.arrays.items() if f"{case}.input" in keys), None)
+        if run is not None and arrays is not None:
+            yield Check(case, frozenset({table, arrays}), partial(_run, run, case, settings, arrays))
 
 
-def _kind(settings: object) -> Callable | None:
-    if not isinstance(settings, dict):
-        return None
-    return _operator if "group_channels" in settings else KINDS.get(str(settings.get("kind")))
-
-
-def _arrays(case: str, path: Path) -> dict[str, Tensor]:
+def _run(run: Callable, case: str, settings: dict, path: Path, options: Options) -> Iterator[Measure]:
     with safe_open(path, "pt") as content:
-        return {key.removeprefix(f"{case}."): content.get_tensor(key) for key in content.keys()  # noqa: SIM118
-                if key.startswith(f"{case}.")}
+        names = [name for name in content.keys() if name.startswith(f"{case}.")]  # noqa: SIM118
+        data = {name.removeprefix(f"{case}."): content.get_tensor(name) for name in names}
+    yield from run(settings, data, options)
 
 
 def _leaf(value: Tensor, options: Options) -> Tensor:
     return value.to(options.device, options.dtype).detach().clone().requires_grad_()
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    return (absolute_error if want.dtype == torch.float64 else stored_error)(got.cpu(), want)
+def _gradients(module: nn.Module, ours: Callable[[str], str], data: dict[str, Tensor], image: Tensor,
+               options: Options) -> Iterator[Measure]:
+    """Of the input and of every parameter; `ours` renames those."""
+    yield GRADIENT.measure("grad_input", image.grad, data["grad_input"], options)
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    for key, want in below(data, "grad.").items():
+        yield GRADIENT.measure(f"grad.{key}", gradients[ours(key)], want, options)
 
 
-def _value(name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
-    return Measure(name, _error(got, want), options.pick(EXACT, OUTPUT))
-
-
-def _gradient(name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
-    return Measure(name, _error(got, want) / max(want.abs().max().item(), 1e-12), options.pick(EXACT, GRADIENT))
-
-
-def _operator(case: str, c: dict, path: Path, options: Options) -> Iterator[Measure]:
-    data = _arrays(case, path)
+def _operator(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Measure]:
     kernel = Kernel(*(tuple(c[name]) for name in ("kernel", "stride", "pad", "dilation")), c["offset_scale"])
     leaves = {name: _leaf(data[name], options) for name in ("input", "offset", "mask")}
     out = dcnv3(*leaves.values(), c["group"], kernel)
-    yield _value("output", out, data["output"], options)
+    yield OUTPUT.measure("output", out, data["output"], options)
     out.backward(data["grad_output"].to(out))
     for name, leaf in leaves.items():
         if f"grad_{name}" in data:  # none for offsets at whole-numbered places
-            yield _gradient(f"grad_{name}", leaf.grad, data[f"grad_{name}"], options)
+            yield GRADIENT.measure(f"grad_{name}", leaf.grad, data[f"grad_{name}"], options)
 
 
-def _on_module(build: Callable[[dict], nn.Module], case: str, c: dict, path: Path,
+def _on_module(build: Callable[[dict], nn.Module], c: dict, data: dict[str, Tensor],
                options: Options) -> Iterator[Measure]:
     """A module or a block: output, gradients of the input and of every parameter."""
-    data = _arrays(case, path)
     module = build(c)
     prefix = "" if isinstance(module, InternImageBlock) else "dcn."  # its name in a block
-    ours = {key: to_own_layout(f"{prefix}{key}").removeprefix(prefix) for key in below(data, "state.")}
-    module.load_state_dict({ours[key]: value for key, value in below(data, "state.").items()})
+
+    def ours(key: str) -> str:
+        return to_own_layout(f"{prefix}{key}").removeprefix(prefix)
+
+    module.load_state_dict({ours(key): value for key, value in below(data, "state.").items()})
     module.to(options.device, options.dtype)
     image = _leaf(data["input"], options)
     out = module(image)
-    yield _value("output", out, data["output"], options)
+    yield OUTPUT.measure("output", out, data["output"], options)
     out.backward(data["grad_output"].to(out))
-    yield _gradient("grad_input", image.grad, data["grad_input"], options)
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    for key, want in below(data, "grad.").items():
-        yield _gradient(f"grad.{key}", gradients[ours[key]], want, options)
+    yield from _gradients(module, ours, data, image, options)
 
 
 def _module(c: dict) -> nn.Module:
@@ -103,23 +92,19 @@ def _block(c: dict) -> nn.Module:
                             centre_scale=c.get("center_feature_scale", False))
 
 
-def _backbone(case: str, c: dict, path: Path, options: Options) -> Iterator[Measure]:
+def _backbone(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Measure]:
     """Maps, and gradients of sum_i mean(map_i * R_i)."""
-    data = _arrays(case, path)
     names = ("depths", "groups", "offset_scale", "post_norm", "layer_scale", "mlp_ratio", "drop_path_rate")
-    backbone = build_backbone("internimage", c["input_shape"][-2:],
-                              {"embed_dim": c["channels"], **{name: c[name] for name in names}})
+    backbone = build_backbone("internimage", c["input_shape"][-2:], embed_dim=c["channels"],
+                              **{name: c[name] for name in names})
     backbone.load_state_dict(backbone.convert_state_dict(below(data, "state.")))
     backbone.to(options.device, options.dtype)
     image = _leaf(data["input"], options)
     maps = backbone(image)
     for index, feat in enumerate(maps):
-        yield _value(f"feat{index}", feat, data[f"feat{index}"], options)
+        yield OUTPUT.measure(f"feat{index}", feat, data[f"feat{index}"], options)
     sum((feat * data[f"R{index}"].to(feat)).mean() for index, feat in enumerate(maps)).backward()
-    yield _gradient("grad_input", image.grad, data["grad_input"], options)
-    gradients = {name: parameter.grad for name, parameter in backbone.named_parameters()}
-    for key, want in below(data, "grad.").items():
-        yield _gradient(f"grad.{key}", gradients[to_own_layout(key)], want, options)
+    yield from _gradients(backbone, to_own_layout, data, image, options)
 
 
 KINDS: dict[str, Callable] = {

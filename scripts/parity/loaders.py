@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from data.datasets import DATASETS
 from data.datasets.cityscapes import VOID_DISPARITY
 from data.datasets.pascal_context import NORMALS_IDS, has_people
 from data.transforms import STD, fixed_transform
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
-from utils.engine.tasks import TASKS
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error
+from utils.engine.tasks import TASKS, label_rules
 
 GREY_LEVEL = float(1.01 / 255 / STD.min())      # one level of 255 after normalisation
 
@@ -24,23 +25,22 @@ def checks(folder: Folder) -> Iterator[Check]:
                 yield from _cases(directory, expected)
     for path, content in folder.tables.items():
         if isinstance(content, list) and content and all(isinstance(x, int) for x in content):
-            yield Check(path.stem, frozenset({path}), lambda options, ids=content: _normals_ids(ids))
+            yield Check(path.stem, frozenset({path}), partial(_normals_ids, content))
 
 
 def _cases(directory: Path, expected: Path) -> Iterator[Check]:
-    samples = dict.fromkeys(key.rpartition("/")[0] for key in Npz(expected))
-    for sample in samples:
-        yield Check(f"{directory.name}/{sample}", frozenset({expected}),
-                    lambda options, s=sample: _run(directory, Npz(expected), s))
+    data = Npz(expected)
+    for sample in dict.fromkeys(key.rpartition("/")[0] for key in data):
+        yield Check(f"{directory.name}/{sample}", frozenset({expected}), partial(_run, directory, data, sample))
 
 
-def _normals_ids(ids: list[int]) -> Iterator[Measure]:
+def _normals_ids(ids: list[int], options: Options) -> Iterator[Measure]:
     yield Measure("number of differing ids", len(set(ids) ^ set(NORMALS_IDS)), 0.0)
 
 
 def _data_set_of(directory: Path) -> type[MultiTaskDataset]:
     """The data set whose files' top folders are all there."""
-    for kind in DATASETS.values():
+    for kind in map(DATASETS.load, DATASETS):
         tops = {option.partition("/")[0] for source in kind.sources.values()
                 for pattern in source.files for option in pattern.split("|")}
         if all((directory / top).is_dir() for top in tops):
@@ -48,12 +48,12 @@ def _data_set_of(directory: Path) -> type[MultiTaskDataset]:
     raise NotCovered("not the layout of a data set of this program")
 
 
-def _run(directory: Path, expected: Npz, sample: str) -> Iterator[Measure]:
+def _run(directory: Path, expected: Npz, sample: str, options: Options) -> Iterator[Measure]:
     split, name = sample.split("/")
     want = {key.rpartition("/")[2]: key for key in expected if key.startswith(f"{sample}/")}
     want = {key: expected[path] for key, path in want.items()}
     kind = _data_set_of(directory)
-    tasks = {task: TASKS[task] for task in want if task in TASKS}
+    tasks = label_rules(task for task in want if task in TASKS)
     with tempfile.TemporaryDirectory() as root:    # a data set insists on its folder's name
         (Path(root) / kind.spec.folder).symlink_to(directory.resolve(), target_is_directory=True)
         transform = None

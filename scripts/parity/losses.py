@@ -2,19 +2,18 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evaluation.evaluator import TaskContext
 from losses.cross_entropy import BalancedCrossEntropyLoss, CrossEntropyLoss
 from losses.edge import BalancedBCELoss
 from losses.load_balancing import load_balancing_loss
-from losses.multi_task import MultiTaskLoss
 from losses.regression import L1Loss, NormalsLoss
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, entry_error, scaled_error
-from utils.engine.tasks import TASKS
+from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Npz, Options, entry_error, scaled_error
+from scripts.parity.program import criterion
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,23 +53,18 @@ def checks(folder: Folder) -> Iterator[Check]:
         else:
             continue
         files = frozenset({table} if data is None else {table, data})
-        yield Check(entry["name"], files, lambda options, e=entry, d=data, run=run: run(e, _open(d), options))
+        yield Check(entry["name"], files, partial(_run, run, entry, data))
 
 
-def _open(path: Path | None) -> Npz:
+def _run(run: Callable, entry: dict, path: Path | None, options: Options) -> Iterator[Measure]:
     if path is None:
         raise ValueError("no .npz file beside the table holds the arrays of this case")
-    return Npz(path)
+    yield from run(entry, Npz(path), options)
 
 
 # The references' cross entropies and class shares are rounded to float32 even in float64 runs, hence 2e-7.
-# A sum of logarithms may vanish, so its error is absolute where it is below 1.
-def _value(name: str, got: Tensor, want: float, options: Options, smallest: float = 1e-12) -> Measure:
-    return Measure(name, abs(got.item() - want) / max(abs(want), smallest), options.pick(2e-7, 2e-6))
-
-
-def _grad(name: str, got: Tensor, want: Tensor, options: Options) -> Measure:
-    return Measure(name, entry_error(got, want), options.pick(2e-7, 1e-4))
+VALUE, GRADIENT = Bound(scaled_error, 2e-7, 2e-6), Bound(entry_error, 2e-7, 1e-4)
+LOG_TOTAL = Bound(lambda got, want: scaled_error(got, want) * min(1.0, abs(want)), 2e-7, 2e-6)  # a sum that may vanish
 
 
 def _single(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
@@ -80,14 +74,10 @@ def _single(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
     logits = data.tensor(f"logits/{entry['logits']}").to(options.dtype).requires_grad_()
     value = KINDS[kind](entry["params"])(logits, data.tensor(f"target/{entry['target']}"))
     want = entry["value_f64" if options.dtype == torch.float64 else "value_f32"]
-    yield _value("value", value, want, options)
+    yield VALUE.measure("value", value, want, options)
     grad = torch.autograd.grad(value, logits)[0]
     if f"grad/{entry['name']}" in data:
-        yield _grad("grad", grad, data.tensor(f"grad/{entry['name']}"), options)
-
-
-def _task_loss(task: str, logits: Tensor) -> nn.Module:
-    return TASKS[task].loss(TaskContext(num_channels=logits.shape[1]))
+        yield GRADIENT.measure("grad", grad, data.tensor(f"grad/{entry['name']}"), options)
 
 
 def _scheme(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
@@ -95,17 +85,15 @@ def _scheme(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
     final = {t: data.tensor(f"logits/{entry['preds'][t]}").to(options.dtype).requires_grad_() for t in tasks}
     inter = {t: (scale * x.detach()).requires_grad_() for t, x in final.items()} if scale is not None else {}
     labels = {t: data.tensor(f"target/{entry['targets'][t]}") for t in tasks}
-    criterion = MultiTaskLoss({t: _task_loss(t, final[t]) for t in tasks}, entry["weights"],
-                              "log" if entry["log"] else "weighted_sum")
-    losses = criterion(final, labels, inter)
+    losses = criterion(final, entry["weights"], "log" if entry["log"] else "weighted_sum")(final, labels, inter)
     losses["total"].backward()
     for key, want in entry["out"].items():
-        smallest = 1.0 if entry["log"] and key == "total" else 1e-12
-        yield _value(key, losses[key.replace("inter_", "inter/", 1)], want, options, smallest)
+        bound = LOG_TOTAL if entry["log"] and key == "total" else VALUE
+        yield bound.measure(key, losses[key.replace("inter_", "inter/", 1)], want, options)
     prefix = f"scheme/{entry['name'].removeprefix('scheme_')}"
     for group, leaves in (("grad", final), ("grad_inter", inter)):
         for task, leaf in leaves.items():
-            yield _grad(f"{group}/{task}", leaf.grad, data.tensor(f"{prefix}/{group}/{task}"), options)
+            yield GRADIENT.measure(f"{group}/{task}", leaf.grad, data.tensor(f"{prefix}/{group}/{task}"), options)
 
 
 _GATES = re.compile(r"[^/]*cv/(?P<layer>.+)/[^/]+$")                   # <..cv>/<router>/<layer>/<task>

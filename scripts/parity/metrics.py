@@ -2,20 +2,21 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation import delta_m
 from evaluation.boundary.edge_loss import EdgeLossMeter
+from evaluation.delta_m import delta_m
 from evaluation.depth import DepthMeter
 from evaluation.meter import Meter
 from evaluation.normals import NormalsMeter
 from evaluation.saliency import THRESHOLDS, SaliencyMeter
 from evaluation.segmentation import SegmentationMeter
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error, scaled_error
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error, scaled_error
 from utils.engine.tasks import TASKS
 
 TOLERANCE = 1e-5                     # the references sum in float32
@@ -25,8 +26,7 @@ VALID_RANGE = (0.0, 80.0)            # of depth labels in mlore and taskprompter
 LOWER_IS_BETTER = ("rmse", "mean", "loss")
 # Base figures of MTMamba's checkpoint criterion (its percentages against fractions are its bug)
 BASES = {"NYUD": {"semseg": 0.55, "depth": 0.49, "normals": 18.40, "edge": 0.0465},
-         "PASCALContext": {"semseg": 80.89, "human_parts": 71.71, "sal": 85.28, "normals": 13.47,
-                           "edge": 0.04},
+         "PASCALContext": {"semseg": 80.89, "human_parts": 71.71, "sal": 85.28, "normals": 13.47, "edge": 0.04},
          "Cityscapes": {"semseg": 80.0, "depth": 1.0}}
 
 
@@ -39,8 +39,7 @@ def checks(folder: Folder) -> Iterator[Check]:
             for metric, want in metrics.items():
                 data = _input_of(metric, inputs)
                 files = frozenset({table} if data is None else {table, data})
-                yield Check(f"{family}/{metric}", files,
-                            lambda options, args=(family, metric, want, data): _run(*args))
+                yield Check(f"{family}/{metric}", files, partial(_run, family, metric, want, data))
 
 
 def _is_scores(content: object) -> bool:
@@ -62,7 +61,7 @@ def _input_of(metric: str, inputs: list[Path]) -> Path | None:
     return best
 
 
-def _run(family: str, metric: str, want: dict, path: Path | None) -> Iterator[Measure]:
+def _run(family: str, metric: str, want: dict, path: Path | None, options: Options) -> Iterator[Measure]:
     if {"multi", "single", "value"} <= want.keys():
         yield _gain(want)
         return
@@ -74,8 +73,7 @@ def _run(family: str, metric: str, want: dict, path: Path | None) -> Iterator[Me
     task = next((name for name in TASKS if metric.replace("disparity", "depth").startswith(name)), None)
     if task is None:
         raise NotCovered("not a task of this program")
-    meter = _fill(task, family, metric, Npz(path))
-    got = OBSERVED[task](meter, family)
+    got = _observed(task, _fill(task, family, metric, Npz(path)), family)
     for key, value in {**want, **want.get("_state", {})}.items():
         if key != "_state":
             yield _compare(key, got.get(key), value, family in PERCENT and key in ("mIoU", "maxF"))
@@ -97,21 +95,23 @@ def _fill(task: str, family: str, metric: str, data: Npz) -> Meter:
         logits = data.tensor(f"logits_{batch}")
         raw = f"target_raw_{batch}" in keys
         target = data.tensor(f"target_raw_{batch}" if raw else f"target_{batch}")
-        pred = TASKS[task].decode(logits)
-        if task == "depth":
-            target, make = _depth(family, metric, target, raw)
-        else:
-            make = METERS[task]
+        pred = TASKS.load(task).decode(logits)
+        target, make = LABELS.get(task, _as_stored)(family, metric, target, raw)
+        make = make or METERS[task]
         meter = meter or make(family, metric, logits.shape[1])
         batch += 1
-        if family == OLD and task in ("sal", "edge"):                  # it knows no void
+        if (family, task) in WITHOUT_VOID:
             target = torch.where(target == 255, 0.0, target)
-        if family == OLD and task == "sal":
+        if (family, task) in BY_SIGMOID:
             if len(logits) == 1:                                       # its meter cannot read a batch of one
                 continue
             pred = torch.sigmoid(logits[:, 1:] - logits[:, :1])
         meter.update(pred, target)
     return meter
+
+
+def _as_stored(family: str, metric: str, target: Tensor, raw: bool) -> tuple[Tensor, None]:
+    return target, None
 
 
 def _depth(family: str, metric: str, target: Tensor, raw: bool) -> tuple[Tensor, Callable[..., Meter]]:
@@ -138,36 +138,39 @@ def _edge_weight(metric: str) -> float:
 METERS: dict[str, Callable[[str, str, int], Meter]] = {
     "semseg": lambda family, metric, channels: SegmentationMeter(channels),
     "human_parts": lambda family, metric, channels: SegmentationMeter(channels),
-    "normals": lambda family, metric, channels: NormalsMeter(
-        convention="arccos" if family == OLD else "atan2"),
+    "normals": lambda family, metric, channels: NormalsMeter(convention="arccos" if family == OLD else "atan2"),
     "sal": lambda family, metric, channels: SaliencyMeter(),
     "edge": lambda family, metric, channels: EdgeLossMeter(_edge_weight(metric)),
 }
+# Figure or count of a reference -> ours.
+SEGMENTATION = {"value": "mIoU", "intersection": "tp"}
+NAMES = {"semseg": SEGMENTATION, "human_parts": SEGMENTATION, "edge": {"n": "num_valid"},
+         "normals": {"value": "mean", "sum_deg_diff": "sum_deg", "total": "num_valid"},
+         "depth": {"value": "rmse", "n_valid": "num_valid", "total": "num_valid", "total_rmses": "squared",
+                   "total_log_rmses": "squared_log", "sum_squared_error": "squared"}}
 
 
-def _segmentation(meter: Meter, family: str) -> dict:
+LABELS = {"depth": _depth}
+WITHOUT_VOID = {(OLD, "sal"), (OLD, "edge")}
+BY_SIGMOID = {(OLD, "sal")}         # of the difference of the two logits
+
+
+def _observed(task: str, meter: Meter, family: str) -> dict:
+    """Figures and counts under the reference's names."""
     figures, state = meter.compute(), meter.state
-    return {"mIoU": figures["mIoU"], "value": figures["mIoU"], **state, "intersection": state["tp"],
-            "union": state["tp"] + state["fp"] + state["fn"],
-            "jaccards_all_categs": [figures[f"IoU/{k}"] for k in range(meter.num_classes)]}
+    if task == "sal":
+        return _saliency(figures, state, family)
+    own = {**state, **figures}
+    got = own | {theirs: own[ours] for theirs, ours in NAMES[task].items()}
+    if NAMES[task] is SEGMENTATION:
+        got |= {"union": state["tp"] + state["fp"] + state["fn"],
+                "jaccards_all_categs": [figures[f"IoU/{k}"] for k in range(meter.num_classes)]}
+    if task == "normals" and family == OLD:            # the old code base returns its mean under the name rmse
+        got["rmse"] = figures["mean"]
+    return got
 
 
-def _depth_figures(meter: Meter, family: str) -> dict:
-    figures, state = meter.compute(), meter.state
-    return {**figures, "value": figures["rmse"], "n_valid": state["num_valid"], "total": state["num_valid"],
-            "total_rmses": state["squared"], "total_log_rmses": state["squared_log"],
-            "sum_squared_error": state["squared"]}
-
-
-def _normals(meter: Meter, family: str) -> dict:
-    figures, state = meter.compute(), meter.state
-    # the old code base returns its mean under the name rmse
-    return {**figures, "rmse": figures["mean" if family == OLD else "rmse"], "value": figures["mean"],
-            "sum_deg_diff": state["sum_deg"], "total": state["num_valid"]}
-
-
-def _saliency(meter: Meter, family: str) -> dict:
-    figures, state = meter.compute(), meter.state
+def _saliency(figures: dict, state: dict, family: str) -> dict:
     if family == OLD:
         iou, precision, recall = (state[f"sum_{name}"] / state["num_images"]
                                   for name in ("iou", "precision", "recall"))
@@ -178,16 +181,6 @@ def _saliency(meter: Meter, family: str) -> dict:
     return {"maxF": figures["maxF"], "value": figures["maxF_exact"], "true_positives": state[f"tp{suffix}"],
             "predicted_positives": state[f"predicted{suffix}"], "actual_positives": state["positives"],
             "thresholds": THRESHOLDS}
-
-
-def _edge(meter: Meter, family: str) -> dict:
-    return {**meter.compute(), "n": meter.state["num_valid"]}
-
-
-OBSERVED: dict[str, Callable[[Meter, str], dict]] = {
-    "semseg": _segmentation, "human_parts": _segmentation, "depth": _depth_figures, "normals": _normals,
-    "sal": _saliency, "edge": _edge,
-}
 
 
 def _gain(want: dict) -> Measure:

@@ -1,76 +1,47 @@
-"""TaskPrompter as published: outputs, features inside, loss and gradients of whole models, and full-size keys.
-
-Cases have the form of InvPT's (see there). Prompts after the last block are not compared: no output depends on
-them, and ours does not compute them.
-"""
+"""TaskPrompter as published: whole models of toy size in float64, and the keys of the full-size ones."""
 
 import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from models.backbones.swin import DERIVED_BUFFERS
-from models.build import build_model
 from models.model import MultiTaskModel
-from models.released.taskprompter import DETECTION, dead_keys, recognises, rename
-from scripts.parity.base import Check, Folder, Measure, NotCovered
-from scripts.parity.invpt import NO_EFFECT, Case, cases, gradient_norms, inside, outputs, training
-from scripts.parity.models import compare_keys, manifests
+from models.released.taskprompter import DETECTION, rename
+from scripts.parity import compare
+from scripts.parity.base import Bound, Measure, NotCovered, stored_error
+from scripts.parity.case import MODEL, NO_EFFECT, Bounds, System
+from scripts.parity.program import build, flops, parameters
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *DERIVED_BUFFERS)
-GROUPS = {"outputs": outputs, "features inside": inside, "training": training, "gradient norms": gradient_norms}
-HEAD_DIM = 64  # of the published ViTs
 OPTIONS = ("final_embed_dim", "prompt_len", "chan_nheads", "head", "embed_dim", "use_ctr", "level_embed_dim",
            "chan_embed_dim", "img_ds_ratio")
 FIXED = {"mlp_ratio": 4.0, "qkv_bias": True, "patch_norm": True, "ape": False}
 BACKBONE_OPTIONS = ("embed_dim", "depth", "depths", "num_heads", "window_size", "patch_size", "drop_path_rate")
 
 
-class TaskPrompterCase(Case):
-    """One published model of toy size."""
-
-    family: ClassVar[str] = "TaskPrompter"
-    recognises: ClassVar[Callable] = staticmethod(recognises)
-    tolerance: ClassVar[float] = 2e-4
-
-    def model(self) -> MultiTaskModel:
-        c, backbone = self.config, self.config["backbone"]
-        if any(backbone.get(name, value) != value for name, value in FIXED.items()):
-            raise NotCovered(f"here a backbone has {', '.join(f'{name} {value}' for name, value in FIXED.items())}")
-        backbone_kwargs = {name: backbone[name] for name in BACKBONE_OPTIONS if name in backbone}
-        if "tap_after_blocks" in backbone:
-            backbone_kwargs["taps"] = backbone["tap_after_blocks"]
-        model = build_model(
-            c["model"], backbone["type"], dict(zip(self.tasks, c["num_output"], strict=True)), tuple(c["image_size"]),
-            backbone_kwargs=backbone_kwargs, label_size=tuple(c.get("dd_label_map_size") or c["image_size"]),
-            model_kwargs={name: c[name] for name in OPTIONS if name in c})
-        return self.loaded(model)
-
-    def rename(self, key: str) -> str:
-        return rename(key)
-
-    def is_dead(self, key: str) -> bool:
-        return key in dead_keys(self.gradients)
-
-    def record_inside(self, model: MultiTaskModel) -> dict[str, Tensor]:
-        return record_inside(model)
-
-    def missing_inside(self, name: str) -> str:
-        backbone = self.config["backbone"]
-        last = f"block{backbone['depth'] - 1}" if "depth" in backbone else f"layer{len(backbone['depths']) - 1}"
-        return NO_EFFECT if name == f"{last}.prompts" else ""
+def _build(config: dict) -> MultiTaskModel:
+    c, backbone = config, config["backbone"]
+    if any(backbone.get(name, value) != value for name, value in FIXED.items()):
+        raise NotCovered(f"here a backbone has {', '.join(f'{name} {value}' for name, value in FIXED.items())}")
+    sizes = {name: backbone[name] for name in BACKBONE_OPTIONS if name in backbone}
+    if "tap_after_blocks" in backbone:
+        sizes["taps"] = backbone["tap_after_blocks"]
+    return build("TaskPrompter", backbone["type"], dict(zip(c["tasks"], c["num_output"], strict=True)),
+                 c["image_size"], sizes, {name: c[name] for name in OPTIONS if name in c},
+                 label_size=c.get("dd_label_map_size") or c["image_size"])
 
 
-def checks(folder: Folder) -> Iterator[Check]:
-    yield from cases(folder, TaskPrompterCase, GROUPS)
-    yield from manifests(folder, lambda entry: recognises(entry.get("state_dict", ())), _manifest)
+def _uncovered(config: dict, name: str) -> str:
+    """Prompts after the last block."""
+    backbone = config["backbone"]
+    last = f"block{backbone['depth'] - 1}" if "depth" in backbone else f"layer{len(backbone['depths']) - 1}"
+    return NO_EFFECT if name == f"{last}.prompts" else ""
 
 
 def record_inside(model: MultiTaskModel) -> dict[str, Tensor]:
-    """Wraps the steps of a TaskPrompter; after a forward pass the dict holds the features by their names."""
+    """Wraps the steps of a TaskPrompter, which are no modules; the dict has the reference's names."""
     seen: dict[str, Tensor] = {}
     see_block = _vit_block if hasattr(model.encoder, "blocks") else _swin_block
     model.encoder.run_block = _watch(model.encoder.run_block, see_block(model.encoder, seen))
@@ -91,7 +62,7 @@ def _watch(function: Callable, see: Callable[[tuple, object], None]) -> Callable
     return watched
 
 
-def _vit_block(encoder: torch.nn.Module, seen: dict[str, Tensor]) -> Callable:
+def _vit_block(encoder: nn.Module, seen: dict[str, Tensor]) -> Callable:
     def see(args: tuple, out: tuple) -> None:
         name = f"block{list(encoder.blocks).index(args[0])}"
         tokens, scores, channel = out
@@ -100,34 +71,31 @@ def _vit_block(encoder: torch.nn.Module, seen: dict[str, Tensor]) -> Callable:
     return see
 
 
-def _swin_block(encoder: torch.nn.Module, seen: dict[str, Tensor]) -> Callable:
+def _swin_block(encoder: nn.Module, seen: dict[str, Tensor]) -> Callable:
     names = {block: f"layer{stage}.block{index}" for stage, layer in enumerate(encoder.layers)
              for index, block in enumerate(layer.blocks)}
 
     def see(args: tuple, out: tuple) -> None:
-        feat, prompts, spatial, channel = out
-        _keep(seen, names[args[0]], feat, prompts, spatial, channel)
-        if args[0] is encoder.layers[-1].blocks[-1]:
-            _keep(seen, names[args[0]].partition(".")[0], feat, prompts, spatial, channel)
+        is_last = args[0] is encoder.layers[-1].blocks[-1]  # what it gives is what its stage gives
+        for name in (names[args[0]], *([names[args[0]].partition(".")[0]] if is_last else [])):
+            feat, *rest = out
+            seen[f"{name}.x"] = feat.flatten(1, 2)
+            seen.update(zip(_prompt_names(name), rest, strict=True))
     return see
 
 
-def _see_stages(encoder: torch.nn.Module, seen: dict[str, Tensor]) -> None:
+def _see_stages(encoder: nn.Module, seen: dict[str, Tensor]) -> None:
     """A stage of the reference ends with the merging, which opens the next one here."""
     for stage, merging in enumerate(encoder.merging):
         encoder.layers[stage + 1].downsample.register_forward_hook(
             lambda _, args, feat, stage=stage: seen.update({f"layer{stage}.x": feat.flatten(1, 2)}))
-        names = (f"layer{stage}.prompts", f"layer{stage}.spatial_attn", f"layer{stage}.channel_attn")
+        names = _prompt_names(f"layer{stage}")
         merging.register_forward_hook(
             lambda _, args, out, names=names: seen.update(zip(names, out, strict=True)))
 
 
-def _keep(seen: dict[str, Tensor], name: str, feat: Tensor, prompts: Tensor, spatial: Tensor, channel: Tensor) -> None:
-    seen.update({f"{name}.x": feat.flatten(1, 2), f"{name}.prompts": prompts, f"{name}.spatial_attn": spatial,
-                 f"{name}.channel_attn": channel})
-
-
-# ------------------------------------------------------------ full-size models
+def _prompt_names(place: str) -> tuple[str, ...]:
+    return tuple(f"{place}.{what}" for what in ("prompts", "spatial_attn", "channel_attn"))
 
 
 def full_size(entry: dict) -> MultiTaskModel:
@@ -139,7 +107,7 @@ def full_size(entry: dict) -> MultiTaskModel:
                "use_ctr": any(key.startswith("backbone.ctr_attn_conv.") for key in shapes),
                "head": "deconv" if f"heads.{tasks[0]}.mt_proj.3.weight" in shapes else "conv"}
     if "backbone.pos_embed" in shapes:
-        backbone, sizes = "vit", _vit_sizes(shapes)
+        backbone, sizes = "vit", compare.vit_sizes(shapes)
         options |= {"embed_dim": joint // 2}
     else:
         backbone, sizes = "swin", _swin_sizes(shapes)
@@ -148,14 +116,8 @@ def full_size(entry: dict) -> MultiTaskModel:
         options |= {"level_embed_dim": joint // 2, "chan_embed_dim": width,
                     "img_ds_ratio": math.sqrt(positions / math.prod(entry["image_size"]))}
     with torch.device("meta"):
-        return build_model("TaskPrompter", backbone, {task: entry["num_output"][task] for task in tasks},
-                           tuple(entry["image_size"]), backbone_kwargs=sizes, model_kwargs=options)
-
-
-def _vit_sizes(shapes: dict) -> dict:
-    width, _, patch, _ = shapes["backbone.patch_embed.proj.weight"]
-    depth = len({key.split(".")[2] for key in shapes if key.startswith("backbone.blocks.")})
-    return {"embed_dim": width, "depth": depth, "num_heads": width // HEAD_DIM, "patch_size": patch}
+        return build("TaskPrompter", backbone, {task: entry["num_output"][task] for task in tasks},
+                     entry["image_size"], sizes, options)
 
 
 def _swin_sizes(shapes: dict) -> dict:
@@ -168,19 +130,29 @@ def _swin_sizes(shapes: dict) -> dict:
             "window_size": (math.isqrt(stages[0][0][0]) + 1) // 2}  # tables have (2 w - 1)^2 rows
 
 
-def _manifest(entry: dict) -> Iterator[Measure]:
-    model, dead = full_size(entry), dead_keys(entry["state_dict"])
-    renamed = {rename(key): shape for key, shape in entry["state_dict"].items() if key not in dead}
-    yield Measure("keys that fall together", len(entry["state_dict"]) - len(dead) - len(renamed), 0.0)
-    yield from compare_keys(model, renamed)
-    lost = sum(math.prod(entry["state_dict"][key]) for key in dead if not key.endswith(BUFFERS))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    yield Measure("parameters", abs(count + lost - entry["total_parameters"]), 0.0)
+def _full_size(entry: dict) -> Iterator[Measure]:
+    model, shapes = full_size(entry), entry["state_dict"]
+    yield from compare.keys(model, shapes, entry["tasks"])
+    lost = compare.count(shapes, (key for key in compare.dead_keys(shapes) if not key.endswith(BUFFERS)))
+    yield compare.difference("parameters", parameters(model) + lost, entry["total_parameters"])
     if DETECTION in entry["tasks"]:
         yield Measure("multiply-adds", uncovered="no 3D detection here, and features are projected before they grow")
         return
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, *entry["image_size"], device="meta"))
-    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution] / 2e9
+    convolutions = flops(model, entry["image_size"]).get_flop_counts()["Global"][torch.ops.aten.convolution] / 2e9
     want = entry["gmacs_batch1_conv_and_matmul_only"]["by_operator"]["aten.convolution"]
-    yield Measure("multiply-adds of convolutions", abs(convolutions / want - 1), 1e-6)
+    yield compare.difference("multiply-adds of convolutions", convolutions / want, 1.0, 1e-6)
+
+
+SYSTEM = System(
+    released=("TaskPrompter",),
+    fits=lambda config: config.get("model") == "TaskPrompter" and "backbone" in config,
+    build=_build,
+    convert=lambda tensors, tasks: {rename(key): value for key, value in tensors.items()},
+    groups={"outputs": (compare.outputs, *MODEL), "features inside": (compare.inside, *MODEL),
+            "training": (compare.training, *MODEL),
+            "gradient norms": (compare.gradient_norms, *MODEL, "norms")},
+    bounds=Bounds(value=Bound(stored_error, 1e-9, 2e-4)),
+    uncovered=_uncovered,
+    record=record_inside,
+    full_size=_full_size)
+checks = SYSTEM.checks

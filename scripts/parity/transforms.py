@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from data import transforms
 from data.labels import VOID
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, absolute_error
-from utils.engine.tasks import TASKS
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error
+from utils.engine.tasks import TASKS, label_rules
 
-DEPTH_VOID = {"taskprompter": -1.0, "mlore": 0.0}      # after the transforms; the others and ours: 255
+OTHER_VOID = {("taskprompter", "depth"): -1.0, ("mlore", "depth"): 0.0}      # after the transforms; else and ours: 255
+ROUNDED = {"image": 1e-6, "depth": 1e-6}               # depth is divided by the scale factor
+PARTS = "human_parts"
 GREY_LEVEL = float(1.01 / 255 / transforms.STD.min())  # one level of 255 after normalisation
 # Bilinear resizing and 8-bit colours may differ by one level between versions of OpenCV; labels never.
 IMAGE_TOLERANCE = {"scale": 1e-3, "photometric": 1.0, "train pipeline": GREY_LEVEL}
@@ -44,38 +47,38 @@ def checks(folder: Folder) -> Iterator[Check]:
     data = folder.holding(["input/image"])
     for table, entry in folder.records():
         if data is not None and "op" in entry:
-            yield Check(entry["name"], frozenset({table, data}), lambda options, e=entry: _run(e, Npz(data)))
+            yield Check(entry["name"], frozenset({table, data}), partial(_run, entry, Npz(data)))
 
 
-def _run(entry: dict, data: Npz) -> Iterator[Measure]:
+def _run(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
     prefix = f"{entry['name']}/"
     wanted = [key.removeprefix(prefix) for key in data if key.startswith(prefix)]
     if not wanted:
         raise NotCovered("no arrays of this case")
     sample = {key.removeprefix("input/"): data[key] for key in data if key.startswith("input/")}
     sample = {key: value for key, value in sample.items() if key == "image" or key in TASKS}
-    if set(wanted) == {"human_parts"}:             # a map without people: nothing but background
-        sample["human_parts"] = np.zeros_like(sample["human_parts"])
+    if set(wanted) == {PARTS}:                     # a map without people: nothing but background
+        sample[PARTS] = np.zeros_like(sample[PARTS])
     got = _apply(entry, sample)
     for key in wanted:
         if key not in got:
             yield Measure(key, uncovered="not a map of this program")
             continue
         want = data[prefix + key]
-        if key == "depth" and entry.get("family") in DEPTH_VOID:
-            want = np.where(want == DEPTH_VOID[entry["family"]], VOID, want)
-        default = 1e-6 if key in ("image", "depth") else 0.0           # depth is divided by the scale factor
+        if (void := OTHER_VOID.get((entry.get("family"), key))) is not None:
+            want = np.where(want == void, VOID, want)
+        default = ROUNDED.get(key, 0.0)
         tolerance = IMAGE_TOLERANCE.get(entry["op"], default) if key == "image" else default
         yield Measure(key, absolute_error(got[key], want), tolerance)
 
 
 def _apply(entry: dict, sample: dict) -> dict:
-    op, tasks = entry["op"], {key: TASKS[key] for key in sample if key != "image"}
+    op, tasks = entry["op"], label_rules(key for key in sample if key != "image")
     if op == "scale":
         return transforms.RandomScale(tasks).apply(sample, entry["scale"])
     if op == "crop":
         top, bottom, left, right = entry["loc"]
-        return transforms.RandomCrop((bottom - top, right - left)).apply(sample, top, left)
+        return transforms.RandomCrop(tasks, (bottom - top, right - left)).apply(sample, top, left)
     if op == "photometric":
         return {"image": _photometric(sample["image"], entry["steps"])}
     if op in ("train pipeline", "val pipeline"):
