@@ -61,6 +61,7 @@ def test_the_distance_is_a_share_of_the_diagonal():
 def test_predictions_are_probabilities():
     assert as_probability(np.array([[0, 51, 255]], np.uint8)).tolist() == [[0, 0.2, 1]]
     assert as_probability(np.array([[0, 1]], np.float32)).dtype == np.float64
+    assert as_probability(np.array([[0.25, 0.5]])).tolist() == [[0.25, 0.5]]           # the limits need not occur
     for wrong, words in ((np.zeros((0, 3)), r"H x W, this one has shape \(0, 3\)"), (np.zeros(3), "H x W"),
                          (np.zeros((2, 2), bool), "not bool"), (np.array([[-0.1, 0.5]]), r"spans -0\.1\.\.0\.5"),
                          (np.array([[0, 1.01]]), r"spans 0\.\.1\.01")):

@@ -69,6 +69,7 @@ def test_cross_entropy_is_pooled_over_the_batch():
     ((0, 0, 1), (1 / 3 * math.log(4 / 3) + 1 / 3 * LN2 + 2 / 3 * math.log(3 / 2)) / 3),     # q = 2/3
     ((0, 1, 255), (1 / 2 * math.log(4 / 3) + 1 / 2 * LN2) / 2),
     ((0, 0, 0), 0.0), ((1, 1, 1), 0.0), ((1, 255, 255), 0.0), ((0, 255, 255), 0.0),         # a single class
+    ((255, 255, 255), 0.0),
 ])
 def test_balanced_cross_entropy(label, loss):
     assert BalancedCrossEntropyLoss()(TWO, pixels(*label)).item() == close(loss)
@@ -87,7 +88,8 @@ def test_a_class_label_has_one_channel(kind):
 
 
 @pytest.mark.parametrize(("logits", "label"), [((2, 3, 4), (2, 3, 4)), ((1, 1, 2, 2, 2), (1, 1, 2, 2, 2)),
-                                               ((1, 1, 2, 3), (1, 1, 2, 2)), ((2, 1, 2, 2), (1, 1, 2, 2))])
+                                               ((1, 1, 2, 3), (1, 1, 2, 2)), ((1, 1, 2, 2), (1, 1, 2, 3)),
+                                               ((2, 1, 2, 2), (1, 1, 2, 2)), ((1, 1, 2, 2), (2, 1, 2, 2))])
 def test_shapes_must_agree(logits, label):
     with pytest.raises(ValueError, match=r"L1Loss: logits .* must be \(B, n, H, W\) and \(B, C, H, W\)"):
         L1Loss()(torch.zeros(logits), torch.zeros(label))
