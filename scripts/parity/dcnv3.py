@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
 from models.build import build_backbone
-from models.ops import dcnv3
-from models.ops.dcnv3 import Kernel
+from models.ops.dcnv3 import Kernel, dcnv3
 from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, below, stored_error, stored_share
 
 OUTPUT, GRADIENT = Bound(stored_error, 1e-9, 2e-5), Bound(stored_share, 1e-9, 5e-5)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from losses.balancing import build_balancing
 from models.model import MultiTaskModel
-from models.ops import selective_scan
-from models.ops.selective_scan import count_scan_flops
+from models.ops.selective_scan import count_scan_flops, selective_scan
 from models.released.mtmamba import convert, recognises
 from scripts.parity import compare
 from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error

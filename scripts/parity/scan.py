@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.ops import selective_scan
 from models.ops.scan_choice import set_scan_backend
+from models.ops.selective_scan import selective_scan
 from models.ops.ss2d import S6Weights, ss2d_core
 from scripts.parity.base import Bound, Check, Folder, Measure, Options, scaled_error
 
