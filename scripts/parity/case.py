@@ -91,9 +91,6 @@ class System:
 
     def checks(self, folder: Folder) -> Iterator[Check]:
         """Every comparison of every case whose files are there, and every model of full size."""
-        for path, name, entry in folder.entries(lambda entry: isinstance(entry.get(self.shapes), dict)):
-            if self.full_size is not None and recognise(entry[self.shapes]) in self.released:
-                yield Check(f"{stem(path)}/{name}", frozenset({path}), lambda _, entry=entry: self.full_size(entry))
         for path, config in folder.tables.items():
             if not (isinstance(config, dict) and self.fits(config)):
                 continue
@@ -103,6 +100,9 @@ class System:
                 found = [case.holding(need) for need in needed]
                 if None not in found:
                     yield Check(f"{stem(path)}/{group}", frozenset({path, *found}), partial(case.compare_by, run))
+        for path, name, entry in folder.entries(lambda entry: isinstance(entry.get(self.shapes), dict)):
+            if self.full_size is not None and recognise(entry[self.shapes]) in self.released:
+                yield Check(f"{stem(path)}/{name}", frozenset({path}), lambda _, entry=entry: self.full_size(entry))
 
     def _held(self, path: Path, names: Iterable[str]) -> list[str]:
         """Names of what a file holds; the weights and the norms of their gradients are one thing each."""
@@ -144,8 +144,7 @@ class Case:
 
     def compare_by(self, run: Callable[["Case"], Iterator[Measure]], options: Options) -> Iterator[Measure]:
         """A comparison in this arithmetic."""
-        if self.system.uses_scan:
-            set_scan_backend(options.scan_backend)
+        set_scan_backend(options.scan_backend if self.system.uses_scan else "auto")
         try:
             yield from run(Case(self.system, self.config, self.files, self.tables, options))
         finally:
