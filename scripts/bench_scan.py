@@ -2,12 +2,11 @@
 
     python scripts/bench_scan.py [--json FILE] [--repeats 10] [--only PART] [--device cuda]
 
-On a CPU, the default (for CUDA see bench_scan_cuda.py):
-
-Contenders take turns, so that a busy machine slows all of them. Times are medians: "ms" by the clock, "CPU ms" what
-the process was given, which other programs disturb less; on one thread of an idle machine they agree, and ratios are
-of CPU time there. Memory is the peak of tensors during the call, results included, inputs not. "usual" is the
-formulation of SS2D in the literature (usual_scan.py), over the same scan kernels, copies included on both sides.
+On a CPU, the default (for CUDA see bench_scan_cuda.py), contenders take turns, so that a busy machine slows all alike.
+Times are medians: "ms" by the clock, "CPU ms" what the process was given, which other programs disturb less; on one
+thread of an idle machine they agree, and ratios are of CPU time there. Memory is the peak of tensors during the call,
+results included, inputs not. "usual" is the formulation of SS2D in the literature (scan_contenders.py), over the same
+scan kernels, copies included on both sides.
 """
 
 import argparse
@@ -25,22 +24,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.blocks.s6 import S6
 from models.build import build_model
 from models.decoders.bim import BIScan
-from models.ops.routes import Route
 from models.ops.scan_choice import set_scan_backend
-from models.ops.selective_scan import scan_routes
 from models.ops.ss2d import ss2d_core
-from scripts.usual_scan import usual_bi_scan, usual_ss2d, usual_ss2d_channels_last
-
-LENGTH, CHANNELS, STATE = 4032, 384, 16  # a map of 56 x 72 cells, or four of 28 x 36
-Row = dict[str, str | float]
+from scripts import scan_contenders as scans
+from scripts.scan_contenders import CHANNELS, PASSES, STATE, Row
 
 
 class Cost(NamedTuple):
@@ -75,61 +68,14 @@ def peak_memory(run: Callable[[], object]) -> float:
     return max(alive, default=0) / 2**20
 
 
-def with_gradients(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    """A run of forward and backward pass."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-
-    def run():
-        y = forward(*leaves)
-        return torch.autograd.grad(y, leaves, torch.ones_like(y))
-    return run
-
-
-def without_gradients(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    return torch.inference_mode()(lambda: forward(*leaves))
-
-
 # ---- one scan ----
-
-def scan_inputs(length: int = LENGTH, channels: int = CHANNELS, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """u, delta, A, B, C, D, delta_bias of `scan_routes`, in the range a trained block has."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    A = -torch.arange(1, STATE + 1) * torch.exp(0.3 * draw(1, channels, STATE))
-    return [x.to(dtype) for x in (draw(1, length, 1, channels), draw(1, length, 1, channels), A,
-                                  draw(1, length, 1, STATE), draw(1, length, 1, STATE), draw(1, channels),
-                                  draw(1, channels) - 4)]
-
-
-def scan_with(backend: str) -> Callable[..., Tensor]:
-    def forward(u, delta, A, B, C, D, bias):
-        return scan_routes(u, delta, A, B, C, [Route(1, u.shape[1])], D, bias, True, backend=backend)
-    return forward
-
-
-def parallel_scan() -> Callable[..., Tensor] | None:
-    """The scan by the package mambapy (MIT), where it is installed."""
-    try:
-        from mambapy.pscan import pscan
-    except ImportError:
-        return None
-
-    def forward(u, delta, A, B, C, D, bias):
-        u, step, B, C = u[:, :, 0], F.softplus(delta[:, :, 0] + bias), B[:, :, 0], C[:, :, 0]
-        states = pscan(torch.exp(step[..., None] * A[0]), (step * u)[..., None] * B[:, :, None])  # (B, L, D, N)
-        return ((states @ C[..., None]).squeeze(-1) + D * u).unsqueeze(2)
-    return forward
-
 
 def bench_one_scan(repeats: int) -> list[Row]:
     """One scan of 4032 tokens, 384 channels, 16 states, float32, one thread."""
-    contenders = {"recurrence": scan_with("reference"), "torch (chunked)": scan_with("torch"),
-                  "mambapy": parallel_scan(), "cpp": scan_with("cpp")}
-    inputs, rows = scan_inputs(), []
-    for name, prepare in (("forward", without_gradients), ("forward + backward", with_gradients)):
+    contenders = {"recurrence": scans.scan_with("reference"), "torch (chunked)": scans.scan_with("torch"),
+                  "mambapy": scans.parallel_scan(), "cpp": scans.scan_with("cpp")}
+    inputs, rows = scans.scan_inputs(), []
+    for name, prepare in PASSES.items():
         found = measure({key: prepare(f, inputs) for key, f in contenders.items() if f}, repeats)
         rows += [_row(f"scan, {name}", key, cost, found["cpp"]) for key, cost in found.items()]
         if contenders["mambapy"] is None:
@@ -140,9 +86,9 @@ def bench_one_scan(repeats: int) -> list[Row]:
 def bench_threads(repeats: int) -> list[Row]:
     """The compiled kernels on one and on two threads, by the clock. The matrix product is a control: where it does not
     run twice as fast, the second core was busy otherwise."""
-    rows, inputs, matrix = [], scan_inputs(), torch.randn(1000, 1000)
-    runs = {"matrix product": lambda: matrix @ matrix, "forward": without_gradients(scan_with("cpp"), inputs),
-            "forward + backward": with_gradients(scan_with("cpp"), inputs)}
+    rows, inputs, matrix = [], scans.scan_inputs(), torch.randn(1000, 1000)
+    runs = {"matrix product": lambda: matrix @ matrix,
+            **{name: prepare(scans.scan_with("cpp"), inputs) for name, prepare in PASSES.items()}}
     for name, run in runs.items():
         costs = {}
         for threads in (1, 2):  # one after the other: a change of the number of threads costs milliseconds
@@ -163,11 +109,11 @@ def bench_orders(repeats: int) -> list[Row]:
     feat, tasks = torch.randn(1, 56, 72, 192), torch.randn(1, 4, 28, 36, CHANNELS)
     parts = {
         "SS2D": (feat, list(four.parameters()), {
-            "usual": lambda x, *_: usual_ss2d(x, four.weights),
-            "usual, channels last": lambda x, *_: usual_ss2d_channels_last(x, four.weights),
+            "usual": lambda x, *_: scans.usual_ss2d(x, four.weights),
+            "usual, channels last": lambda x, *_: scans.usual_ss2d_channels_last(x, four.weights),
             "routes": lambda x, *_: ss2d_core(x, four.weights)}),
         "BI-Scan": (tasks, list(bi.parameters()), {
-            "usual": lambda x, *_: usual_bi_scan(bi, x), "routes": lambda x, *_: bi(x)}),
+            "usual": lambda x, *_: scans.usual_bi_scan(bi, x), "routes": lambda x, *_: bi(x)}),
     }
     rows = []
     for what, (x, parameters, contenders) in parts.items():
@@ -205,9 +151,9 @@ def bench_growth(repeats: int) -> list[Row]:
     """Time per token of longer and longer sequences."""
     rows, first = [], {}
     for length in (4096, 16384, 65536, 262144):
-        inputs = scan_inputs(length)
-        for name, prepare in (("forward", without_gradients), ("forward + backward", with_gradients)):
-            cost = measure({"cpp": prepare(scan_with("cpp"), inputs)}, repeats)["cpp"]
+        inputs = scans.scan_inputs(length)
+        for name, prepare in PASSES.items():
+            cost = measure({"cpp": prepare(scans.scan_with("cpp"), inputs)}, repeats)["cpp"]
             nanoseconds = cost.cpu_ms * 1e6 / length
             first.setdefault(name, nanoseconds)
             rows.append({"what": f"growth, {name}", "contender": f"L = {length}", "ms": cost.ms,
@@ -221,11 +167,11 @@ def bench_precision(_: int) -> list[Row]:
     names = ("u", "delta", "A", "B", "C", "D", "delta_bias")
     rows = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        inputs = scan_inputs(1008, 96, dtype)
+        inputs = scans.scan_inputs(1008, 96, dtype)
         results = []
         for precision in (torch.float64, dtype):
             leaves = [x.to(precision).requires_grad_() for x in inputs]
-            y = scan_with("cpp")(*leaves)
+            y = scans.scan_with("cpp")(*leaves)
             results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
         errors = {name: ((a - b.double()).abs().max() / a.abs().max()).item()
                   for name, a, b in zip(("y", *names), *results, strict=True)}

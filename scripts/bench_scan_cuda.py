@@ -23,10 +23,10 @@ from models.ops.scan_choice import set_scan_backend
 from models.ops.scan_mamba import find_mamba_kernel
 from models.ops.scan_triton import find_triton
 from models.ops.ss2d import ss2d_core
-from scripts.bench_scan import Row, scan_inputs, scan_with, with_gradients, without_gradients
-from scripts.usual_scan import usual_bi_scan, usual_ss2d
+from scripts import scan_contenders as scans
+from scripts.scan_contenders import CHANNELS, PASSES, STATE, Row
 
-HEIGHT, WIDTH, CHANNELS, TASKS, STATE = 112, 144, 384, 4, 16  # the finest maps of BIM on NYUD
+HEIGHT, WIDTH, TASKS = 112, 144, 4  # the finest maps of BIM on NYUD
 EXP_ROUNDS = 512
 Contenders = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
 
@@ -82,9 +82,9 @@ def bench_one_scan(repeats: int) -> list[Row]:
     for length in (HEIGHT * WIDTH, TASKS * HEIGHT * WIDTH):
         for dtype in (torch.float32, torch.bfloat16):
             inputs = [x.cuda().to(dtype if i in (0, 1, 3, 4) else torch.float32)
-                      for i, x in enumerate(scan_inputs(length, CHANNELS))]
+                      for i, x in enumerate(scans.scan_inputs(length, CHANNELS))]
             sequence = [x.squeeze(2).mT.contiguous() if x.dim() == 4 else x.squeeze(0) for x in inputs]
-            contenders: Contenders = {"triton": (scan_with("triton"), inputs)}
+            contenders: Contenders = {"triton": (scans.scan_with("triton"), inputs)}
             if kernel := _mamba():
                 contenders["mamba_ssm"] = (lambda u, s, A, B, C, D, bias, f=kernel: f(u, s, A, B.unsqueeze(1),
                                            C.unsqueeze(1), D, None, bias, True), sequence)
@@ -104,13 +104,13 @@ def bench_orders(repeats: int) -> list[Row]:
         x = torch.randn(batch, HEIGHT, WIDTH, CHANNELS, device="cuda")
         feat = torch.randn(batch, TASKS, HEIGHT, WIDTH, CHANNELS, device="cuda")
         parts = {"SS2D": (x, four, lambda x, *_: ss2d_core(x, four.weights),
-                          lambda x, *_: usual_ss2d(x, four.weights, kernel)),
-                 "BI-Scan": (feat, bi, lambda x, *_: bi(x), lambda x, *_: usual_bi_scan(bi, x, kernel))}
+                          lambda x, *_: scans.usual_ss2d(x, four.weights, kernel)),
+                 "BI-Scan": (feat, bi, lambda x, *_: bi(x), lambda x, *_: scans.usual_bi_scan(bi, x, kernel))}
         for what, (given, module, ours, usual) in parts.items():
             inputs = [given, *module.parameters()]
             contenders = {"triton, routes": (ours, inputs)} | ({"mamba_ssm, usual": (usual, inputs)} if kernel else {})
-            scans = given[..., 0].numel() * CHANNELS * STATE * (4 if what == "SS2D" else 2)
-            rows += _compare(f"{what}, batch {batch}", contenders, repeats, scans, _bytes([given] * 2))
+            exponentials = given[..., 0].numel() * CHANNELS * STATE * (4 if what == "SS2D" else 2)
+            rows += _compare(f"{what}, batch {batch}", contenders, repeats, exponentials, _bytes([given] * 2))
     set_scan_backend("auto")
     return rows
 
@@ -122,7 +122,7 @@ def _compare(what: str, contenders: Contenders, repeats: int, exponentials: int,
     """Rows of both directions; "floor": the larger of the time to move inputs and results once, and to take the
     exponentials of the recurrence once (three times with gradients), at the card's measured rates."""
     rows = []
-    for name, prepare, passes in (("forward", without_gradients, 1), ("forward + backward", with_gradients, 3)):
+    for (name, prepare), passes in zip(PASSES.items(), (1, 3), strict=True):
         found = {key: measure(prepare(f, inputs), repeats) for key, (f, inputs) in contenders.items()}
         ours = found[next(iter(found))]
         floor = max(passes * moved / ceilings()["TB/s copied"], passes * exponentials / ceilings()["T exp/s"]) / 1e9

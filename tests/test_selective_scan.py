@@ -244,10 +244,10 @@ def test_half_inputs_are_scanned_in_float32_also_under_autocast(backend):
     device = device_of(backend)
     half = random_inputs(length=200, dtype=torch.bfloat16)
     half = {name: tensor.to(device) for name, tensor in half.items()}
-    floats, doubles = ({k: v.to(dtype) for k, v in half.items()} for dtype in (torch.float32, torch.float64))
+    floats, doubles = ({name: x.to(dtype) for name, x in half.items()} for dtype in (torch.float32, torch.float64))
     y_exact = selective_scan(**doubles, delta_softplus=True, backend="reference")
     with torch.autocast(device, dtype=torch.bfloat16):
-        leaves = {k: v.clone().requires_grad_() for k, v in half.items()}
+        leaves = {name: x.clone().requires_grad_() for name, x in half.items()}
         y = selective_scan(**leaves, delta_softplus=True, backend=backend)
         with torch.no_grad():
             _, state = selective_scan(**half, delta_softplus=True, return_last_state=True, backend=backend)

@@ -61,7 +61,7 @@ def load_extension(name: str, sources: Sequence[Path]) -> tuple[ModuleType | Non
                     return None, reason
         return _load(tagged, folder / f"{tagged}.so", is_module), ""
     except (OSError, ImportError) as error:
-        return None, f"no usable library in {folder}: {_first_line(error)}"
+        return None, f"no usable library in {folder}: {first_line(error)}"
 
 
 def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) -> str:
@@ -141,8 +141,9 @@ def _processor() -> str:
 
 def _compiler_error(error: RuntimeError) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line and "Error building" not in line), _first_line(error))
+    return next((line for line in lines if "error" in line and "Error building" not in line), first_line(error))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message, or its type: for a log line that says why something cannot run."""
     return (str(error).splitlines() or [type(error).__name__])[0]

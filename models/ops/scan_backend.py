@@ -20,7 +20,12 @@ class ScanNeeds(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The two directions of the scan, for the operator `mtdp::scan`; the shapes are in `models.ops.scan_op`."""
+    """The two directions of the scan, for the operator `mtdp::scan`.
+
+    forward(args, keep_chunk_states): y like u, the last state (B, K, E, N), and the states (chunks, B, K, N, E) before
+        each chunk of tokens, or (0,) where they are not to be kept.
+    backward(args, chunk_states, grad_y, grad_last): the gradients of u, delta, A, B, C, D, delta_bias.
+    """
 
     forward: Callable[[ScanArgs, bool], tuple[Tensor, Tensor, Tensor]]
     backward: Callable[[ScanArgs, Tensor, Tensor, Tensor], tuple[Tensor, ...]]

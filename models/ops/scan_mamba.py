@@ -13,6 +13,7 @@ from torch import Tensor
 from models.ops.routes import from_sequences, to_sequences
 from models.ops.scan_args import ScanArgs
 from models.ops.scan_backend import ScanBackend, ScanNeeds
+from utils.extension import first_line
 
 
 @functools.cache
@@ -25,9 +26,9 @@ def find_mamba_kernel(device: str = "cuda") -> tuple[Callable | None, str]:
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError as error:
-        return None, f"mamba_ssm cannot be imported: {_first_line(error)}"
+        return None, f"mamba_ssm cannot be imported: {first_line(error)}"
     except OSError as error:
-        return None, f"the mamba_ssm library does not load: {_first_line(error)}"
+        return None, f"the mamba_ssm library does not load: {first_line(error)}"
     if device == "cuda" and not torch.cuda.is_available():
         return None, "mamba_ssm is installed but no CUDA device is available"
     try:
@@ -36,7 +37,7 @@ def find_mamba_kernel(device: str = "cuda") -> tuple[Callable | None, str]:
         probe = selective_scan_fn(sequence, sequence, -matrix, B, C)
         float(probe.sum())  # a kernel built for another GPU fails here, at the first wait
     except RuntimeError as error:
-        return None, f"the mamba_ssm probe call failed: {_first_line(error)}"
+        return None, f"the mamba_ssm probe call failed: {first_line(error)}"
     return selective_scan_fn, "mamba_ssm is installed and its probe call works"
 
 
@@ -63,10 +64,6 @@ def mamba_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     per_route = (len(args.routes), -1)
     y = from_sequences(y.unflatten(1, per_route), args.routes, args.shared)
     return y.to(out_dtype), last_state.unflatten(1, per_route)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 MAMBA_SSM = ScanBackend(mamba_refusal, scan=mamba_scan, fastest_on=("cuda",))

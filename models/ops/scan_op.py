@@ -5,10 +5,7 @@ meta-device counting and torch.utils.flop_counter all see one node where a scan 
 to the channels inside, so that only the former are kept for the backward pass. Which backend's kernels run ("cpp",
 "triton" or "torch") is an argument, decided by the caller. Routes travel as a flat list, four integers each.
 
-Axes: B batch, P tokens, K routes, E channels, N state, R rank of the step size. What a backend's kernels return:
-    forward(args, keep_chunk_states): y like u; the last state (B, K, E, N); the states before each chunk of tokens,
-        (chunks, B, K, N, E), or (0,) where they are not to be kept.
-    backward(args, chunk_states, grad_y, grad_last): the gradients of u, delta, A, B, C, D, delta_bias.
+Axes: B batch, P tokens, K routes, E channels, N state, R rank of the step size.
 """
 
 import torch

@@ -18,6 +18,7 @@ from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs
 from models.ops.scan_backend import Kernels, ScanBackend, ScanNeeds
 from models.ops.scan_torch import torch_backward, torch_forward
+from utils.extension import first_line
 
 CHUNK_TOKENS = 32  # a GPU wants few launches
 MAX_STATE = 64
@@ -90,7 +91,7 @@ def find_triton(device: str) -> str | None:
     try:
         _kernels()
     except ImportError as error:
-        return f"triton cannot be imported: {_first_line(error)}"
+        return f"triton cannot be imported: {first_line(error)}"
     if _interpreted():
         return None
     if device != "cuda":
@@ -100,7 +101,7 @@ def find_triton(device: str) -> str | None:
     try:
         return _probe()
     except Exception as error:  # compilers fail in many ways; whichever it was, it is said
-        return f"the triton probe call failed: {type(error).__name__}: {_first_line(error)}"
+        return f"the triton probe call failed: {type(error).__name__}: {first_line(error)}"
 
 
 def triton_refusal(needs: ScanNeeds) -> str | None:
@@ -283,10 +284,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 TRITON = ScanBackend(triton_refusal, Kernels(triton_forward, triton_backward, lambda device: CHUNK_TOKENS),
