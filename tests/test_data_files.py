@@ -80,7 +80,8 @@ def test_every_way_of_being_damaged_is_one_sentence(tmp_path, monkeypatch, error
         read_rgb(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("read", [read_rgb, lambda path: read_depth(path, "m"), lambda path: read_uint8(path, 1)])
+@pytest.mark.parametrize("read", [read_rgb, lambda path: read_depth(path, "m"), lambda path: read_uint8(path, 1),
+                                  lambda path: read_mat(path, "anno")])
 @pytest.mark.parametrize("name", ["absent.png", "absent.npy"])
 def test_an_absent_file_is_not_found(tmp_path, read, name):
     with pytest.raises(FileNotFoundError, match=f"^file not found: .*{name}$"):

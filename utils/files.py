@@ -93,7 +93,7 @@ def read_uint8(path: Path, channels: int) -> np.ndarray:
     if mode == "1":
         pixels = pixels.astype(np.uint8) * 255
     found = 1 if pixels.ndim == 2 else pixels.shape[2]
-    if pixels.dtype != np.uint8 and mode != "1" or found != channels:
+    if pixels.dtype != np.uint8 or found != channels:
         raise ValueError(f"{path}: expected {channels} channel(s) of 8 bits, "
                          f"found {found} of {pixels.dtype} (mode {mode})")
     return pixels
@@ -135,7 +135,7 @@ def read_mat(path: Path, variable: str) -> Any:
     from scipy.io import loadmat  # slow to import, and only PASCAL-Context has such files
     from scipy.io.matlab import MatReadError
     try:
-        content = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=[variable])
+        content = loadmat(str(path), squeeze_me=True, struct_as_record=False, variable_names=[variable])
     except FileNotFoundError:
         raise FileNotFoundError(f"file not found: {path}") from None
     except (OSError, ValueError, TypeError, MatReadError, NotImplementedError) as error:

@@ -33,9 +33,9 @@ class Table(dict):
 
     def find(self, name: Any) -> str:
         """The entry's own name for any spelling of it; an unknown one is a ValueError with the nearest and all."""
-        spellings = {key.lower(): key for key in self} | {key.lower(): own for key, own in self.aliases.items()}
         if name in self:
             return name
+        spellings = {key.lower(): key for key in self} | {key.lower(): own for key, own in self.aliases.items()}
         if str(name).lower() in spellings:
             return spellings[str(name).lower()]
         hint = nearest(name, [*self, *self.aliases])

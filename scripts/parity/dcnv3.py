@@ -94,8 +94,8 @@ def _block(c: dict) -> nn.Module:
 def _backbone(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Measure]:
     """Maps, and gradients of sum_i mean(map_i * R_i)."""
     names = ("depths", "groups", "offset_scale", "post_norm", "layer_scale", "mlp_ratio", "drop_path_rate")
-    backbone = build_backbone("internimage", c["input_shape"][-2:], embed_dim=c["channels"],
-                              **{name: c[name] for name in names})
+    backbone = build_backbone("internimage", tuple(c["input_shape"][-2:]),
+                              {"embed_dim": c["channels"], **{name: c[name] for name in names}})
     backbone.load_state_dict(backbone.convert_state_dict(below(data, "state.")))
     backbone.to(options.device, options.dtype)
     image = _leaf(data["input"], options)
