@@ -1,7 +1,7 @@
-"""Light on surfaces: a ceiling lamp with soft shadows, daylight and ambient light without, corners a little
-darker.
+"""Light on surfaces: a ceiling lamp with soft shadows, daylight and ambient light without, corners a little darker.
 
-All vectors are in camera coordinates; colours are linear RGB, float32, (3, N)."""
+All vectors are in camera coordinates; colours are linear RGB, float32, (3, N).
+"""
 
 import numpy as np
 
@@ -12,32 +12,27 @@ from scripts.example_data.texture import colours
 LAMP, DAY, SKY = 1.5, 0.22, 0.42  # strengths of lamp, daylight and ambient light
 
 
-def surfaces(
-    scene: Scene, points: np.ndarray, index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normals (3, N), base colours (3, N), gloss and glow (2, N) at points (3, N) on the solids `index`
-    (N,)."""
+def surfaces(scene: Scene, points: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Normals (3, N), base colours (3, N), gloss and glow (2, N) at points (3, N) on the solids `index` (N,)."""
     normals, base = np.zeros_like(points), np.zeros_like(points)
     finish = np.zeros((2, points.shape[1]), np.float32)
     order = np.argsort(index, kind="stable")
     values, starts = np.unique(index[order], return_index=True)
     for value, pixels in zip(values, np.split(order, starts[1:]), strict=True):
         solid = scene.solids[value]
-        material = solid.material
         normals[:, pixels], position, inner = solid.surface(points[:, pixels])
         radius = 0.0 if solid.kind == "box" else float(np.linalg.norm(solid.axes[:, 0]))
-        base[:, pixels] = colours(material, position, inner, radius)
-        finish[:, pixels] = np.array([[material.gloss], [material.glow]])
+        base[:, pixels] = colours(solid.material, position, inner, radius)
+        finish[:, pixels] = np.array([[solid.material.gloss], [solid.material.glow]])
     return normals, base, finish
 
 
-def shade(
-    scene: Scene, points: np.ndarray, index: np.ndarray, share_lamps: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def shade(scene: Scene, points: np.ndarray, index: np.ndarray,
+          share_lamps: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Colour (3, N) and unit normal (3, N) of visible points (3, N) on the solids `index` (N,).
 
-    share_lamps: the points come in one run per point of the lamp, and each run is lit by its own point only;
-    for samples of one pixel that are averaged later.
+    share_lamps: the points come in one run per point of the lamp, and each run is lit by its own point only; for
+    samples of one pixel that are averaged later.
     """
     normals, base, (gloss, glow) = surfaces(scene, points, index)
     up = scene.up.astype(np.float32)[:, None]
@@ -61,9 +56,8 @@ def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lam
     return total * (LAMP if share_lamps else LAMP / len(scene.lamps))
 
 
-def _one_lamp(
-    scene: Scene, lamp: np.ndarray, frame: np.ndarray, points: np.ndarray, normals: np.ndarray
-) -> np.ndarray:
+def _one_lamp(scene: Scene, lamp: np.ndarray, frame: np.ndarray, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """Diffuse light and highlight (2, N) from the point `lamp` (3,); `frame` as for geometry.lit."""
     towards = lamp.astype(np.float32)[:, None] - points
     square = dot(towards, towards)
     towards = towards / np.sqrt(square)
