@@ -3,9 +3,7 @@
 Wall things are placed at a pose whose origin is on the floor at the foot of the wall, with +z into the room.
 """
 
-import numpy as np
-
-from scripts.example_data.stage import Pose, Stage
+from scripts.example_data.stage import WORLD, Pose, Stage
 
 WALLS = [(0.86, 0.82, 0.74), (0.78, 0.83, 0.84), (0.85, 0.77, 0.72), (0.8, 0.84, 0.76), (0.9, 0.88, 0.86)]
 FLOORS = {   # pattern -> its two colours and cell
@@ -27,7 +25,6 @@ def shell(stage: Stage, width: float, depth: float, height: float) -> None:
     ceiling = stage.plain((0.95, 0.95, 0.94), vary=0.01)
     middle, t = -depth / 2, THICK
     wide, tall, deep = width + 2 * t, height + 2 * t, depth + 2 * t    # overlapping: no ray slips through a seam
-    room = Pose(np.zeros(3))
     for name, centre, size, material in (
         ("floor", (0, -t / 2, middle), (wide, t, deep), floor),
         ("ceiling", (0, height + t / 2, middle), (wide, t, deep), ceiling),
@@ -36,13 +33,13 @@ def shell(stage: Stage, width: float, depth: float, height: float) -> None:
         ("wall", (-width / 2 - t / 2, height / 2, middle), (t, tall, deep), paper),
         ("wall", (width / 2 + t / 2, height / 2, middle), (t, tall, deep), paper),
     ):
-        stage.thing(name, room).box(centre, size, material, casts_shadow=False)
+        stage.thing(name, WORLD).box(centre, size, material, casts_shadow=False)
 
 
 def ceiling_lamp(stage: Stage, x: float, z: float, height: float) -> None:
     """A round lamp under the ceiling."""
     glass = stage.plain((0.97, 0.95, 0.88), vary=0.01, glow=0.8)
-    stage.thing("lamp", Pose(np.array([x, height, z]))).post((0, -0.05, 0), 0.22, 0.1, glass, casts_shadow=False)
+    stage.thing("lamp", WORLD.at(x, height, z)).post((0, -0.05, 0), 0.22, 0.1, glass, casts_shadow=False)
 
 
 def door(stage: Stage, pose: Pose, height: float) -> None:
@@ -50,11 +47,9 @@ def door(stage: Stage, pose: Pose, height: float) -> None:
     tone = stage.pick([(0.93, 0.92, 0.9), (0.52, 0.33, 0.2)])
     thing, wood, frame = stage.thing("door", pose), stage.wood(tone), stage.plain(0.9 * tone, vary=0.02)
     thing.box((0, height / 2, 0.02), (0.85, height, 0.04), wood)
-    for x in (-0.45, 0.45):
-        thing.box((x, height / 2, 0.03), (0.08, height, 0.06), frame)
+    thing.box(((-0.45, 0.45), height / 2, 0.03), (0.08, height, 0.06), frame)
     thing.box((0, height + 0.04, 0.03), (0.98, 0.08, 0.06), frame)
-    for y in (0.28, 0.72):
-        thing.box((0, y * height, 0.045), (0.5, 0.34 * height, 0.015), frame)
+    thing.box((0, (0.28 * height, 0.72 * height), 0.045), (0.5, 0.34 * height, 0.015), frame)
     thing.box((0.33, 0.48 * height, 0.07), (0.12, 0.025, 0.03), stage.metal())
 
 
@@ -65,10 +60,8 @@ def window(stage: Stage, pose: Pose, width: float, height: float) -> None:
     sky = stage.material("sky", (0.86, 0.92, 0.97), (0.4, 0.63, 0.92), (height, height), 0.03, shift=shift, glow=0.85)
     stage.thing("glass", pose).box((0, base + height / 2, 0.01), (width, height, 0.02), sky)
     thing, frame = stage.thing("window", pose), stage.plain((0.95, 0.95, 0.94), vary=0.02)
-    for x in (-width / 2, 0.0, width / 2):
-        thing.box((x, base + height / 2, 0.03), (0.06, height + 0.06, 0.06), frame)
-    for y in (0.0, 0.6 * height, height):
-        thing.box((0, base + y, 0.03), (width, 0.06, 0.055), frame)
+    thing.box(((-width / 2, 0, width / 2), base + height / 2, 0.03), (0.06, height + 0.06, 0.06), frame)
+    thing.box((0, (base, base + 0.6 * height, base + height), 0.03), (width, 0.06, 0.055), frame)
     thing.box((0, base - 0.04, 0.07), (width + 0.12, 0.03, 0.14), frame)
     dressing = rng.choice(["curtain", "curtain", "blinds", "none"])
     if dressing == "curtain":
@@ -118,5 +111,4 @@ def bag(stage: Stage, pose: Pose) -> None:
     thing.ball((0, 0.17, 0), (0.22, 0.17, 0.13), cloth)
     for z in (-0.05, 0.05):
         thing.box((0, 0.36, z), (0.2, 0.02, 0.02), cloth)
-        for x in (-0.09, 0.09):
-            thing.box((x, 0.32, z), (0.02, 0.1, 0.02), cloth)
+        thing.box(((-0.09, 0.09), 0.32, z), (0.02, 0.1, 0.02), cloth)

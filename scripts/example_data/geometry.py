@@ -6,6 +6,7 @@ in the plane before that point each solid covers a bounding rectangle, and only 
 float32 with one row per component: points and directions are (3, N).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -152,18 +153,18 @@ def bounds(solids: list[Solid], origin: np.ndarray, frame: np.ndarray) -> np.nda
     return np.where(ahead[:, None], rectangles, (-np.inf, np.inf, -np.inf, np.inf)).astype(np.float32)
 
 
-class Fan:
-    """Rays from one point, sorted by u so that the rays inside a rectangle are found without looking at all."""
+def meetings(solids: list[Solid], origin: np.ndarray, frame: np.ndarray, rays: np.ndarray) -> Iterator:
+    """Every solid with its index and the indices of the rays that may meet it: those inside its rectangle.
 
-    def __init__(self, u: np.ndarray, v: np.ndarray):
-        self.order = np.argsort(u, kind="stable")
-        self.u, self.v = u[self.order], v[self.order]
-
-    def inside(self, rectangle: np.ndarray) -> np.ndarray:
-        """Indices of the rays within u0, u1, v0, v1."""
-        first, last = np.searchsorted(self.u, rectangle[0]), np.searchsorted(self.u, rectangle[1], "right")
-        v = self.v[first:last]
-        return self.order[first:last][(v >= rectangle[2]) & (v <= rectangle[3])]
+    rays: (3, N) directions from `origin` in `frame`, before it (z < 0).
+    """
+    order = np.argsort(rays[0] / -rays[2], kind="stable")    # by u: the rays inside are found without looking at all
+    u, v = rays[:2, order] / -rays[2, order]
+    for i, (u0, u1, v0, v1) in enumerate(bounds(solids, origin, frame)):
+        first, last = np.searchsorted(u, u0), np.searchsorted(u, u1, "right")
+        inside = order[first:last][(v[first:last] >= v0) & (v[first:last] <= v1)]
+        if inside.size:
+            yield i, solids[i], inside
 
 
 def first_hit(solids: list[Solid], directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,14 +175,10 @@ def first_hit(solids: list[Solid], directions: np.ndarray) -> tuple[np.ndarray, 
     origin = np.zeros(3)
     best = np.full(directions.shape[1], np.inf, np.float32)
     index = np.full(directions.shape[1], -1, np.int32)
-    fan = Fan(directions[0], directions[1])
-    for i, (solid, rectangle) in enumerate(zip(solids, bounds(solids, origin, np.eye(3)), strict=True)):
-        rays = fan.inside(rectangle)
-        if rays.size:
-            t = solid.enter(origin, directions[:, rays])
-            closer = t < best[rays]
-            rays = rays[closer]
-            best[rays], index[rays] = t[closer], i
+    for i, solid, rays in meetings(solids, origin, np.eye(3), directions):
+        t = solid.enter(origin, directions[:, rays])
+        closer = t < best[rays]
+        best[rays[closer]], index[rays[closer]] = t[closer], i
     return best, index
 
 
@@ -193,14 +190,12 @@ def lit(solids: list[Solid], light: np.ndarray, frame: np.ndarray, points: np.nd
     """
     solids = [solid for solid in solids if solid.casts_shadow]
     to_point = points - light.astype(np.float32)[:, None]
-    x, y, z = rows(frame, to_point)
-    clear = np.ones(x.shape, bool)
-    below = np.flatnonzero(-z > NEAR)
-    fan = Fan(x[below] / -z[below], y[below] / -z[below])
-    for solid, rectangle in zip(solids, bounds(solids, light, frame), strict=True):
-        rays = below[fan.inside(rectangle)]
+    turned = rows(frame, to_point)
+    clear = np.ones(points.shape[1], bool)
+    below = np.flatnonzero(-turned[2] > NEAR)
+    for _, solid, rays in meetings(solids, light, frame, turned[:, below]):
+        rays = below[rays]
         rays = rays[clear[rays]]
-        if rays.size:
-            t = solid.enter(light, to_point[:, rays])
-            clear[rays[t < 0.997]] = False  # 0.3 % short of the point, so that no surface shades itself
+        t = solid.enter(light, to_point[:, rays])
+        clear[rays[t < 0.997]] = False  # 0.3 % short of the point, so that no surface shades itself
     return clear

@@ -5,7 +5,6 @@ poses; each limb is a tapered cylinder between two joint balls. Front = +z, up =
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,44 +17,35 @@ HAIRS = [(0.12, 0.09, 0.08), (0.35, 0.22, 0.12), (0.78, 0.62, 0.35), (0.5, 0.5, 
 SHIRTS = [(0.85, 0.2, 0.2), (0.2, 0.4, 0.8), (0.95, 0.95, 0.95), (0.15, 0.6, 0.4), (0.95, 0.75, 0.2), (0.6, 0.3, 0.65)]
 TROUSERS = [(0.2, 0.26, 0.42), (0.25, 0.25, 0.27), (0.55, 0.48, 0.35), (0.35, 0.2, 0.2)]
 SHOES = [(0.1, 0.1, 0.1), (0.9, 0.9, 0.9), (0.45, 0.25, 0.15)]
-POSES = ("stand", "walk", "one_arm", "both_arms", "reach")
 SIGN = {"l": 1, "r": -1}    # side of the figure -> direction of x
 
 
-class Joint(NamedTuple):
-    """Angles of an arm or a leg in radians."""
+# Angles of arms and legs, in radians: swing forward, spread outward, bend of the elbow or knee. l and r are the
+# figure's left and right; 1 and 2 are one of them and the other, at random.
+REST = {"larm": (0.05, 0.18, 0.25), "rarm": (0.05, 0.18, 0.25), "lleg": (0, 0.07, 0.06), "rleg": (0, 0.07, 0.06)}
+POSTURES = {
+    "stand": {},
+    "walk": {"1leg": (0.5, 0.04, 0.15), "2leg": (-0.4, 0.04, 0.35), "1arm": (-0.5, 0.12, 0.4), "2arm": (0.55, 0.12, 0.6)},
+    "one_arm": {"1arm": (0.0, 2.5, 0.25)},
+    "both_arms": {"larm": (0.1, 2.45, 0.3), "rarm": (0.1, 2.45, 0.3)},
+    "reach": {"1arm": (1.35, 0.25, 0.2), "2arm": (0.2, 0.55, 1.5)},
+    "sit": {"lleg": (1.48, 0.16, 1.45), "rleg": (1.48, 0.16, 1.45), "larm": (0.5, 0.22, 0.9), "rarm": (0.5, 0.22, 0.9)},
+}
 
-    swing: float        # forward
-    spread: float       # outward
-    bend: float         # of the elbow or knee
 
+def posture(kind: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Angles (3,) of l/r + arm/leg in one of POSTURES, each a little different every time."""
 
-def posture(kind: str, rng: np.random.Generator) -> dict[str, Joint]:
-    """Joint angles of one of POSES or "sit"; keys l/r + arm/leg."""
+    def varied(angles: dict) -> dict:
+        return {limb: np.array(usual) + rng.uniform(-0.12, 0.12, 3) * (1, 0.6, 1) for limb, usual in angles.items()}
 
-    def about(swing: float, spread: float, bend: float) -> Joint:
-        return Joint(*(np.array([swing, spread, bend]) + rng.uniform(-0.12, 0.12, 3) * (1, 0.6, 1)))
-
-    rest = {side + "arm": about(0.05, 0.18, 0.25) for side in "lr"}
-    rest |= {side + "leg": about(0, 0.07, 0.06) for side in "lr"}
-    side, other = rng.permutation(["l", "r"])
-    if kind == "walk":
-        return {side + "leg": about(0.5, 0.04, 0.15), other + "leg": about(-0.4, 0.04, 0.35),
-                side + "arm": about(-0.5, 0.12, 0.4), other + "arm": about(0.55, 0.12, 0.6)}
-    if kind == "one_arm":
-        return rest | {side + "arm": about(0.0, 2.5, 0.25)}
-    if kind == "both_arms":
-        return rest | {s + "arm": about(0.1, 2.45, 0.3) for s in "lr"}
-    if kind == "reach":
-        return rest | {side + "arm": about(1.35, 0.25, 0.2), other + "arm": about(0.2, 0.55, 1.5)}
-    if kind == "sit":
-        legs = {s + "leg": about(1.48, 0.16, 1.45) for s in "lr"}
-        return legs | {s + "arm": about(0.5, 0.22, 0.9) for s in "lr"}
-    return rest
+    rest = varied(REST)
+    sides = dict(zip("12", rng.permutation(["l", "r"]), strict=True))
+    return rest | {sides.get(limb[0], limb[0]) + limb[1:]: angles for limb, angles in varied(POSTURES[kind]).items()}
 
 
 def person(stage: Stage, pose: Pose, kind: str, height: float) -> None:
-    """One figure of `height` metres in pose `kind`; pose.origin is on the floor, or on the seat for "sit"."""
+    """One figure of `height` metres, `kind` of POSTURES; pose.origin is on the floor, or on the seat for "sit"."""
     rng = stage.rng
     joints = posture(kind, rng)
     figure = Figure(stage.thing("person", pose), height / 1.75)
@@ -93,7 +83,7 @@ class Figure:
         self.thing.ball(centre, np.array(radii) * self.scale, material, turn, part=part)
 
     def limb(self, start, end, radii: tuple[float, float], material: Material, part: str, lower: bool = False) -> None:
-        """A tapered cylinder from `start` to `end` (3,) with joint balls; a `lower` limb leaves the first to the upper."""
+        """A tapered cylinder from `start` to `end` with joint balls; a `lower` limb leaves the first to the upper."""
         foot, top = (radius * self.scale for radius in radii)
         along = end - start
         length = np.linalg.norm(along)
@@ -106,10 +96,11 @@ class Figure:
             self.thing.ball(start, (foot,) * 3, material, part=part)
         self.thing.ball(end, (top,) * 3, material, part=part)
 
-    def leg_points(self, angles: Joint, sign: int) -> list[np.ndarray]:
+    def leg_points(self, angles: np.ndarray, sign: int) -> list[np.ndarray]:
         """Hip, knee, ankle and toe relative to the middle of the hips, each (3,)."""
-        thigh = rotation("z", sign * angles.spread) @ rotation("x", -angles.swing)
-        shin = thigh @ rotation("x", angles.bend)
+        swing, spread, bend = angles
+        thigh = rotation("z", sign * spread) @ rotation("x", -swing)
+        shin = thigh @ rotation("x", bend)
         hip = self.point(0, UPRIGHT, sign * 0.09, -0.02, 0)
         knee = self.point(hip, thigh, 0, -0.43, 0)
         ankle = self.point(knee, shin, 0, -0.42, 0)
@@ -129,10 +120,10 @@ class Figure:
         self.ball(self.point(hips, turn, 0, 0.43, 0), (0.19, 0.115, 0.125), shirt, "torso", turn)
         self.ball(self.point(hips, turn, 0, 0.54, 0), (0.05, 0.09, 0.052), skin, "neck", turn)
 
-    def draw_arm(self, side: str, angles: Joint, hips, trunk, upper: Material, lower: Material, skin: Material) -> None:
-        sign = SIGN[side]
-        turn = trunk @ rotation("z", sign * angles.spread) @ rotation("x", -angles.swing)
-        fold = turn @ rotation("x", -angles.bend)
+    def draw_arm(self, side: str, angles, hips, trunk, upper: Material, lower: Material, skin: Material) -> None:
+        sign, (swing, spread, bend) = SIGN[side], angles
+        turn = trunk @ rotation("z", sign * spread) @ rotation("x", -swing)
+        fold = turn @ rotation("x", -bend)
         shoulder = self.point(hips, trunk, sign * 0.195, 0.455, 0)
         elbow = self.point(shoulder, turn, 0, -0.27, 0)
         wrist = self.point(elbow, fold, 0, -0.24, 0)
@@ -159,38 +150,30 @@ class Figure:
             ball((0, 0.0, -0.018), (0.094, 0.135, 0.098), hair, "hair")
 
 
-class Animal(NamedTuple):
-    """What tells a cat from a dog."""
-
-    size: float                                 # factor of all lengths
-    tones: list[tuple[float, float, float]]
-    pattern: str
-    snout: float                                # half its length, metres
-    nose: float                                 # metres in front of the middle
-
-
-PETS = {"cat": Animal(0.62, [(0.85, 0.55, 0.25), (0.3, 0.3, 0.32)], "stripes", 0.04, 0.49),
-        "dog": Animal(1.0, [(0.65, 0.45, 0.25), (0.9, 0.85, 0.75)], "noise", 0.1, 0.54)}
+PETS = {    # size, colours and pattern of the fur, half the length of the snout, place of the nose in front of the middle
+    "cat": (0.62, [(0.85, 0.55, 0.25), (0.3, 0.3, 0.32)], "stripes", 0.04, 0.49),
+    "dog": (1.0, [(0.65, 0.45, 0.25), (0.9, 0.85, 0.75)], "noise", 0.1, 0.54),
+}
 
 
 def pet(stage: Stage, pose: Pose, name: str) -> None:
     """A standing cat or dog; pose.origin on the floor under its middle."""
-    thing, animal = stage.thing(name, pose), PETS[name]
-    tone = stage.pick(animal.tones)
-    fur = stage.material(animal.pattern, tone, 0.75 * tone, (0.07, 0.07), 0.04)
+    thing, (size, tones, pattern, snout, nose) = stage.thing(name, pose), PETS[name]
+    tone = stage.pick(tones)
+    fur = stage.material(pattern, tone, 0.75 * tone, (0.07, 0.07), 0.04)
     dark = stage.plain((0.1, 0.08, 0.08), vary=0.02)
 
     def ball(centre, radii, material: Material = fur, turn: np.ndarray = UPRIGHT) -> None:
-        thing.ball(np.array(centre) * animal.size, np.array(radii) * animal.size, material, turn)
+        thing.ball(np.array(centre) * size, np.array(radii) * size, material, turn)
 
     ball((0, 0.36, 0), (0.12, 0.13, 0.3))                       # body
     ball((0, 0.42, 0.2), (0.11, 0.14, 0.13))                    # chest
     for x in (-0.07, 0.07):
         for z in (-0.2, 0.2):
-            thing.post(np.array((x, 0.15, z)) * animal.size, 0.035 * animal.size, 0.3 * animal.size, fur)
+            thing.post(np.array((x, 0.15, z)) * size, 0.035 * size, 0.3 * size, fur)
         ball((x, 0.72, 0.3), (0.03, 0.07, 0.025))               # ear
         ball((0.6 * x, 0.64, 0.42), (0.015,) * 3, dark)         # eye
     ball((0, 0.6, 0.33), (0.1, 0.1, 0.11))                      # head
-    ball((0, 0.56, 0.45), (0.05, 0.045, animal.snout))
-    ball((0, 0.58, animal.nose), (0.02,) * 3, dark)
+    ball((0, 0.56, 0.45), (0.05, 0.045, snout))
+    ball((0, 0.58, nose), (0.02,) * 3, dark)
     ball((0, 0.5, -0.38), (0.03, 0.03, 0.2), fur, rotation("x", -0.7))      # tail

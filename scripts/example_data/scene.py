@@ -12,7 +12,7 @@ import numpy as np
 from scripts.example_data import fittings, human, small
 from scripts.example_data.furniture import CHAIR_COLOURS, FURNITURE, chair, table
 from scripts.example_data.geometry import Solid, rotation
-from scripts.example_data.stage import Pose, Stage
+from scripts.example_data.stage import UPRIGHT, WORLD, Pose, Stage
 
 # What may stand along the walls, by theme; earlier ones are tried first on the wall that the camera faces.
 THEMES = {
@@ -27,8 +27,8 @@ SMALL_THINGS = (    # what may stand anywhere: chance, edge in metres of the squ
     (0.3, 0.35, fittings.ball),
     (0.25, 0.5, fittings.bag),
     (0.3, 0.45, partial(small.carton, edge=0.45)),
-    (0.25, 0.5, partial(small.plant, size=FURNITURE["plant"].size)),
-    (0.3, 0.5, partial(chair, size=FURNITURE["chair"].size)),
+    (0.25, 0.5, partial(small.plant, width=0.6, depth=0.6, height=1.2)),
+    (0.3, 0.5, partial(chair, width=0.46, depth=0.48, height=0.92)),
 )
 LOW = 1.0  # metres: above furniture lower than this a wall can carry pictures and windows
 
@@ -42,28 +42,12 @@ class Scene:
 
     solids: list[Solid]
     names: list[str]                        # label name per instance
-    up: np.ndarray                          # (3,), the world's y axis
     lamps: np.ndarray                       # (S, 3), points of the ceiling lamp
     daylight: np.ndarray                    # (3,), direction to the brightest window
-    tint: np.ndarray                        # (3,), colour of the light
-    exposure: float                         # factor
+    brightness: np.ndarray                  # (3,), factors of the colours: tint of the light times exposure
     size_m: tuple[float, float, float]      # width, depth and height of the room
     to_world: np.ndarray                    # (3, 3): world point = to_world @ point + eye
     eye: np.ndarray                         # (3,), metres
-
-
-@dataclass(frozen=True)
-class Wall:
-    """One wall, as seen from inside the room."""
-
-    start: np.ndarray       # (3,), foot of its left end
-    yaw: float              # radians
-    length: float           # metres
-
-    def pose(self, along: float, off: float = 0.0) -> Pose:
-        """Pose `along` metres from the left end and `off` metres from the wall, facing the room."""
-        turn = rotation("y", self.yaw)
-        return Pose(self.start + turn @ np.array([along, 0.0, off]), turn)
 
 
 class Room(Stage):
@@ -98,11 +82,11 @@ class Room(Stage):
         x, _, z = self.to_world.T @ (point - self.eye)
         return nearest < -z < farthest and abs(x) < side * -z
 
-    def spot(self, nearest: float, farthest: float, side: float = 0.45) -> np.ndarray:
-        """A random point (3,) of the floor at a depth of `nearest`..`farthest` metres."""
+    def spot(self, nearest: float, farthest: float, side: float = 0.45) -> Pose:
+        """A random place on the floor at a depth of `nearest`..`farthest` metres."""
         ahead = self.rng.uniform(nearest, farthest)
         forward = rotation("y", self.yaw) @ np.array([self.rng.uniform(-side, side) * ahead, 0, -ahead])
-        return (self.eye + forward) * (1, 0, 1)
+        return Pose((self.eye + forward) * (1, 0, 1), UPRIGHT)
 
 
 def build_scene(rng: np.random.Generator, style: str) -> Scene:
@@ -111,14 +95,11 @@ def build_scene(rng: np.random.Generator, style: str) -> Scene:
     fittings.shell(room, room.width, room.depth, room.height)
     lamp = np.array([rng.uniform(-0.2, 0.2) * room.width, room.height, -rng.uniform(0.35, 0.65) * room.depth])
     fittings.ceiling_lamp(room, lamp[0], lamp[2], room.height)
-    walls = [
-        Wall(np.array([-room.width / 2, 0, -room.depth]), 0.0, room.width),
-        Wall(np.array([-room.width / 2, 0, 0]), np.pi / 2, room.depth),
-        Wall(np.array([room.width / 2, 0, -room.depth]), -np.pi / 2, room.depth),
-    ]
     theme = THEMES[str(rng.choice(list(THEMES)))]
-    for wall, share in zip(walls, (1.0, 0.8, 0.8), strict=True):
-        _furnish(room, wall, theme, share)
+    left, right, back = -room.width / 2, room.width / 2, -room.depth
+    _furnish(room, WORLD.at(left, 0, back), room.width, theme, 1.0, first=0.7)
+    _furnish(room, WORLD.at(left, 0, 0, np.pi / 2), room.depth, theme, 0.8)
+    _furnish(room, WORLD.at(right, 0, back, -np.pi / 2), room.depth, theme, 0.8)
     if rng.random() < 0.65:
         _table_set(room)
     chance, most = PEOPLE[style]
@@ -129,35 +110,40 @@ def build_scene(rng: np.random.Generator, style: str) -> Scene:
     return _finish(room, lamp)
 
 
-def _furnish(room: Room, wall: Wall, theme: tuple[str, ...], share: float) -> None:
-    """Furniture from left to right along one wall, and what hangs above it or between it."""
+def _furnish(room: Room, wall: Pose, length: float, theme: tuple[str, ...], share: float, first: float = 0.0) -> None:
+    """Furniture from left to right along one wall, and what hangs above it or between it.
+
+    wall: the foot of its left end as seen from the room, facing the room. share: chance that a place is furnished;
+    first: that the first of the theme comes first.
+    """
     rng, along = room.rng, room.rng.uniform(0.05, 0.4)
     menu = list(rng.permutation(theme)) * 2
-    if wall.yaw == 0 and rng.random() < 0.7:
+    if first and rng.random() < first:
         menu = [theme[0], *menu]
-    while along < wall.length - 0.6:
+    while along < length - 0.6:
         if rng.random() > share or not menu:
-            _hang(room, wall, along, along + 1.1)
+            _hang(room, wall, length, along, along + 1.1)
             along += 1.2
             continue
         name = menu.pop(0)
-        width, depth, height = np.array(FURNITURE[name].size) * rng.uniform(0.92, 1.1)
-        pose = wall.pose(along + width / 2, depth / 2 + 0.03)
+        build, size = FURNITURE[name]
+        width, depth, height = np.array(size) * rng.uniform(0.92, 1.1)
+        pose = wall.at(along + width / 2, 0, depth / 2 + 0.03)
         tall_and_near = height > 1.2 and pose.origin[2] > -2.2
-        if along + width > wall.length or tall_and_near or not room.claim(pose, width, depth + 0.04):
+        if along + width > length or tall_and_near or not room.claim(pose, width, depth + 0.04):
             along += 0.25
             continue
-        FURNITURE[name].build(room, pose, (width, depth, height))
+        build(room, pose, width, depth, height)
         if height < LOW:
-            _hang(room, wall, along, along + width, furnished=True)
+            _hang(room, wall, length, along, along + width, furnished=True)
         along += width + rng.choice([0.04, 0.1, rng.uniform(0.2, 1.0)])
 
 
-def _hang(room: Room, wall: Wall, start: float, end: float, furnished: bool = False) -> None:
-    """A door, window, picture or whiteboard on the stretch start..end (metres) of a wall; no door where furnished."""
+def _hang(room: Room, wall: Pose, length: float, start: float, end: float, furnished: bool = False) -> None:
+    """A door, window, picture or whiteboard on the stretch start..end of a wall's length; no door where furnished."""
     rng, middle = room.rng, (start + end) / 2
-    pose, span = wall.pose(middle), end - start
-    if middle + 0.6 > wall.length or middle < 0.6 or span < 0.6:
+    pose, span = wall.at(middle, 0, 0), end - start
+    if middle + 0.6 > length or middle < 0.6 or span < 0.6:
         return
     kind = str(rng.choice(["window", "window", "picture", "picture", "whiteboard", "door", "none"]))
     if kind == "door" and not furnished and room.claim(pose.at(0, 0, 0.05), 1.0, 0.1):
@@ -174,22 +160,21 @@ def _table_set(room: Room) -> None:
     """A table in the middle of the room with chairs round it, often on a rug."""
     rng = room.rng
     name = str(rng.choice(["table", "table", "low_table"]))
-    size = np.array(FURNITURE[name].size) * rng.uniform(0.9, 1.1)
-    width, depth, _ = size
+    width, depth, height = np.array(FURNITURE[name][1]) * rng.uniform(0.9, 1.1)
     for _ in range(30):
-        pose = Pose.on_floor(*room.spot(2.2, 4.2, 0.35)[[0, 2]], rng.uniform(-0.4, 0.4))
+        pose = room.spot(2.2, 4.2, 0.35).at(0, 0, 0, rng.uniform(-0.4, 0.4))
         if room.claim(pose, width, depth, clear=1.5):
             break
     else:
         return
-    table(room, pose, size)
+    table(room, pose, width, depth, height)
     if rng.random() < 0.6:
         fittings.rug(room, pose, width + 1.0, depth + 0.9)
     colours = [room.pick(CHAIR_COLOURS)]
     for x, z, yaw in ((0, -1, 0.0), (0, 1, np.pi), (-1, 0, np.pi / 2), (1, 0, -np.pi / 2)):
         place = pose.at(x * (width / 2 + 0.28), 0, z * (depth / 2 + 0.28), yaw + rng.uniform(-0.3, 0.3))
         if name == "table" and rng.random() < 0.75 and room.claim(place, 0.36, 0.36):
-            chair(room, place, FURNITURE["chair"].size, colours)
+            chair(room, place, *FURNITURE["chair"][1], colours)
 
 
 def _add_person(room: Room) -> None:
@@ -201,12 +186,12 @@ def _add_person(room: Room) -> None:
         human.person(room, seat, "sit", height)
         return
     for _ in range(60):
-        point = room.spot(2.0, 3.8)
-        towards_camera = np.arctan2(room.eye[0] - point[0], room.eye[2] - point[2])
-        pose = Pose.on_floor(point[0], point[2], towards_camera + rng.normal(0, 0.8))
+        place = room.spot(2.0, 3.8)
+        x, _, z = room.eye - place.origin
+        pose = place.at(0, 0, 0, np.arctan2(x, z) + rng.normal(0, 0.8))    # more or less towards the camera
         if room.claim(pose, 0.42, 0.42):
-            kind = str(rng.choice(human.POSES, p=(0.3, 0.3, 0.15, 0.1, 0.15)))
-            human.person(room, pose, kind, height)
+            kind = rng.choice(["stand", "walk", "one_arm", "both_arms", "reach"], p=(0.3, 0.3, 0.15, 0.1, 0.15))
+            human.person(room, pose, str(kind), height)
             return
 
 
@@ -216,8 +201,7 @@ def _small_things(room: Room) -> None:
     for chance, edge, build in SMALL_THINGS:
         if rng.random() > chance:
             continue
-        point = room.spot(1.8, 4.0)
-        pose = Pose.on_floor(point[0], point[2], rng.uniform(-np.pi, np.pi))
+        pose = room.spot(1.8, 4.0).at(0, 0, 0, rng.uniform(-np.pi, np.pi))
         if room.claim(pose, edge, edge):
             build(room, pose)
 
@@ -232,11 +216,9 @@ def _finish(room: Room, lamp: np.ndarray) -> Scene:
     return Scene(
         solids=[solid.moved(to_camera, room.eye) for solid in room.solids],
         names=room.names,
-        up=to_camera[:, 1],
         lamps=lamps,
         daylight=to_camera @ (sun / np.linalg.norm(sun)),
-        tint=np.array([1 + warmth, 1.0, 1 - warmth]),
-        exposure=rng.uniform(0.85, 1.15),
+        brightness=rng.uniform(0.85, 1.15) * np.array([1 + warmth, 1.0, 1 - warmth]),
         size_m=(room.width, room.depth, room.height),
         to_world=room.to_world,
         eye=room.eye,

@@ -35,13 +35,13 @@ def shade(scene: Scene, points: np.ndarray, index: np.ndarray,
     samples of one pixel that are averaged later.
     """
     normals, base, (gloss, glow) = surfaces(scene, points, index)
-    up = scene.up.astype(np.float32)[:, None]
+    up = scene.to_world[1].astype(np.float32)[:, None]
     ambient = SKY * (0.86 + 0.14 * dot(normals, up)) * _openness(scene, points, normals)
     day = DAY * np.maximum(dot(normals, scene.daylight.astype(np.float32)[:, None]), 0)
     lamp, shine = _lamp_light(scene, points, normals, share_lamps)
     light = ambient + day + lamp
     colour = base * light * (1 - glow) + base * glow * 1.15 + gloss * shine
-    return colour * (scene.exposure * scene.tint).astype(np.float32)[:, None], normals
+    return colour * scene.brightness.astype(np.float32)[:, None], normals
 
 
 def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lamps: bool) -> np.ndarray:
@@ -49,26 +49,19 @@ def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lam
     x, y, z = scene.to_world
     frame = np.stack([x, -z, y])  # (3, 3): a right-handed frame seen from the camera whose third axis is up
     total = np.zeros((2, points.shape[1]), np.float32)
-    runs = np.array_split(np.arange(points.shape[1]), len(scene.lamps)) if share_lamps else None
-    for i, lamp in enumerate(scene.lamps):
-        run = runs[i] if share_lamps else slice(None)
-        total[:, run] += _one_lamp(scene, lamp, frame, points[:, run], normals[:, run])
-    return total * (LAMP if share_lamps else LAMP / len(scene.lamps))
-
-
-def _one_lamp(scene: Scene, lamp: np.ndarray, frame: np.ndarray, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """Diffuse light and highlight (2, N) from the point `lamp` (3,); `frame` as for geometry.lit."""
-    towards = lamp.astype(np.float32)[:, None] - points
-    square = dot(towards, towards)
-    towards = towards / np.sqrt(square)
-    facing = dot(normals, towards)
-    front = np.flatnonzero(facing > 0)
-    seen = front[lit(scene.solids, lamp, frame, points[:, front])]
-    half = unit(towards[:, seen] + unit(-points[:, seen]))
-    highlight = np.maximum(dot(half, normals[:, seen]), 0) ** 64
-    light = np.zeros((2, points.shape[1]), np.float32)
-    light[:, seen] = np.stack([facing[seen], highlight]) / (1 + 0.16 * square[seen])
-    return light
+    everywhere, number = np.arange(points.shape[1]), len(scene.lamps)
+    runs = np.array_split(everywhere, number) if share_lamps else [everywhere] * number
+    for lamp, run in zip(scene.lamps, runs, strict=True):
+        towards = lamp.astype(np.float32)[:, None] - points[:, run]
+        square = dot(towards, towards)
+        towards = towards / np.sqrt(square)
+        facing = dot(normals[:, run], towards)
+        front = np.flatnonzero(facing > 0)
+        seen = front[lit(scene.solids, lamp, frame, points[:, run[front]])]
+        half = unit(towards[:, seen] + unit(-points[:, run[seen]]))
+        highlight = np.maximum(dot(half, normals[:, run[seen]]), 0) ** 64
+        total[:, run[seen]] += np.stack([facing[seen], highlight]) / (1 + 0.16 * square[seen])
+    return total * (LAMP if share_lamps else LAMP / number)
 
 
 def _openness(scene: Scene, points: np.ndarray, normals: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def on_top(stage: Stage, pose: Pose) -> None:
         if stage.rng.random() < 0.4:
             bottle(stage, pose.at(0.12, 0, 0.05))
     elif kind == "plant":
-        plant(stage, pose, (0.2, 0.2, stage.rng.uniform(0.32, 0.45)))
+        plant(stage, pose, 0.2, 0.2, stage.rng.uniform(0.32, 0.45))
     elif kind == "lamp":
         table_lamp(stage, pose)
     elif kind == "vase":
@@ -69,9 +69,9 @@ def table_lamp(stage: Stage, pose: Pose) -> None:
     thing.post((0, 0.31, 0), 0.13, 0.18, stage.plain((0.97, 0.88, 0.64), vary=0.03, glow=0.55), taper=0.6)
 
 
-def plant(stage: Stage, pose: Pose, size) -> None:
-    """A pot, a stem and a crown of leaves; only the height of `size` matters."""
-    rng, height = stage.rng, size[2]
+def plant(stage: Stage, pose: Pose, width: float, depth: float, height: float) -> None:
+    """A pot, a stem and a crown of leaves; all their sizes come from the height."""
+    rng = stage.rng
     thing, green = stage.thing("plant", pose), stage.pick(LEAF_GREENS)
     pot = stage.plain(stage.pick([(0.72, 0.38, 0.24), (0.88, 0.86, 0.82)]), gloss=0.15)
     pot_height, radius = 0.28 * height, 0.15 * height

@@ -1,6 +1,8 @@
 """The small vocabulary in which furniture and people are written: a stage, things on it, poses and materials."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,21 +13,18 @@ from scripts.example_data.texture import Material
 UPRIGHT = np.eye(3)
 
 
-@dataclass(frozen=True)
-class Pose:
+class Pose(NamedTuple):
     """Where a thing stands: origin (3,) in metres, rotation (3, 3) from its own frame (front = +z, up = +y)."""
 
     origin: np.ndarray
-    rotation: np.ndarray = field(default_factory=lambda: UPRIGHT)
-
-    @classmethod
-    def on_floor(cls, x: float, z: float, yaw: float = 0.0) -> "Pose":
-        """Standing on the floor, turned by `yaw` radians (z towards x)."""
-        return cls(np.array([x, 0.0, z]), rotation("y", yaw))
+    rotation: np.ndarray
 
     def at(self, x: float, y: float, z: float, yaw: float = 0.0) -> "Pose":
-        """A pose given relative to this one."""
+        """A pose given relative to this one; yaw in radians, z towards x."""
         return Pose(self.origin + self.rotation @ np.array([x, y, z]), self.rotation @ rotation("y", yaw))
+
+
+WORLD = Pose(np.zeros(3), UPRIGHT)
 
 
 class Stage:
@@ -81,7 +80,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Thing:
-    """Adds solids to one instance. Sizes and positions are metres in the thing's own frame."""
+    """Adds solids to one instance. Sizes and positions are metres in the thing's own frame; where a coordinate of a
+    centre is a tuple or list, there is one solid at each of its values.
+    """
 
     stage: Stage
     instance: int
@@ -104,6 +105,7 @@ class Thing:
 
         Options are those of `Solid`: taper, casts_shadow.
         """
-        centre = self.pose.origin + self.pose.rotation @ np.asarray(centre, np.float64)
         number = PART_NAMES.index(part) + 1 if part else 0
-        self.stage.solids.append(Solid(kind, centre, self.pose.rotation @ axes, material, self.instance, number, **options))
+        for place in product(*(c if isinstance(c, (tuple, list)) else [c] for c in centre)):
+            middle, turned = self.pose.at(*place).origin, self.pose.rotation @ axes
+            self.stage.solids.append(Solid(kind, middle, turned, material, self.instance, number, **options))
