@@ -36,12 +36,6 @@ def shell(stage: Stage, width: float, depth: float, height: float) -> None:
         stage.thing(name, WORLD).box(centre, size, material, casts_shadow=False)
 
 
-def ceiling_lamp(stage: Stage, x: float, z: float, height: float) -> None:
-    """A round lamp under the ceiling."""
-    glass = stage.plain((0.97, 0.95, 0.88), vary=0.01, glow=0.8)
-    stage.thing("lamp", WORLD.at(x, height, z)).post((0, -0.05, 0), 0.22, 0.1, glass, casts_shadow=False)
-
-
 def door(stage: Stage, pose: Pose, height: float) -> None:
     """Frame, two-panel leaf, handle; 0.95 m wide."""
     tone = stage.pick([(0.93, 0.92, 0.9), (0.52, 0.33, 0.2)])

@@ -139,28 +139,24 @@ def _cylinder_normal(local: np.ndarray, taper: float) -> np.ndarray:
     return np.where(cap, lid, side).astype(np.float32)
 
 
-def bounds(solids: list[Solid], origin: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Rectangles (S, 4) = u0, u1, v0, v1 that hold the solids' pictures seen from `origin` along -z of `frame`."""
-    axes = np.stack([solid.axes for solid in solids])
+def meetings(solids: list[Solid], origin: np.ndarray, frame: np.ndarray, rays: np.ndarray) -> Iterator:
+    """Every solid with its index and the indices of the rays that may meet it: those inside the rectangle that holds
+    its picture, seen from `origin` along -z of `frame`.
+
+    rays: (3, N) directions from `origin` in `frame`, z < 0.
+    """
     centres = np.stack([solid.centre for solid in solids]) - origin
-    corners = (centres[:, :, None] + axes @ CORNERS).transpose(1, 0, 2).reshape(3, -1)    # (S, 3, 8) -> (3, S*8)
+    corners = centres[:, :, None] + np.stack([solid.axes for solid in solids]) @ CORNERS    # (S, 3, 8)
+    corners = corners.transpose(1, 0, 2).reshape(3, -1)    # (S, 3, 8) -> (3, S*8)
     x, y, z = np.einsum("ij,jn->in", frame, corners).reshape(3, len(solids), 8)
-    ahead = (-z).min(1) > NEAR
+    ahead = (-z).min(1) > NEAR    # one that reaches behind the eye has no finite rectangle
     z = np.where(ahead[:, None], z, -1)
     u, v = x / -z, y / -z
     rectangles = np.stack([u.min(1), u.max(1), v.min(1), v.max(1)], axis=1)
-    # One that reaches behind the eye has no finite rectangle.
-    return np.where(ahead[:, None], rectangles, (-np.inf, np.inf, -np.inf, np.inf)).astype(np.float32)
-
-
-def meetings(solids: list[Solid], origin: np.ndarray, frame: np.ndarray, rays: np.ndarray) -> Iterator:
-    """Every solid with its index and the indices of the rays that may meet it: those inside its rectangle.
-
-    rays: (3, N) directions from `origin` in `frame`, before it (z < 0).
-    """
+    rectangles = np.where(ahead[:, None], rectangles, (-np.inf, np.inf, -np.inf, np.inf)).astype(np.float32)
     order = np.argsort(rays[0] / -rays[2], kind="stable")    # by u: the rays inside are found without looking at all
     u, v = rays[:2, order] / -rays[2, order]
-    for i, (u0, u1, v0, v1) in enumerate(bounds(solids, origin, frame)):
+    for i, (u0, u1, v0, v1) in enumerate(rectangles):
         first, last = np.searchsorted(u, u0), np.searchsorted(u, u1, "right")
         inside = order[first:last][(v[first:last] >= v0) & (v[first:last] <= v1)]
         if inside.size:

@@ -22,7 +22,7 @@ class Layout:
     style: str                      # key of scene.PEOPLE
     lists: str                      # folder of train.txt and val.txt
     id_format: str                  # number 1, 2, ... -> id of an image
-    contents: Mapping[str, Callable[[Rendered], object]]    # file, {} = id -> what is saved there
+    contents: Mapping[str, Callable[[Rendered, str], object]]    # file, {} = id -> what is saved there
 
     def image_id(self, number: int) -> str:
         """Id of image `number` (1, 2, ...)."""
@@ -33,22 +33,16 @@ class Layout:
         return [file.format(self.image_id(number)) for file in self.contents]
 
     def save(self, folder: Path, number: int, rendered: Rendered) -> None:
-        """Write all files of image `number`; their folders exist."""
+        """Write all files of image `number`, in the formats of their suffixes; their folders exist."""
         for file, content in zip(self.files(number), self.contents.values(), strict=True):
-            _save(folder / file, content(rendered))
-
-
-def _save(path: Path, content: object) -> None:
-    """An array, a picture or, for .mat, a list of objects or a dict of variables, in the format of the suffix."""
-    if path.suffix == ".npy":
-        np.save(path, content)
-    elif path.suffix != ".mat":
-        picture = content if isinstance(content, Image.Image) else Image.fromarray(content)
-        picture.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
-    elif isinstance(content, dict):
-        _save_mat(path, content)
-    else:
-        save_parts(path, path.stem, content)
+            path, found = folder / file, content(rendered, self.image_id(number))
+            if path.suffix == ".mat":
+                _save_mat(path, found)
+            elif path.suffix == ".npy":
+                np.save(path, found)
+            else:
+                picture = found if isinstance(found, Image.Image) else Image.fromarray(found)
+                picture.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
 
 
 def _save_mat(path: Path, variables: dict) -> None:
@@ -58,43 +52,34 @@ def _save_mat(path: Path, variables: dict) -> None:
     path.write_bytes(MAT_HEADER.ljust(116) + buffer.getvalue()[116:])
 
 
-def encode_normals(rendered: Rendered) -> np.ndarray:
+def encode_normals(rendered: Rendered, image_id: str) -> np.ndarray:
     """Unit normals (H, W, 3) to 8 bit, component = 2 * v / 255 - 1."""
     return np.rint((rendered.normals + 1) * 127.5).astype(np.uint8)
 
 
-def indexed_semseg(rendered: Rendered) -> Image.Image:
+def indexed_semseg(rendered: Rendered, image_id: str) -> Image.Image:
     """The VOC classes as a picture with a palette, as the originals are."""
     indexed = Image.fromarray(rendered.pascal_semseg, mode="P")
     indexed.putpalette(np.random.default_rng(0).integers(60, 256, 21 * 3, np.uint8).tobytes())
     return indexed
 
 
-def pascal_objects(rendered: Rendered) -> list[dict]:
-    """Visible things of the 20 PASCAL classes, as save_parts takes them."""
+def annotation(rendered: Rendered, image_id: str) -> dict[str, np.ndarray]:
+    """A PASCAL-Part file: struct `anno` with imname and objects, each with class, class_ind, mask and parts.
+
+    The objects are the visible things of the 20 PASCAL classes; parts may be empty, else part_name and mask.
+    """
     objects = []
     for instance in np.unique(rendered.instances):
         class_id = LABELS[rendered.names[instance]].pascal
         if class_id:
             mask = rendered.instances == instance
-            visible = np.unique(rendered.part_names[mask])
-            parts = {PART_NAMES[part - 1]: mask & (rendered.part_names == part) for part in visible if part}
-            objects.append({"class_id": class_id, "mask": mask, "parts": parts})
-    return objects
-
-
-def save_parts(path: Path, image_id: str, objects: list[dict]) -> None:
-    """A PASCAL-Part file: struct `anno` with imname and objects, each with class, class_ind, mask and parts.
-
-    objects: dicts with class_id (1..20), mask (H, W) bool, parts: dict part name -> mask (H, W) bool, may be empty.
-    """
-    rows = []
-    for item in objects:
-        parts = [(part, mask.astype(np.uint8)) for part, mask in item["parts"].items()]
-        rows.append((VOC_NAMES[item["class_id"]], np.uint8(item["class_id"]), item["mask"].astype(np.uint8),
-                     _struct(("part_name", "mask"), parts) if parts else np.zeros((0, 0))))
-    stored = _struct(("class", "class_ind", "mask", "parts"), rows)
-    _save_mat(path, {"anno": _struct(("imname", "objects"), [(image_id, stored)])})
+            parts = [(PART_NAMES[part - 1], (mask & (rendered.part_names == part)).astype(np.uint8))
+                     for part in np.unique(rendered.part_names[mask]) if part]
+            objects.append((VOC_NAMES[class_id], np.uint8(class_id), mask.astype(np.uint8),
+                            _struct(("part_name", "mask"), parts) if parts else np.zeros((0, 0))))
+    stored = _struct(("class", "class_ind", "mask", "parts"), objects)
+    return {"anno": _struct(("imname", "objects"), [(image_id, stored)])}
 
 
 def _struct(fields: tuple[str, ...], rows: list[tuple]) -> np.ndarray:
@@ -107,18 +92,18 @@ def _struct(fields: tuple[str, ...], rows: list[tuple]) -> np.ndarray:
 
 LAYOUTS = {
     "NYUDv2": Layout("nyud", "gt_sets", "{:04d}", {
-        "images/{}.png": lambda rendered: rendered.image,
-        "segmentation/{}.png": lambda rendered: rendered.nyud_semseg,
-        "depth/{}.npy": lambda rendered: rendered.depth_m,
+        "images/{}.png": lambda rendered, _: rendered.image,
+        "segmentation/{}.png": lambda rendered, _: rendered.nyud_semseg,
+        "depth/{}.npy": lambda rendered, _: rendered.depth_m,
         "normals/{}.png": encode_normals,
-        "edge/{}.png": lambda rendered: rendered.edge.astype(np.uint8) * 255,
+        "edge/{}.png": lambda rendered, _: rendered.edge.astype(np.uint8) * 255,
     }),
     "PASCALContext": Layout("pascal", "ImageSets/Context", "2008_{:06d}", {
-        "JPEGImages/{}.jpg": lambda rendered: rendered.image,
+        "JPEGImages/{}.jpg": lambda rendered, _: rendered.image,
         "semseg/VOC12/{}.png": indexed_semseg,
-        "human_parts/{}.mat": pascal_objects,
-        "pascal-context/trainval/{}.mat": lambda rendered: {"LabelMap": rendered.label_map},
+        "human_parts/{}.mat": annotation,
+        "pascal-context/trainval/{}.mat": lambda rendered, _: {"LabelMap": rendered.label_map},
         "normals_distill/{}.png": encode_normals,
-        "sal_distill/{}.png": lambda rendered: rendered.saliency,
+        "sal_distill/{}.png": lambda rendered, _: rendered.saliency,
     }),
 }

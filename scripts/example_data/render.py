@@ -70,9 +70,9 @@ def render_scene(seed: int | list[int], size: tuple[int, int], style: str = "nyu
         image=_develop(colour, np.random.default_rng(sensor)),
         depth_m=depth.reshape(size),
         normals=normals,
-        saliency=_saliency(scene.names, maps["instances"]),
+        saliency=_saliency(scene.room.names, maps["instances"]),
         edge=_boundaries(maps["instances"], points, normals),
-        names=scene.names,
+        names=scene.room.names,
         **maps,
     )
 
@@ -115,7 +115,7 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 
 def _label_maps(scene: Scene, index: np.ndarray) -> dict[str, np.ndarray]:
     """Class, instance and part maps (H, W) from the map of solids."""
-    labels = [LABELS[scene.names[solid.instance]] for solid in scene.solids]
+    labels = [LABELS[scene.room.names[solid.instance]] for solid in scene.solids]
     part = np.array([solid.part for solid in scene.solids], np.uint8)[index]
     return {
         "nyud_semseg": np.array([label.nyud for label in labels], np.uint8)[index],

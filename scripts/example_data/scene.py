@@ -30,24 +30,8 @@ SMALL_THINGS = (    # what may stand anywhere: chance, edge in metres of the squ
     (0.25, 0.5, partial(small.plant, width=0.6, depth=0.6, height=1.2)),
     (0.3, 0.5, partial(chair, width=0.46, depth=0.48, height=0.92)),
 )
-LOW = 1.0  # metres: above furniture lower than this a wall can carry pictures and windows
-
-
 PEOPLE = {"nyud": (0.35, 2), "pascal": (0.76, 3)}    # style of the data set -> chance of people, how many at most
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A room as the camera sees it, in camera coordinates: x right, y up, z towards the camera."""
-
-    solids: list[Solid]
-    names: list[str]                        # label name per instance
-    lamps: np.ndarray                       # (S, 3), points of the ceiling lamp
-    daylight: np.ndarray                    # (3,), direction to the brightest window
-    brightness: np.ndarray                  # (3,), factors of the colours: tint of the light times exposure
-    size_m: tuple[float, float, float]      # width, depth and height of the room
-    to_world: np.ndarray                    # (3, 3): world point = to_world @ point + eye
-    eye: np.ndarray                         # (3,), metres
+LOW = 1.0  # metres: above furniture lower than this a wall can carry pictures and windows
 
 
 class Room(Stage):
@@ -89,12 +73,24 @@ class Room(Stage):
         return Pose((self.eye + forward) * (1, 0, 1), UPRIGHT)
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A furnished room in camera coordinates (x right, y up, z towards the camera), and its light."""
+
+    room: Room                  # in its own frame: world point = room.to_world @ point + room.eye
+    solids: list[Solid]
+    lamps: np.ndarray           # (S, 3), points of the ceiling lamp
+    daylight: np.ndarray        # (3,), direction to the brightest window
+    brightness: np.ndarray      # (3,), factors of the colours: tint of the light times exposure
+
+
 def build_scene(rng: np.random.Generator, style: str) -> Scene:
     """Draw a room of `style` ("nyud" or "pascal") from `rng`."""
     room = Room(rng)
     fittings.shell(room, room.width, room.depth, room.height)
     lamp = np.array([rng.uniform(-0.2, 0.2) * room.width, room.height, -rng.uniform(0.35, 0.65) * room.depth])
-    fittings.ceiling_lamp(room, lamp[0], lamp[2], room.height)
+    glass = room.plain((0.97, 0.95, 0.88), vary=0.01, glow=0.8)
+    room.thing("lamp", WORLD.at(*lamp)).post((0, -0.05, 0), 0.22, 0.1, glass, casts_shadow=False)
     theme = THEMES[str(rng.choice(list(THEMES)))]
     left, right, back = -room.width / 2, room.width / 2, -room.depth
     _furnish(room, WORLD.at(left, 0, back), room.width, theme, 1.0, first=0.7)
@@ -214,12 +210,9 @@ def _finish(room: Room, lamp: np.ndarray) -> Scene:
     sun = np.array([rng.choice([-1, 1]) * 0.8, 0.3, rng.uniform(-0.4, 0.6)])
     warmth = rng.uniform(-0.06, 0.08)
     return Scene(
+        room=room,
         solids=[solid.moved(to_camera, room.eye) for solid in room.solids],
-        names=room.names,
         lamps=lamps,
         daylight=to_camera @ (sun / np.linalg.norm(sun)),
         brightness=rng.uniform(0.85, 1.15) * np.array([1 + warmth, 1.0, 1 - warmth]),
-        size_m=(room.width, room.depth, room.height),
-        to_world=room.to_world,
-        eye=room.eye,
     )

@@ -35,7 +35,7 @@ def shade(scene: Scene, points: np.ndarray, index: np.ndarray,
     samples of one pixel that are averaged later.
     """
     normals, base, (gloss, glow) = surfaces(scene, points, index)
-    up = scene.to_world[1].astype(np.float32)[:, None]
+    up = scene.room.to_world[1].astype(np.float32)[:, None]
     ambient = SKY * (0.86 + 0.14 * dot(normals, up)) * _openness(scene, points, normals)
     day = DAY * np.maximum(dot(normals, scene.daylight.astype(np.float32)[:, None]), 0)
     lamp, shine = _lamp_light(scene, points, normals, share_lamps)
@@ -46,7 +46,7 @@ def shade(scene: Scene, points: np.ndarray, index: np.ndarray,
 
 def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lamps: bool) -> np.ndarray:
     """Diffuse light and highlight (2, N), averaged over the points of the lamp."""
-    x, y, z = scene.to_world
+    x, y, z = scene.room.to_world
     frame = np.stack([x, -z, y])  # (3, 3): a right-handed frame seen from the camera whose third axis is up
     total = np.zeros((2, points.shape[1]), np.float32)
     everywhere, number = np.arange(points.shape[1]), len(scene.lamps)
@@ -66,11 +66,11 @@ def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lam
 
 def _openness(scene: Scene, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
     """How much of the room a point sees (N,), 0..1: less within half a metre of walls, floor and ceiling."""
-    width, depth, height = scene.size_m
-    x, y, z = rows(scene.to_world, points) + scene.eye.astype(np.float32)[:, None]
-    facing = np.abs(rows(scene.to_world, normals))
+    room = scene.room
+    x, y, z = rows(room.to_world, points) + room.eye.astype(np.float32)[:, None]
+    facing = np.abs(rows(room.to_world, normals))
     open_ = np.ones_like(x)
-    for distance, along in ((np.minimum(y, height - y), 1), (width / 2 - np.abs(x), 0), (z + depth, 2)):
+    for distance, along in ((np.minimum(y, room.height - y), 1), (room.width / 2 - np.abs(x), 0), (z + room.depth, 2)):
         near = np.clip(1 - distance / 0.5, 0, 1)
         open_ = open_ * (1 - 0.4 * near * near * (1 - facing[along]))  # a wall does not darken itself
     return open_

@@ -107,5 +107,6 @@ class Thing:
         """
         number = PART_NAMES.index(part) + 1 if part else 0
         for place in product(*(c if isinstance(c, (tuple, list)) else [c] for c in centre)):
-            middle, turned = self.pose.at(*place).origin, self.pose.rotation @ axes
+            middle = self.pose.at(*place).origin
+            turned = self.pose.rotation @ axes
             self.stage.solids.append(Solid(kind, middle, turned, material, self.instance, number, **options))

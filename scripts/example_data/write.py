@@ -37,7 +37,7 @@ def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, siz
     _check(wanted, workers)
     if _ready(root, wanted, overwrite):
         return False
-    _write_json(root / PARTIAL, wanted)
+    (root / PARTIAL).write_text(json.dumps(wanted) + "\n")
     for path in _all_files(wanted):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
     jobs = [(layout, number) for layout in LAYOUTS for number in _numbers(wanted)]
@@ -48,8 +48,7 @@ def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, siz
         ids = [f"{layout.image_id(number)}\n" for number in _numbers(wanted)]
         for split, part in (("train", ids[:num_train]), ("val", ids[num_train:])):
             (root / name / layout.lists / f"{split}.txt").write_text("".join(part))
-    _write_json(root / MARKER, wanted)
-    (root / PARTIAL).unlink()
+    os.replace(root / PARTIAL, root / MARKER)
     return True
 
 
@@ -59,7 +58,7 @@ def _check(wanted: dict, workers: int) -> None:
     values = wanted | {"height": wanted["size"][0], "width": wanted["size"][1], "workers": workers}
     for key, (low, high) in RANGES.items():
         if not isinstance(values[key], int) or not low <= values[key] <= high:
-            raise ValueError(f"{key} is {values[key]!r}; the example data set takes a whole number from {low} to {high}")
+            raise ValueError(f"{key} is {values[key]!r}; the example data takes a whole number from {low} to {high}")
 
 
 def _ready(root: Path, wanted: dict, overwrite: bool) -> bool:
@@ -86,7 +85,6 @@ def _ready(root: Path, wanted: dict, overwrite: bool) -> bool:
 
 def _remove(root: Path, found: dict) -> None:
     """Delete the files that a data set with parameters `found` consists of, and the folders that become empty."""
-    (root / MARKER).unlink(missing_ok=True)
     folders = set()
     for path in _all_files(found):
         (root / path).unlink(missing_ok=True)
@@ -115,12 +113,6 @@ def _read_json(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a marker of the example data set; move it away or choose another "
                          "folder") from error
-
-
-def _write_json(path: Path, content: dict) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content) + "\n")
-    os.replace(draft, path)
 
 
 def _spread(function: Callable, jobs: list, workers: int) -> Iterable[None]:
