@@ -7,7 +7,7 @@ every loader, loss, metric and training loop can be tried in minutes on any mach
 write, layouts                      the folders, in parallel and all or nothing; what each file holds
 render, shading                     one scene to an image and its label maps; light on surfaces
 scene                               puts a room together from a seed
-fittings, furniture, small, human   walls and what hangs there; what stands in the room; on the furniture; who lives there
+fittings, furniture, small, human   walls and what hangs there; what stands in the room, on it; who lives there
 stage                               the vocabulary of these four: things, poses, materials
 geometry, texture, labels           solids and rays; procedural colours; classes of a thing in each data set
 """

@@ -4,7 +4,7 @@ A person is a small tree of joints (hips, spine, shoulders, elbows, knees) whose
 poses; each limb is a tapered cylinder between two joint balls. Front = +z, up = +y, the figure's left = +x.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,13 +19,13 @@ TROUSERS = [(0.2, 0.26, 0.42), (0.25, 0.25, 0.27), (0.55, 0.48, 0.35), (0.35, 0.
 SHOES = [(0.1, 0.1, 0.1), (0.9, 0.9, 0.9), (0.45, 0.25, 0.15)]
 SIGN = {"l": 1, "r": -1}    # side of the figure -> direction of x
 
-
 # Angles of arms and legs, in radians: swing forward, spread outward, bend of the elbow or knee. l and r are the
 # figure's left and right; 1 and 2 are one of them and the other, at random.
 REST = {"larm": (0.05, 0.18, 0.25), "rarm": (0.05, 0.18, 0.25), "lleg": (0, 0.07, 0.06), "rleg": (0, 0.07, 0.06)}
 POSTURES = {
     "stand": {},
-    "walk": {"1leg": (0.5, 0.04, 0.15), "2leg": (-0.4, 0.04, 0.35), "1arm": (-0.5, 0.12, 0.4), "2arm": (0.55, 0.12, 0.6)},
+    "walk": {"1leg": (0.5, 0.04, 0.15), "2leg": (-0.4, 0.04, 0.35),
+             "1arm": (-0.5, 0.12, 0.4), "2arm": (0.55, 0.12, 0.6)},
     "one_arm": {"1arm": (0.0, 2.5, 0.25)},
     "both_arms": {"larm": (0.1, 2.45, 0.3), "rarm": (0.1, 2.45, 0.3)},
     "reach": {"1arm": (1.35, 0.25, 0.2), "2arm": (0.2, 0.55, 1.5)},
@@ -67,8 +67,7 @@ def person(stage: Stage, pose: Pose, kind: str, height: float) -> None:
     figure.draw_head(hips, trunk @ rotation("y", rng.uniform(-0.5, 0.5)), skin)
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A person under construction. Lengths are given for a height of 1.75 m and multiplied by `scale`."""
 
     thing: Thing
@@ -107,6 +106,7 @@ class Figure:
         return [hip, knee, ankle, self.point(ankle, rotation("y", sign * 0.2), 0, -0.04, 0.11)]
 
     def draw_leg(self, side: str, points: list[np.ndarray], trousers: Material, shoes: Material) -> None:
+        """The leg through the `points` of leg_points, with its foot."""
         hip, knee, ankle, toe = points
         self.limb(hip, knee, (0.088, 0.062), trousers, side + "uleg")
         self.limb(knee, ankle, (0.06, 0.043), trousers, side + "lleg", lower=True)
@@ -114,6 +114,7 @@ class Figure:
         self.ball(middle, (0.048, 0.045, 0.125), shoes, side + "foot")
 
     def draw_trunk(self, hips, turn, shirt: Material, trousers: Material, skin: Material) -> None:
+        """Hips, chest, shoulders and neck."""
         self.ball(hips, (0.165, 0.12, 0.115), trousers, "torso")
         axes = turn @ np.diag([0.145, 0.2, 0.1]) * self.scale
         self.thing.solid("cylinder", self.point(hips, turn, 0, 0.24, 0), axes, shirt, "torso", taper=1.25)
@@ -121,6 +122,7 @@ class Figure:
         self.ball(self.point(hips, turn, 0, 0.54, 0), (0.05, 0.09, 0.052), skin, "neck", turn)
 
     def draw_arm(self, side: str, angles, hips, trunk, upper: Material, lower: Material, skin: Material) -> None:
+        """Upper and lower arm and the hand."""
         sign, (swing, spread, bend) = SIGN[side], angles
         turn = trunk @ rotation("z", sign * spread) @ rotation("x", -swing)
         fold = turn @ rotation("x", -bend)
@@ -132,6 +134,7 @@ class Figure:
         self.ball(self.point(wrist, fold, 0, -0.06, 0), (0.032, 0.075, 0.042), skin, side + "hand", fold)
 
     def draw_head(self, hips, turn, skin: Material) -> None:
+        """Head, nose, eyes and hair."""
         stage = self.thing.stage
         middle = self.point(hips, UPRIGHT, 0, 0.7, 0.015)
 
@@ -150,7 +153,7 @@ class Figure:
             ball((0, 0.0, -0.018), (0.094, 0.135, 0.098), hair, "hair")
 
 
-PETS = {    # size, colours and pattern of the fur, half the length of the snout, place of the nose in front of the middle
+PETS = {    # size, colours and pattern of the fur, half the length of the snout, z of the nose
     "cat": (0.62, [(0.85, 0.55, 0.25), (0.3, 0.3, 0.32)], "stripes", 0.04, 0.49),
     "dog": (1.0, [(0.65, 0.45, 0.25), (0.9, 0.85, 0.75)], "noise", 0.1, 0.54),
 }

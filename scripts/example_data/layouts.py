@@ -2,8 +2,8 @@
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,8 +15,7 @@ from scripts.example_data.render import Rendered
 MAT_HEADER = b"MATLAB 5.0 MAT-file, example data set"  # scipy's own text holds the time of day
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The folder of one data set."""
 
     style: str                      # key of scene.PEOPLE

@@ -4,8 +4,8 @@ World frame: floor at y = 0, room x in +-width/2 and z in -depth..0; the camera 
 Nothing here knows the size of the picture, so one seed gives one scene at every size.
 """
 
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,8 +73,7 @@ class Room(Stage):
         return Pose((self.eye + forward) * (1, 0, 1), UPRIGHT)
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """A furnished room in camera coordinates (x right, y up, z towards the camera), and its light."""
 
     room: Room                  # in its own frame: world point = room.to_world @ point + room.eye

@@ -1,6 +1,5 @@
 """The small vocabulary in which furniture and people are written: a stage, things on it, poses and materials."""
 
-from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -78,8 +77,7 @@ class Stage:
         return self.plain((0.55, 0.56, 0.58), vary=0.03, gloss=0.5)
 
 
-@dataclass(frozen=True)
-class Thing:
+class Thing(NamedTuple):
     """Adds solids to one instance. Sizes and positions are metres in the thing's own frame; where a coordinate of a
     centre is a tuple or list, there is one solid at each of its values.
     """

@@ -3,7 +3,7 @@
 A texture is a function of the position on a surface in metres, so it does not depend on the picture's size.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,7 @@ import numpy as np
 TABLE = np.random.default_rng(7).random((64, 64), np.float32)
 
 
-@dataclass(frozen=True)
-class Material:
+class Material(NamedTuple):
     """What a surface looks like: a pattern of two colours, and how it shines."""
 
     kind: str                                   # key of MIXES or PAINTINGS

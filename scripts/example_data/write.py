@@ -40,12 +40,12 @@ def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, siz
     (root / PARTIAL).write_text(json.dumps(wanted) + "\n")
     for path in _all_files(wanted):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-    jobs = [(layout, number) for layout in LAYOUTS for number in _numbers(wanted)]
+    jobs = _images(wanted)
     done = _spread(partial(_write_image, root, tuple(size), seed), jobs, workers)
     for _ in tqdm(done, total=len(jobs), unit="image", disable=None if progress else True):
         pass
     for name, layout in LAYOUTS.items():
-        ids = [f"{layout.image_id(number)}\n" for number in _numbers(wanted)]
+        ids = [f"{layout.image_id(number)}\n" for other, number in jobs if other == name]
         for split, part in (("train", ids[:num_train]), ("val", ids[num_train:])):
             (root / name / layout.lists / f"{split}.txt").write_text("".join(part))
     os.replace(root / PARTIAL, root / MARKER)
@@ -94,16 +94,14 @@ def _remove(root: Path, found: dict) -> None:
             (root / folder).rmdir()
 
 
-def _numbers(parameters: dict) -> range:
-    return range(1, parameters["num_train"] + parameters["num_val"] + 1)
+def _images(parameters: dict) -> list[tuple[str, int]]:
+    """Layout and number of every image."""
+    return [(name, i + 1) for name in LAYOUTS for i in range(parameters["num_train"] + parameters["num_val"])]
 
 
 def _all_files(parameters: dict) -> list[str]:
-    files = []
-    for name, layout in LAYOUTS.items():
-        files += [f"{name}/{layout.lists}/{split}.txt" for split in ("train", "val")]
-        files += [f"{name}/{file}" for number in _numbers(parameters) for file in layout.files(number)]
-    return files
+    lists = [f"{name}/{layout.lists}/{split}.txt" for name, layout in LAYOUTS.items() for split in ("train", "val")]
+    return lists + [f"{name}/{file}" for name, number in _images(parameters) for file in LAYOUTS[name].files(number)]
 
 
 def _read_json(path: Path) -> dict:
