@@ -2,21 +2,20 @@
 
     python scripts/convert_checkpoint.py checkpoint.pth.tar invpt_nyud.safetensors
 
-Not needed for `--trained_model`, which takes the original as it is; the new file holds no Python objects and
-no optimiser state, and is read by every safetensors reader.
+Not needed for `--trained_model`, which takes the original as it is; the new file holds no Python objects and no
+optimiser state, and is read by every safetensors reader.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.released import RELEASED, describe, recognise  # noqa: E402
-from utils.engine.checkpoint import atomic_path, convert_released, read_checkpoint  # noqa: E402
+from models.released import RELEASED, describe, recognise
+from scripts.command_line import Command
+from utils.engine.checkpoint import atomic_path, convert_released, read_checkpoint
 
 
 def convert(source: Path, target: Path) -> str:
@@ -37,16 +36,10 @@ def convert(source: Path, target: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 0 on success, 1 with one sentence on failure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="IN", help="released file, e.g. checkpoint.pth.tar")
-    parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
-    args = parser.parse_args(arguments)
-    try:
-        print(convert(args.source, args.target))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    command = Command(__doc__)
+    command.add_argument("source", type=Path, metavar="IN", help="released file, e.g. checkpoint.pth.tar")
+    command.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
+    return command.run(lambda args: print(convert(args.source, args.target)), arguments)
 
 
 if __name__ == "__main__":
