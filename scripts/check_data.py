@@ -136,31 +136,27 @@ def check_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelR
     return problems
 
 
-def check(args) -> int:
+def check(db_root: str, dataset: str, split: str | None, tasks: list[str] | None, limit: int | None) -> int:
     """0 if all is well, 1 with a list of problems otherwise."""
-    spec = DATASETS.load(args.dataset).spec
-    labels = label_rules(args.tasks or spec.tasks)
-    found = [problem for split in ([args.split] if args.split else spec.splits)
-             for problem in check_split(args.dataset, args.db_root, split, labels, args.limit)]
-    if not found:
-        print("no problems found")
-        return 0
-    problems = list(dict.fromkeys(found))
+    spec = DATASETS.load(dataset).spec
+    labels = label_rules(tasks or spec.tasks)
+    problems = list(dict.fromkeys(problem for name in ([split] if split else spec.splits)
+                                  for problem in check_split(dataset, db_root, name, labels, limit)))
     more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-    print(f"{len(problems)} problem(s):", *problems[:MAX_LISTED], *more, sep="\n  ")
-    return 1
+    if problems:
+        print(f"{len(problems)} problem(s):", *problems[:MAX_LISTED], *more, sep="\n  ")
+    else:
+        print("no problems found")
+    return 1 if problems else 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    command = Command(__doc__)
-    add = command.add_argument
-    add("--db_root", required=True, help="holds NYUDv2/, PASCALContext/ or cityscapes/")
-    add("--dataset", required=True, choices=list(DATASETS))
-    add("--split", help="default: all splits")
-    add("--tasks", nargs="+", help="default: all tasks of the data set")
-    add("--limit", type=int, help="examine about this many images per split, evenly spaced")
-    return command.run(check, arguments)
-
+main = Command(__doc__, check, {
+    "--db_root": dict(required=True, help="holds NYUDv2/, PASCALContext/ or cityscapes/"),
+    "--dataset": dict(required=True, choices=list(DATASETS)),
+    "--split": dict(help="default: all splits"),
+    "--tasks": dict(nargs="+", help="default: all tasks of the data set"),
+    "--limit": dict(type=int, help="examine about this many images per split, evenly spaced"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,6 +6,7 @@ The gain over single-task networks is `scripts/delta_m.py`.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,17 +15,13 @@ from scripts.command_line import Command
 from utils.engine.results import format_table, load_results
 
 
-def compare(args) -> None:
+def compare(results: Sequence[str]) -> None:
     """Prints the table in Markdown."""
-    named = [item.rpartition("=") for item in args.results]
+    named = [item.rpartition("=") for item in results]
     print(format_table({name or Path(path).stem: load_results(Path(path)) for name, _, path in named}))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    command = Command(__doc__)
-    command.add_argument("results", nargs="+", metavar="[NAME=]JSON")
-    return command.run(compare, arguments)
-
+main = Command(__doc__, compare, {"results": dict(nargs="+", metavar="[NAME=]JSON")})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,8 +18,8 @@ from scripts.command_line import Command
 from utils.engine.checkpoint import atomic_path, convert_released, read_checkpoint
 
 
-def convert(source: Path, target: Path) -> str:
-    """Writes `target` and returns the sentence that says what it holds."""
+def convert(source: Path, target: Path) -> None:
+    """Writes `target` and says what it holds."""
     if target.suffix != ".safetensors":
         raise ValueError(f"{target} must end in .safetensors, the format that is written")
     original = read_checkpoint(source)["model"]
@@ -30,17 +30,14 @@ def convert(source: Path, target: Path) -> str:
     state, dead = convert_released(original)
     with atomic_path(target) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary)
-    return (f"{source} holds the released {name} ({describe(original)})\n{target}: {len(state)} tensors; "
-            f"left out {len(dead)} without effect: {', '.join(dead) or 'none'}")
+    print(f"{source} holds the released {name} ({describe(original)})\n{target}: {len(state)} tensors; "
+          f"left out {len(dead)} without effect: {', '.join(dead) or 'none'}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0 on success, 1 with one sentence on failure."""
-    command = Command(__doc__)
-    command.add_argument("source", type=Path, metavar="IN", help="released file, e.g. checkpoint.pth.tar")
-    command.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
-    return command.run(lambda args: print(convert(args.source, args.target)), arguments)
-
+main = Command(__doc__, convert, {
+    "source": dict(type=Path, metavar="IN", help="released file, e.g. checkpoint.pth.tar"),
+    "target": dict(type=Path, metavar="OUT.safetensors", help="file to write"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

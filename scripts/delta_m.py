@@ -26,8 +26,8 @@ INFER = Path("infer", "results.json")       # where `--run_mode infer` writes be
 COMPARABLE = ("backbone", "val_db_name")    # what runs must share for their gain to mean anything
 
 
-def report(run: str, single: Sequence[str]) -> str:
-    """The files that were read, the table and the gain of every task; a ValueError where the gain is not defined."""
+def report(run: str, single: Sequence[str]) -> None:
+    """Prints the files that were read, the scores in Markdown, delta_m, and each task's share of it."""
     runs = [run, *(item for item in single if "=" not in item or Path(item).exists())]
     paths = [Path(item) for item in runs]
     check_comparable(paths)
@@ -42,9 +42,9 @@ def report(run: str, single: Sequence[str]) -> str:
         raise ValueError(f"no score is on both sides for every task: {run} has {_scores(multi)}, the single-task side "
                          f"{_scores(alone)}; evaluate both with the same boundary setting")
     parts = [f"{task} {delta_m_against({task: scores}, reference):+.2f} %" for task, scores in multi.items()]
-    table = format_table({"single-task": alone, "multi-task": multi}, reference)
-    return "\n".join([*(f"read {file}" for file in files.values()), "", table, "",
-                      f"delta_m {gain:+.2f} % = mean of {', '.join(parts)}"])
+    print(*(f"read {file}" for file in files.values()), sep="\n")
+    print("", format_table({"single-task": alone, "multi-task": multi}, reference), sep="\n")
+    print(f"\ndelta_m {gain:+.2f} % = mean of {', '.join(parts)}")
 
 
 def given_score(item: str) -> Results:
@@ -110,14 +110,11 @@ def _scores(results: Results) -> str:
     return ", ".join(f"{task}/{TASKS.load(task).main_score(scores).key}" for task, scores in results.items())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the scores in Markdown with delta_m, then each task's share; 1 after a mistake."""
-    command = Command(__doc__)
-    command.add_argument("run", metavar="RUN", help="folder or result file of the multi-task run")
-    command.add_argument("--single", nargs="+", required=True, metavar="RUN|TASK=SCORE",
-                         help="one per task of RUN: folder or result file of a single-task run, or its score")
-    return command.run(lambda args: print(report(args.run, args.single)), arguments)
-
+main = Command(__doc__, report, {
+    "run": dict(metavar="RUN", help="folder or result file of the multi-task run"),
+    "--single": dict(nargs="+", required=True, metavar="RUN|TASK=SCORE",
+                     help="one per task of RUN: folder or result file of a single-task run, or its score"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

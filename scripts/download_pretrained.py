@@ -35,19 +35,17 @@ def download(name: str, out_dir: Path) -> Path:
     return path
 
 
-def fetch(args) -> None:
+def fetch(name: str, out: Path) -> None:
     """Downloads, and says what is there now."""
-    path = download(args.name, args.out)
+    path = download(name, out)
     print(f"{path} ({path.stat().st_size:,} bytes)")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    named = [name for name, entry in BACKBONES.items() if entry.pretrained_tag]
-    command = Command(__doc__)
-    command.add_argument("name", help=f"one of {', '.join(named)}, or any timm model name with its weight tag")
-    command.add_argument("--out", type=Path, default=PRETRAINED_DIR, help="folder for the file")
-    return command.run(fetch, arguments)
-
+NAMED = ", ".join(name for name, entry in BACKBONES.items() if entry.pretrained_tag)
+main = Command(__doc__, fetch, {
+    "name": dict(help=f"one of {NAMED}, or any timm model name with its weight tag"),
+    "--out": dict(type=Path, default=PRETRAINED_DIR, help="folder for the file"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

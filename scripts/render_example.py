@@ -9,6 +9,7 @@ nothing; other options or an interrupted run ask for --overwrite.
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,28 +18,25 @@ from scripts.command_line import Command
 from scripts.example_data.write import write_example
 
 
-def render(args) -> None:
+def render(out: Path, train: int, val: int, size: Sequence[int], seed: int, workers: int, overwrite: bool) -> None:
     """Renders, and says how long it took."""
     begin = time.perf_counter()
-    if write_example(args.out, args.train, args.val, tuple(args.size), args.seed, args.workers, args.overwrite):
+    if write_example(out, train, val, tuple(size), seed, workers, overwrite):
         seconds = time.perf_counter() - begin
-        print(f"rendered {args.train} + {args.val} images per layout into {args.out} in {seconds:.0f} s")
+        print(f"rendered {train} + {val} images per layout into {out} in {seconds:.0f} s")
     else:
-        print(f"{args.out} already holds this data set; nothing to do")
+        print(f"{out} already holds this data set; nothing to do")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    command = Command(__doc__)
-    add = command.add_argument
-    add("--out", type=Path, required=True, help="folder for NYUDv2/ and PASCALContext/")
-    add("--train", type=int, default=160, help="training images per layout")
-    add("--val", type=int, default=40, help="validation images per layout")
-    add("--size", type=int, nargs=2, default=(160, 224), metavar=("H", "W"), help="pixels")
-    add("--seed", type=int, default=0, help="other seeds give other scenes")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-    add("--overwrite", action="store_true", help="replace an example data set that is there")
-    return command.run(render, arguments)
-
+main = Command(__doc__, render, {
+    "--out": dict(type=Path, required=True, help="folder for NYUDv2/ and PASCALContext/"),
+    "--train": dict(type=int, default=160, help="training images per layout"),
+    "--val": dict(type=int, default=40, help="validation images per layout"),
+    "--size": dict(type=int, nargs=2, default=(160, 224), metavar=("H", "W"), help="pixels"),
+    "--seed": dict(type=int, default=0, help="other seeds give other scenes"),
+    "--workers": dict(type=int, default=min(8, os.cpu_count() or 1), help="processes"),
+    "--overwrite": dict(action="store_true", help="replace an example data set that is there"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())
