@@ -9,7 +9,6 @@ compiled backend, the SciPy backend (maximum flow), and the plain twin (scikit-i
 of magnitude. --set then scores so many PNG files with worker processes, and reports the largest memory of a process.
 """
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -25,15 +24,14 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.morphology import thin as skimage_thin
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.boundary.__main__ import score_pairs, summary, table  # noqa: E402
-from evaluation.boundary.files import find_pairs  # noqa: E402
-from evaluation.boundary.matching import candidates, pick_backend, thin  # noqa: E402
-from evaluation.boundary.protocol import Protocol, image_counts  # noqa: E402
-from evaluation.boundary.truth import region_outline, truth_boundary  # noqa: E402
+from evaluation.boundary.__main__ import score_pairs, summary, table
+from evaluation.boundary.files import find_pairs
+from evaluation.boundary.matching import candidates, pick_backend, thin
+from evaluation.boundary.protocol import Protocol, image_counts
+from evaluation.boundary.truth import region_outline, truth_boundary
+from scripts.command_line import Command
 
 SIZE = (425, 560)
 PROTOCOL = Protocol(max_dist=0.011)
@@ -136,17 +134,18 @@ def bench_set(number: int, workers: int) -> None:
           f"{peaks[0]:.0f} MiB here, {peaks[1]:.0f} MiB in a worker\n{table(summary(totals, PROTOCOL))}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="images per density; the median is shown")
-    parser.add_argument("--twin_limit", type=float, default=60, metavar="S", help="seconds; 0: without the plain twin")
-    parser.add_argument("--set", type=int, default=0, metavar="N", help="also score a set of so many files")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes for --set")
-    args = parser.parse_args()
-    bench_images(args.repeat, args.twin_limit)
-    if args.set:
-        bench_set(args.set, args.workers)
+def bench(repeat: int, twin_limit: float, set: int, workers: int) -> None:
+    bench_images(repeat, twin_limit)
+    if set:
+        bench_set(set, workers)
 
+
+main = Command(__doc__, bench, {
+    "--repeat": dict(type=int, default=3, metavar="N", help="images per density; the median is shown"),
+    "--twin_limit": dict(type=float, default=60, metavar="S", help="seconds; 0: without the plain twin"),
+    "--set": dict(type=int, default=0, metavar="N", help="also score a set of so many files"),
+    "--workers": dict(type=int, default=2, metavar="N", help="processes for --set"),
+})
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

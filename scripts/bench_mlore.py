@@ -8,10 +8,8 @@ them alike, and processor time (of all threads) leaves out the waiting for them:
 The difference is the largest one of any output from the first row's, in float64, relative to the largest entry.
 """
 
-import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,35 +22,33 @@ from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
 from models.decoders.mlore import MLoREDecoder
 from models.model import MultiTaskModel
+from scripts.benchmark import seconds
+from scripts.command_line import Command
 from utils.distributed import pick_device
 from utils.engine.build import model_from_config
 from utils.engine.config import Config, load_config
 
 
-def _plain(model: MultiTaskModel, kind: type[nn.Module], name: str) -> None:
-    """From now on modules of this kind compute what their method of this name does."""
-    for module in model.modules():
-        if isinstance(module, kind):
-            module.forward = getattr(module, name)
-
-
-def _fast(model: MultiTaskModel, kind: type[nn.Module]) -> None:
+def _use(model: MultiTaskModel, kind: type[nn.Module], name: str | None = None) -> None:
+    """From now on modules of this kind compute what their method of this name does; None: their forward again."""
     for module in model.modules():
         if isinstance(module, kind):
             module.__dict__.pop("forward", None)
+            if name:
+                module.forward = getattr(module, name)
 
 
 def _as_defined(model: MultiTaskModel) -> None:
     model.train().eval()                                        # training mode drops folded kernels
-    _plain(model, LowRankExperts, "one_by_one")
-    _plain(model, UpsampledConv, "plain")
+    _use(model, LowRankExperts, "one_by_one")
+    _use(model, UpsampledConv, "plain")
 
 
 # Name -> what changes the form of the row above into this one.
 FORMS: dict[str, Callable[[MultiTaskModel], object]] = {
     "expert by expert, heads on the enlarged map": _as_defined,
-    "the same, heads on the small grid": lambda model: _fast(model, UpsampledConv),
-    "experts fused": lambda model: _fast(model, LowRankExperts),
+    "the same, heads on the small grid": lambda model: _use(model, UpsampledConv),
+    "experts fused": lambda model: _use(model, LowRankExperts),
     "folded (infer, predict)": MultiTaskModel.prepare_for_inference,
 }
 
@@ -61,18 +57,13 @@ FORMS: dict[str, Callable[[MultiTaskModel], object]] = {
 def measure(config: Config, repeats: int) -> dict[str, tuple[float, float]]:
     """Median seconds and processor seconds of a forward pass of one image; the first round is not counted."""
     device = pick_device(config.device)
-    model = random_model(config).to(device).prepare_for_inference()
+    model = random_model(config).to(device)
     image = torch.randn(1, 3, *config.input_size, device=device)
-    folded = [(module, module.folded) for module in (*model.decoder.first, *model.decoder.second)]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMS}
     for _ in range(repeats + 1):
         for name, change in FORMS.items():
-            if change is MultiTaskModel.prepare_for_inference:  # folding is done once, not per image
-                for module, paths in folded:
-                    module.folded = paths
-            else:
-                change(model)
-            times[name].append(_seconds(lambda: model(image), device))
+            change(model)
+            times[name].append(seconds(lambda: model(image), device))
     return {name: tuple(map(statistics.median, zip(*values[1:], strict=True))) for name, values in times.items()}
 
 
@@ -105,38 +96,26 @@ def random_model(config: Config) -> MultiTaskModel:
     return model.eval()
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter(), time.process_time()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def main() -> None:
+def show(config_exp: str, repeats: int, overrides: list[str]) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_exp", required=True, metavar="YAML")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
-    try:
-        config = load_config(args.config_exp, args.overrides)
-        seconds, errors = measure(config, args.repeats), differences(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    config = load_config(config_exp, overrides)
+    times, errors = measure(config, repeats), differences(config)
     height, width = config.input_size
-    print(f"{' '.join((args.config_exp, *args.overrides))}: one image of {height} x {width}, "
-          f"{torch.get_num_threads()} thread(s), median of {args.repeats}")
+    print(f"{' '.join((config_exp, *overrides))}: one image of {height} x {width}, "
+          f"{torch.get_num_threads()} thread(s), median of {repeats}")
     print(f"{'form':<46}{'ms':>8}{'gain':>7}{'CPU ms':>9}{'gain':>7}{'difference':>12}")
-    above = next(iter(seconds.values()))
-    for name, (wall, processor) in seconds.items():
+    above = next(iter(times.values()))
+    for name, (wall, processor) in times.items():
         print(f"{name:<46}{wall * 1e3:>8.0f}{above[0] / wall:>7.2f}{processor * 1e3:>9.0f}"
               f"{above[1] / processor:>7.2f}{errors[name]:>12.1e}")
         above = wall, processor
 
 
+main = Command(__doc__, show, {
+    "--config_exp": dict(required=True, metavar="YAML"),
+    "--repeats": dict(type=int, default=5),
+    "overrides": dict(nargs="*", metavar="key=value"),
+})
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,13 +6,12 @@
     python scripts/benchmark.py --compare configs/bim_nyud.yml configs/mtmamba_nyud.yml --set backbone=swin_tiny
 
 GMACs: one unit per multiply-add of matrix products, convolutions and attention; a scan over L tokens of D channels
-with state size N counts 9 L D N + L D, the convention of the Mamba decoders' papers. Counting runs on the meta
-device and needs no memory. Times are medians; on CPU they compare two configurations on one machine and mean
-little else. --compare prints one table of several experiments: on a GPU times, on a CPU the
-ratios of processor time to the first; memory is the peak beyond the weights.
+with state size N counts 9 L D N + L D, the convention of the Mamba decoders' papers. Counting runs on the meta device
+and needs no memory. Times are medians; on CPU they compare two configurations on one machine and mean little else.
+--compare prints one table of several experiments: on a GPU times, on a CPU the ratios of processor time to the first;
+memory is the peak beyond the weights.
 """
 
-import argparse
 import gc
 import math
 import statistics
@@ -23,16 +22,15 @@ from pathlib import Path
 
 import torch
 import torchvision  # noqa: F401  torch knows its operators from the import on
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.loader import build_train_loader
 from models.ops.selective_scan import count_scan_flops
 from scripts import bench_scan
+from scripts.command_line import Command
 from utils.distributed import pick_device
-from utils.engine.build import build_criterion, build_split, model_from_config, prepare_for_training
+from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config, load_config
 from utils.engine.run import build_optimizer
 from utils.engine.tasks import TASKS
@@ -46,17 +44,16 @@ def count(config: Config) -> list[tuple[str, str]]:
     with torch.device("meta"):
         model = model_from_config(config).eval()
         image = torch.empty(1, 3, *config.input_size)
-    parts = {"encoder": model.encoder, "neck": model.neck, "decoder": model.decoder, "heads": model.heads}
-    rows = [(f"parameters, {name}", f"{_parameters(part):,}") for name, part in parts.items() if part is not None]
-    rows.append(("parameters, total", f"{_parameters(model):,}"))
+    parts = {name: getattr(model, name) for name in ("encoder", "neck", "decoder", "heads")} | {"total": model}
+    rows = [(f"parameters, {name}", f"{sum(p.numel() for p in part.parameters()):,}")
+            for name, part in parts.items() if part is not None]
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
     with torch.no_grad(), counter as products, count_scan_flops() as scans:
         model(image)
     encoder = products.get_flop_counts().get("MultiTaskModel.encoder", {})
-    rows.append(("GMACs, encoder", f"{sum(encoder.values()) / 2e9:.1f}"))
-    rows.append(("GMACs, scans", f"{scans.flops / 1e9:.1f} ({scans.calls} calls)"))
-    rows.append(("GMACs, total", f"{products.get_total_flops() / 2e9:.1f}"))
-    return rows
+    return [*rows, ("GMACs, encoder", f"{sum(encoder.values()) / 2e9:.1f}"),
+            ("GMACs, scans", f"{scans.flops / 1e9:.1f} ({scans.calls} calls)"),
+            ("GMACs, total", f"{products.get_total_flops() / 2e9:.1f}")]
 
 
 def _deform_conv_flops(feat: tuple, weight: tuple, *_, out_shape: tuple, **__) -> int:
@@ -91,24 +88,49 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def costs(step: Step, repeats: int) -> dict[str, bench_scan.Cost]:
+    """Median times and peak memory of a forward pass and a training step; on a CPU memory beyond the weights."""
+    runs = {"forward": step.forward, "step": step.train}
+    if step.device.type != "cuda":
+        return bench_scan.measure(runs, repeats)
+    found = {}
+    for name, run in runs.items():
+        times = []
+        for _ in range(repeats + 2):                                    # the first two are not counted
+            torch.cuda.reset_peak_memory_stats(step.device)
+            times.append(seconds(run, step.device))
+        wall, processor = (statistics.median(kind) * 1e3 for kind in zip(*times[2:], strict=True))
+        found[name] = bench_scan.Cost(wall, processor, torch.cuda.max_memory_allocated(step.device) / 2**20)
+    return found
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Wall and processor time of a call, including what it leaves to the GPU."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter(), time.process_time()
+    run()
+    wait()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
 def measure(config: Config, repeats: int) -> list[tuple[str, str]]:
-    """Median forward and training-step time, and peak memory, at trBatch images."""
+    """Time of a forward pass and of a training step, and their peak memory, at trBatch images."""
     step = Step(config)
     on_gpu = step.device.type == "cuda"
     options = {"compiled": config.compile, "channels last": config.channels_last,
                f"{config.activation_checkpointing} recomputed": config.activation_checkpointing != "none"}
     used = ", ".join([config.precision, *(name for name, on in options.items() if on)])
-    rows = [("device", f"{_device_name(step.device)}, {used}, {config.trBatch} image(s) of "
-             f"{config.input_size[0]} x {config.input_size[1]}, {torch.get_num_threads()} thread(s)")]
-    for name, run in (("forward", step.forward), ("training step", step.train)):
-        seconds, peak = _median_time(run, repeats, step.device)
-        rows += [(f"{name}, ms (median of {repeats})", f"{seconds * 1e3:.1f}"),
-                 (f"{name}, images/s", f"{config.trBatch / seconds:.2f}"),
-                 (f"{name}, peak memory GiB" + ("" if on_gpu else " (process)"), f"{peak / 2**30:.2f}")]
+    rows = [("device", f"{torch.cuda.get_device_name(step.device) if on_gpu else 'CPU'}, {used}, {config.trBatch} "
+             f"image(s) of {config.input_size[0]} x {config.input_size[1]}, {torch.get_num_threads()} thread(s)")]
+    for name, cost in costs(step, repeats).items():
+        rows += [(f"{name}, ms (median of {repeats})", f"{cost.ms:.1f}"),
+                 (f"{name}, images/s", f"{config.trBatch / cost.ms * 1e3:.2f}"),
+                 (f"{name}, peak memory GiB" + ("" if on_gpu else " (beyond weights)"), f"{cost.mib / 2**10:.2f}")]
     return rows
 
 
-def profile(config: Config, steps: int = 3) -> str:
+def profiled(config: Config, steps: int = 3) -> str:
     """Where the time of a training step goes: PyTorch's table of operators, by their own time."""
     step = Step(config)
     step.train()
@@ -137,9 +159,10 @@ ORIGINAL_GMACS = {
 }
 
 
-def compare(entries: list[str], overrides: list[str], repeats: int, count_only: bool) -> str:
+def compared(entries: list[str], overrides: list[str], repeats: int, count_only: bool) -> str:
     """A markdown table: size and cost of each experiment beside the original's, time and memory of its step."""
-    table, first = [], None
+    table: list[dict[str, str]] = []
+    first: dict[str, bench_scan.Cost] = {}
     for entry in entries:
         name, _, own = entry.partition("@")
         path, options = Path(name), [*overrides, *filter(None, own.split(","))]
@@ -151,36 +174,17 @@ def compare(entries: list[str], overrides: list[str], repeats: int, count_only: 
                "parameters": cost["parameters, total"], "GMACs": cost["GMACs, total"], "the original": str(original)}
         if not count_only:
             step = Step(config)
-            runs = {"forward": step.forward, "step": step.train}
-            if step.device.type == "cuda":
-                times = {name: _median_time(run, repeats, step.device) for name, run in runs.items()}
-                row |= {f"{name}, ms": f"{seconds * 1e3:.1f}" for name, (seconds, _) in times.items()}
-                row |= {f"{name}, GiB": f"{peak / 2**30:.2f}" for name, (_, peak) in times.items()}
-            else:
-                costs = bench_scan.measure(runs, repeats)
-                first = first or costs
-                row |= {f"{name} / first": f"{cost.cpu_ms / first[name].cpu_ms:.2f}" for name, cost in costs.items()}
-                row |= {f"{name}, GiB": f"{cost.mib / 2**10:.2f}" for name, cost in costs.items()}
-            del step, runs
+            found = costs(step, repeats)
+            first = first or found
+            for name, spent in found.items():
+                row |= ({f"{name}, ms": f"{spent.ms:.1f}"} if step.device.type == "cuda" else
+                        {f"{name} / first": f"{spent.cpu_ms / first[name].cpu_ms:.2f}"})
+            row |= {f"{name}, GiB": f"{spent.mib / 2**10:.2f}" for name, spent in found.items()}
+            del step
             gc.collect()
         table.append(row)
     lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def measure_loader(config: Config, batches: int) -> list[tuple[str, str]]:
-    """Images per second of the training loader alone, after its workers have started."""
-    loader = iter(build_train_loader(build_split(config, "train"), config.trBatch, config.nworkers))
-    next(loader)
-    start = time.perf_counter()
-    for _ in range(batches):
-        next(loader)
-    rate = batches * config.trBatch / (time.perf_counter() - start)
-    return [(f"loader, images/s ({config.nworkers} worker(s))", f"{rate:.1f}")]
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
@@ -192,61 +196,33 @@ def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tenso
     return batch
 
 
-def _median_time(run: Callable[[], None], repeats: int, device: torch.device) -> tuple[float, int]:
-    """Seconds and bytes; the first two calls are not counted."""
-    times = []
-    for i in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if i >= 2:
-            times.append(time.perf_counter() - start)
-    if device.type == "cuda":
-        return statistics.median(times), torch.cuda.max_memory_allocated(device)
-    import resource
-    return statistics.median(times), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def main() -> None:
-    """Prints one two-column table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config_exp", metavar="YAML")
-    what.add_argument("--compare", nargs="+", metavar="YAML[@key=value,...]", help="one table of these experiments")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides for all of --compare")
-    parser.add_argument("--count_only", action="store_true", help="parameters and GMACs only; nothing is run")
-    parser.add_argument("--profile", action="store_true", help="where the time of a training step goes, by operator")
-    parser.add_argument("--loader", action="store_true", help="also time the data loader (needs the data)")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
-    try:
-        if args.compare:
-            print(compare(args.compare, [*args.set, *args.overrides], args.repeats, args.count_only))
-            return
-        config = load_config(args.config_exp, args.overrides)
-        if args.profile:
-            print(profile(config))
-            return
-        rows: list[tuple[str, str]] = count(config)
-        if not args.count_only:
-            rows += measure(config, args.repeats)
-        if args.loader:
-            rows += measure_loader(config, args.repeats)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def show(config_exp: str | None, compare: list[str] | None, set: list[str], count_only: bool, profile: bool,
+         repeats: int, overrides: list[str]) -> None:
+    """Prints what is asked for: a table of several experiments, a profile, or two columns about one experiment."""
+    if (config_exp is None) == (compare is None):
+        raise ValueError("give either --config_exp or --compare")
+    if compare:
+        print(compared(compare, [*set, *overrides], repeats, count_only))
+        return
+    config = load_config(config_exp, overrides)
+    if profile:
+        print(profiled(config))
+        return
+    rows = count(config) + ([] if count_only else measure(config, repeats))
     width = max(len(name) for name, _ in rows)
-    print(f"{args.config_exp} {' '.join(args.overrides)}")
+    print(f"{config_exp} {' '.join(overrides)}")
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
 
 
+main = Command(__doc__, show, {
+    "--config_exp": dict(metavar="YAML"),
+    "--compare": dict(nargs="+", metavar="YAML[@key=value,...]", help="one table of these experiments"),
+    "--set": dict(nargs="+", default=[], metavar="key=value", help="overrides for all of --compare"),
+    "--count_only": dict(action="store_true", help="parameters and GMACs only; nothing is run"),
+    "--profile": dict(action="store_true", help="where the time of a training step goes, by operator"),
+    "--repeats": dict(type=int, default=10),
+    "overrides": dict(nargs="*", metavar="key=value"),
+})
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,10 @@
 """Checks a data folder: python scripts/check_data.py --db_root DIR --dataset NYUD [--split train] [--limit N]
 
-Reads every file of the chosen splits with the training loaders and reports counts, sizes, value ranges and
-the share of void per task, plus what the papers leave open (how wide boundary lines are, whether depth has
-holes, whether normals have unit length). Ends with exit status 1 and a list if anything is missing,
-unreadable or out of range.
+Reads every file of the chosen splits with the training loaders and reports counts, sizes, value ranges and the share
+of void per task, plus what the papers leave open (how wide boundary lines are, whether depth has holes, whether
+normals have unit length). Ends with exit status 1 and a list if anything is missing, unreadable or out of range.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,15 +14,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))    # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.base import MultiTaskDataset  # noqa: E402
-from data.datasets import DATASETS  # noqa: E402
-from data.labels import VOID, LabelRules  # noqa: E402
-from evaluation.boundary.thinning import thin  # noqa: E402
-from utils.engine.tasks import label_rules  # noqa: E402
+from data.base import MultiTaskDataset
+from data.datasets import DATASETS
+from data.labels import VOID, LabelRules
+from evaluation.boundary.thinning import thin
+from scripts.command_line import Command
+from utils.engine.tasks import label_rules
 
 MAX_LISTED = 50
 
@@ -66,24 +63,13 @@ def normals_facts(label: np.ndarray) -> tuple[float, ...]:
     return float(zero.mean()), float((np.abs(length[~zero] - 1) > 0.1).mean()) if not zero.all() else np.nan
 
 
-def depth_facts(label: np.ndarray) -> tuple[float, ...]:
-    """Share of zeros (no value)."""
-    return (float((label == 0).mean()),)
-
-
 # Questions that need more than a range: task -> (function of the stored label, sentence with their means).
 QUESTIONS: dict[str, tuple[Callable[[np.ndarray], tuple[float, ...]], str]] = {
     "edge": (edge_facts, "values other than 0 and full: {:.2%}; edge pixels: {:.2%}; "
                          "kept by thinning: {:.1%} (100% = lines one pixel wide, about 50% = two)"),
     "normals": (normals_facts, "zero vectors: {:.2%}; other lengths off by more than 0.1: {:.2%}"),
-    "depth": (depth_facts, "zeros: {:.3%}"),
+    "depth": (lambda label: (float((label == 0).mean()),), "zeros (no value): {:.3%}"),
 }
-
-
-def open_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelRules]) -> MultiTaskDataset:
-    """The data set without its own start-up checks, so that everything wrong can be listed at once."""
-    lenient = {"check_files": lambda self: None, "select_ids": lambda self: self.ids}
-    return type(name, (DATASETS.load(name),), lenient)(db_root, split, labels)
 
 
 def examine(dataset: MultiTaskDataset, name: str, reports: dict[str, MapReport]) -> list[str]:
@@ -127,8 +113,10 @@ def describe(key: str, report: MapReport) -> str:
 
 def check_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelRules], limit: int | None) -> list[str]:
     """Prints the report of one split; returns its problems."""
+    # The data set without its own start-up checks, so that everything wrong can be listed at once.
+    lenient = {"check_files": lambda self: None, "select_ids": lambda self: self.ids}
     try:
-        dataset = open_split(name, db_root, split, labels)
+        dataset = type(name, (DATASETS.load(name),), lenient)(db_root, split, labels)
     except (ValueError, OSError) as error:
         return [str(error)]
     missing = dataset.missing_files()
@@ -148,31 +136,27 @@ def check_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelR
     return problems
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; 0 if all is well, 1 with a list of problems otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--db_root", required=True, help="holds NYUDv2/, PASCALContext/ or cityscapes/")
-    parser.add_argument("--dataset", required=True, choices=list(DATASETS))
-    parser.add_argument("--split", help="default: all splits")
-    parser.add_argument("--tasks", nargs="+", help="default: all tasks of the data set")
-    parser.add_argument("--limit", type=int, help="examine about this many images per split, evenly spaced")
-    args = parser.parse_args(argv)
-    spec = DATASETS.load(args.dataset).spec
-    try:
-        labels = label_rules(args.tasks or spec.tasks)
-    except ValueError as error:
-        parser.error(str(error))
-    problems = []
-    for split in (args.split,) if args.split else spec.splits:
-        problems += check_split(args.dataset, args.db_root, split, labels, args.limit)
-    if problems := list(dict.fromkeys(problems)):
-        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+def check(db_root: str, dataset: str, split: str | None, tasks: list[str] | None, limit: int | None) -> int:
+    """0 if all is well, 1 with a list of problems otherwise."""
+    spec = DATASETS.load(dataset).spec
+    labels = label_rules(tasks or spec.tasks)
+    problems = list(dict.fromkeys(problem for name in ([split] if split else spec.splits)
+                                  for problem in check_split(dataset, db_root, name, labels, limit)))
+    more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    if problems:
         print(f"{len(problems)} problem(s):", *problems[:MAX_LISTED], *more, sep="\n  ")
-        return 1
-    print("no problems found")
-    return 0
+    else:
+        print("no problems found")
+    return 1 if problems else 0
 
+
+main = Command(__doc__, check, {
+    "--db_root": dict(required=True, help="holds NYUDv2/, PASCALContext/ or cityscapes/"),
+    "--dataset": dict(required=True, choices=list(DATASETS)),
+    "--split": dict(help="default: all splits"),
+    "--tasks": dict(nargs="+", help="default: all tasks of the data set"),
+    "--limit": dict(type=int, help="examine about this many images per split, evenly spaced"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,29 +5,23 @@
 The gain over single-task networks is `scripts/delta_m.py`.
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.command_line import Command
 from utils.engine.results import format_table, load_results
 
 
-def main() -> None:
+def compare(results: Sequence[str]) -> None:
     """Prints the table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", metavar="[NAME=]JSON")
-    args = parser.parse_args()
-    try:
-        rows = {}
-        for item in args.results:
-            name, _, path = item.rpartition("=")
-            rows[name or Path(path).stem] = load_results(Path(path))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(format_table(rows))
+    named = [item.rpartition("=") for item in results]
+    print(format_table({name or Path(path).stem: load_results(Path(path)) for name, _, path in named}))
 
+
+main = Command(__doc__, compare, {"results": dict(nargs="+", metavar="[NAME=]JSON")})
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

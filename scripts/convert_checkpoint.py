@@ -2,25 +2,24 @@
 
     python scripts/convert_checkpoint.py checkpoint.pth.tar invpt_nyud.safetensors
 
-Not needed for `--trained_model`, which takes the original as it is; the new file holds no Python objects and
-no optimiser state, and is read by every safetensors reader.
+Not needed for `--trained_model`, which takes the original as it is; the new file holds no Python objects and no
+optimiser state, and is read by every safetensors reader.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.released import RELEASED, describe, recognise  # noqa: E402
-from utils.engine.checkpoint import atomic_path, convert_released, read_checkpoint  # noqa: E402
+from models.released import RELEASED, describe, recognise
+from scripts.command_line import Command
+from utils.engine.checkpoint import atomic_path, convert_released, read_checkpoint
 
 
-def convert(source: Path, target: Path) -> str:
-    """Writes `target` and returns the sentence that says what it holds."""
+def convert(source: Path, target: Path) -> None:
+    """Writes `target` and says what it holds."""
     if target.suffix != ".safetensors":
         raise ValueError(f"{target} must end in .safetensors, the format that is written")
     original = read_checkpoint(source)["model"]
@@ -31,23 +30,14 @@ def convert(source: Path, target: Path) -> str:
     state, dead = convert_released(original)
     with atomic_path(target) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary)
-    return (f"{source} holds the released {name} ({describe(original)})\n{target}: {len(state)} tensors; "
-            f"left out {len(dead)} without effect: {', '.join(dead) or 'none'}")
+    print(f"{source} holds the released {name} ({describe(original)})\n{target}: {len(state)} tensors; "
+          f"left out {len(dead)} without effect: {', '.join(dead) or 'none'}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0 on success, 1 with one sentence on failure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="IN", help="released file, e.g. checkpoint.pth.tar")
-    parser.add_argument("target", type=Path, metavar="OUT.safetensors", help="file to write")
-    args = parser.parse_args(arguments)
-    try:
-        print(convert(args.source, args.target))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+main = Command(__doc__, convert, {
+    "source": dict(type=Path, metavar="IN", help="released file, e.g. checkpoint.pth.tar"),
+    "target": dict(type=Path, metavar="OUT.safetensors", help="file to write"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,16 +9,16 @@ taken if every folder has them, else those of the last evaluation while training
 TASK=SCORE gives its score as result files hold it: a fraction, metres, degrees.
 """
 
-import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.command_line import Command
 from utils.engine.results import Results, delta_m_against, format_table, load_results, reference_keys
 from utils.engine.tasks import TASKS
 
@@ -26,55 +26,40 @@ INFER = Path("infer", "results.json")       # where `--run_mode infer` writes be
 COMPARABLE = ("backbone", "val_db_name")    # what runs must share for their gain to mean anything
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the scores in Markdown with delta_m, then each task's share; 1 after a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="folder or result file of the multi-task run")
-    parser.add_argument("--single", nargs="+", required=True, metavar="RUN|TASK=SCORE",
-                        help="one per task of RUN: folder or result file of a single-task run, or its score")
-    args = parser.parse_args(arguments)
-    try:
-        print(report(args.run, args.single))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def report(run: str, single: Iterable[str]) -> str:
-    """The files that were read, the table and the gain of every task; a ValueError where the gain is not defined."""
-    single = list(single)
-    numbers = [tuple(item.rsplit("=", 1)) for item in single if _is_number(item)]
-    paths = [Path(run), *(Path(item) for item in single if not _is_number(item))]
+def report(run: str, single: Sequence[str]) -> None:
+    """Prints the files that were read, the scores in Markdown, delta_m, and each task's share of it."""
+    runs = [run, *(item for item in single if "=" not in item or Path(item).exists())]
+    paths = [Path(item) for item in runs]
     check_comparable(paths)
-    files = result_files(paths)
-    multi = load_results(files[0])
-    rows = {str(path): load_results(file) for path, file in zip(paths[1:], files[1:], strict=True)}
-    check_tasks(multi, rows, numbers)
-    reference = {name: _number(name, text) for name, text in numbers}
-    for results in rows.values():
-        reference |= {name: results[task][score.key] for name, (task, score) in reference_keys().items()
-                      if score.key in results.get(task, {})}
+    files = dict(zip(runs, result_files(paths), strict=True))
+    multi = load_results(files[run])
+    rows = [(item, load_results(files[item]) if item in files else given_score(item)) for item in single]
+    check_tasks(multi, rows)
+    alone = {task: scores for _, results in rows for task, scores in results.items()}
+    reference = {name: alone[task][score.key] for name, (task, score) in reference_keys().items()
+                 if score.key in alone.get(task, {})}
     if (gain := delta_m_against(multi, reference)) is None:
         raise ValueError(f"no score is on both sides for every task: {run} has {_scores(multi)}, the single-task side "
-                         f"{', '.join(reference)}; evaluate both with the same boundary setting")
+                         f"{_scores(alone)}; evaluate both with the same boundary setting")
     parts = [f"{task} {delta_m_against({task: scores}, reference):+.2f} %" for task, scores in multi.items()]
-    row: Results = {}
-    for name, value in reference.items():
-        task, score = reference_keys()[name]
-        row.setdefault(task, {})[score.key] = value
-    table = format_table({"single-task": row, "multi-task": multi}, reference)
-    return "\n".join([*(f"read {file}" for file in files), "", table, "",
-                      f"delta_m {gain:+.2f} % = mean of {', '.join(parts)}"])
+    print(*(f"read {file}" for file in files.values()), sep="\n")
+    print("", format_table({"single-task": alone, "multi-task": multi}, reference), sep="\n")
+    print(f"\ndelta_m {gain:+.2f} % = mean of {', '.join(parts)}")
 
 
-def _is_number(item: str) -> bool:
-    return "=" in item and not Path(item).exists()
+def given_score(item: str) -> Results:
+    """TASK=SCORE as the results of a run that has this score alone."""
+    name, _, text = item.rpartition("=")
+    if name not in (known := reference_keys()):
+        raise ValueError(f"--single names unknown task(s) {name}; known: {', '.join(known)}")
+    try:
+        return {known[name][0]: {known[name][1].key: float(text)}}
+    except ValueError:
+        raise ValueError(f"--single {item}: '{text}' is not a number") from None
 
 
-def result_files(paths: Iterable[Path]) -> list[Path]:
+def result_files(paths: Sequence[Path]) -> list[Path]:
     """The result file of every run: itself, or of one kind for all folders."""
-    paths = list(paths)
     folders = [path for path in paths if path.is_dir()]
     inferred = all((folder / INFER).is_file() for folder in folders)
     return [path if path not in folders else path / INFER if inferred else _last_evaluation(path) for path in paths]
@@ -100,41 +85,36 @@ def check_comparable(paths: Iterable[Path]) -> None:
                                  f"one {key}; give the result files instead of the folders to do it all the same")
 
 
-def check_tasks(multi: Results, rows: Mapping[str, Results], numbers: Sequence[tuple[str, str]]) -> None:
+def check_tasks(multi: Results, rows: Sequence[tuple[str, Results]]) -> None:
     """Refuses what leaves a task of the run without exactly one usable score on the single-task side."""
-    known, seen = reference_keys(), {}
-    if unknown := {name for name, _ in numbers} - known.keys():
-        raise ValueError(f"--single names unknown task(s) {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    given = [(f"{name}={text}", known[name][0]) for name, text in numbers]
-    for run, results in rows.items():
+    seen: dict[str, str] = {}
+    for name, results in rows:
         if len(results) != 1:
-            raise ValueError(f"--single {run} has the tasks {', '.join(results)}; a single-task run has one")
-        given += [(run, next(iter(results)))]
-    for name, task in given:
+            raise ValueError(f"--single {name} has the tasks {', '.join(results)}; a single-task run has one")
+        task, = results
         if task not in multi:
             raise ValueError(f"--single {name} is of task {task}, which the run lacks; its tasks: {', '.join(multi)}")
         if task in seen:
-            raise ValueError(f"--single gives task {task} twice: {seen[task]} and {name}")
+            raise ValueError(f"--single gives task {task} twice: {name} and {seen[task]}")
         seen[task] = name
     if lacking := [task for task in multi if task not in seen]:
         raise ValueError(f"no single-task run for {', '.join(lacking)}; --single gives {', '.join(seen)}")
-    for run, results in {"the multi-task run": multi, **rows}.items():
+    for run, results in [("the multi-task run", multi), *rows]:
         for task, scores in results.items():
             key = TASKS.load(task).main_score(scores).key
-            if not math.isfinite(scores.get(key, math.nan)):
+            if not math.isfinite(scores[key]):
                 raise ValueError(f"{run} has no {key} for {task}: no pixel of its test images was valid")
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--single {name}={text}: '{text}' is not a number") from None
 
 
 def _scores(results: Results) -> str:
     return ", ".join(f"{task}/{TASKS.load(task).main_score(scores).key}" for task, scores in results.items())
 
+
+main = Command(__doc__, report, {
+    "run": dict(metavar="RUN", help="folder or result file of the multi-task run"),
+    "--single": dict(nargs="+", required=True, metavar="RUN|TASK=SCORE",
+                     help="one per task of RUN: folder or result file of a single-task run, or its score"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,17 +5,16 @@
 The file is named <timm tag>.safetensors, the name under which `pretrained: true` looks for it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.backbones import BACKBONES  # noqa: E402
-from utils.engine.checkpoint import atomic_path, download_weights  # noqa: E402
+from models.backbones import BACKBONES
+from scripts.command_line import Command
+from utils.engine.checkpoint import PRETRAINED_DIR, atomic_path, download_weights
 
 
 def download(name: str, out_dir: Path) -> Path:
@@ -36,21 +35,17 @@ def download(name: str, out_dir: Path) -> Path:
     return path
 
 
-def main() -> int:
-    """Command line; 0 on success, 1 with one sentence on failure."""
-    named = [name for name, entry in BACKBONES.items() if entry.pretrained_tag]
-    parser = argparse.ArgumentParser(description="Download the ImageNet weights of a backbone.")
-    parser.add_argument("name", help=f"one of {', '.join(named)}, or any timm model name with its weight tag")
-    parser.add_argument("--out", type=Path, default=ROOT / "pretrained_ckpts", help="folder for the file")
-    arguments = parser.parse_args()
-    try:
-        path = download(arguments.name, arguments.out)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+def fetch(name: str, out: Path) -> None:
+    """Downloads, and says what is there now."""
+    path = download(name, out)
     print(f"{path} ({path.stat().st_size:,} bytes)")
-    return 0
 
+
+NAMED = ", ".join(name for name, entry in BACKBONES.items() if entry.pretrained_tag)
+main = Command(__doc__, fetch, {
+    "name": dict(help=f"one of {NAMED}, or any timm model name with its weight tag"),
+    "--out": dict(type=Path, default=PRETRAINED_DIR, help="folder for the file"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import ImageDraw
 
-from evaluation.boundary import BoundaryTotals
 from evaluation.boundary.plot import save_plot
+from evaluation.boundary.scores import BoundaryTotals
 
 # Counts at three thresholds: P 8/16, R 8/10; P 6/8, R 6/10, the best F; nothing predicted, which is not drawn.
 TOTALS = BoundaryTotals(np.array([[8, 10, 8, 16], [6, 10, 6, 8], [0, 10, 0, 0]]), np.array([6, 10, 6, 8]), 3)

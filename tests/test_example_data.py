@@ -5,10 +5,9 @@ import pytest
 from skimage.morphology import thin
 
 from scripts.example_data.geometry import Solid, first_hit, lit
-from scripts.example_data.labels import BODY_PARTS, LABELS, PART_NAMES
+from scripts.example_data.labels import BODY_PARTS, LABELS, VOC_NAMES
 from scripts.example_data.render import render_scene, view_rays
 from scripts.example_data.scene import build_scene
-from scripts.example_data.write import VOC_NAMES
 
 SIZE = (72, 96)
 PERSON_SEED = 4  # style pascal: someone stands in the middle
@@ -16,10 +15,7 @@ PERSON_SEED = 4  # style pascal: someone stands in the middle
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [
-        render_scene(seed, SIZE, style)
-        for seed, style in ((PERSON_SEED, "pascal"), (3, "nyud"), (12, "pascal"))
-    ]
+    return [render_scene(seed, SIZE, style) for seed, style in ((PERSON_SEED, "pascal"), (3, "nyud"), (12, "pascal"))]
 
 
 def back_projected(scene):
@@ -40,11 +36,8 @@ def test_rays_enter_solids_at_hand_computed_places():
     # Radius 0.75 - 0.25 y: on the ray y = 0.1 t it meets 4 - t = 0.75 - 0.025 t, so t = 3.25 / 0.975.
     assert np.allclose(cone.enter(np.zeros(3), rays)[[0, 2]], [3.25, 3.25 / 0.975])
     depth, index = first_hit([sphere, box], rays)
-    assert np.allclose(depth, [3, 3.5, (400 - np.sqrt(160000 - 101 * 1500)) / 101]) and index.tolist() == [
-        0,
-        1,
-        0,
-    ]
+    assert np.allclose(depth, [3, 3.5, (400 - np.sqrt(160000 - 101 * 1500)) / 101])
+    assert index.tolist() == [0, 1, 0]
 
 
 def test_shadow_ends_at_the_outline_of_the_caster():
@@ -107,7 +100,7 @@ def test_floor_points_up_and_depth_grows_towards_the_horizon(scenes):
 
 
 def test_class_ids_are_in_range(scenes):
-    assert len(PART_NAMES) == len(BODY_PARTS) and set(BODY_PARTS) == set(range(1, 7))
+    assert len(BODY_PARTS) == 16 and set(BODY_PARTS.values()) == set(range(1, 7))
     for label in LABELS.values():
         assert 1 <= label.nyud <= 40 and 0 <= label.pascal <= 20 and 1 <= label.context <= 459
         assert not label.pascal or label.pascal in VOC_NAMES
@@ -156,10 +149,8 @@ def test_saliency_is_soft_and_highest_on_the_person_in_the_middle(scenes):
 
 
 def test_people_are_common_in_pascal_and_rarer_in_nyud():
-    share = {
-        style: np.mean(
-            ["person" in build_scene(np.random.default_rng(seed), style).names for seed in range(30)]
-        )
-        for style in ("nyud", "pascal")
-    }
+    def has_person(seed, style):
+        return "person" in build_scene(np.random.default_rng(seed), style).room.names
+
+    share = {style: np.mean([has_person(seed, style) for seed in range(30)]) for style in ("nyud", "pascal")}
     assert 0.1 < share["nyud"] < 0.55 and 0.6 < share["pascal"] < 0.95

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from scipy.io import loadmat
 
 from data.datasets import DATASETS
 from scripts.example_data import write
-from scripts.example_data.labels import BODY_PARTS, LABELS, PART_NAMES
+from scripts.example_data.labels import BODY_PARTS, LABELS
+from scripts.example_data.layouts import LAYOUTS
 from scripts.example_data.render import render_scene
-from scripts.example_data.write import PASCAL, image_files, image_name, write_example, write_pascal_parts_mat
+from scripts.example_data.write import write_example
 from tests.shared import golden
 from utils.engine.tasks import label_rules
 
@@ -37,41 +39,38 @@ def fresh(example, tmp_path):
 
 
 def contents(root):
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def files_of(example, name, number):
+    return [example / name / file for file in LAYOUTS[name].files(number)]
+
+
+def save_parts(folder, scene):
+    """The human_parts file of image 1 of a folder in the PASCAL layout that holds this scene."""
+    for path in files_of(folder, "PASCALContext", 1):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    LAYOUTS["PASCALContext"].save(folder / "PASCALContext", 1, scene)
+    return folder / "PASCALContext" / "human_parts" / "2008_000001.mat"
 
 
 def test_both_layouts_are_complete_and_typed(example):
-    for layout, folder in write.LISTS:
-        names = [
-            (example / layout / folder / f"{split}.txt").read_text().split() for split in ("train", "val")
-        ]
-        assert names == [[image_name(layout, 1), image_name(layout, 2)], [image_name(layout, 3)]]
-        for name in sum(names, []):
-            assert all((example / path).is_file() for path in image_files(layout, name)), name
-    listed = {
-        path
-        for layout, _ in write.LISTS
-        for number in (1, 2, 3)
-        for path in image_files(layout, image_name(layout, number))
-    }
-    extra = {"example.json"} | {
-        f"{layout}/{folder}/{split}.txt" for layout, folder in write.LISTS for split in ("train", "val")
-    }
-    assert set(contents(example)) == listed | extra
+    expected = {"example.json"}
+    for name, layout in LAYOUTS.items():
+        lists = [f"{name}/{layout.lists}/{split}.txt" for split in ("train", "val")]
+        ids = [layout.image_id(number) for number in (1, 2, 3)]
+        assert [(example / file).read_text().split() for file in lists] == [ids[:2], ids[2:]]
+        expected |= {*lists, *(f"{name}/{file}" for number in (1, 2, 3) for file in layout.files(number))}
+    assert set(contents(example)) == expected
 
 
 def test_nyud_files_follow_the_layout(example):
     for number in (1, 2, 3):
-        files = [example / path for path in image_files("NYUDv2", image_name("NYUDv2", number))]
+        files = files_of(example, "NYUDv2", number)
         image, semseg, depth, normals, edge = [
-            np.load(f) if f.suffix == ".npy" else np.array(Image.open(f)) for f in files
-        ]
-        assert image.shape == normals.shape == (40, 56, 3) and semseg.shape == depth.shape == edge.shape == (
-            40,
-            56,
-        )
+            np.load(f) if f.suffix == ".npy" else np.array(Image.open(f)) for f in files]
+        assert image.shape == normals.shape == (40, 56, 3)
+        assert semseg.shape == depth.shape == edge.shape == (40, 56)
         assert semseg.dtype == np.uint8 and semseg.min() >= 1 and semseg.max() <= 40
         assert depth.dtype == np.float32 and depth.min() > 0.5 and depth.max() < 10
         assert set(np.unique(edge)) == {0, 255}
@@ -81,46 +80,36 @@ def test_nyud_files_follow_the_layout(example):
 
 def test_pascal_files_follow_the_layout(example):
     for number in (1, 2, 3):
-        image, semseg, parts, context, normals, saliency = [
-            example / path for path in image_files(PASCAL, image_name(PASCAL, number))
-        ]
+        image, semseg, parts, context, normals, saliency = files_of(example, "PASCALContext", number)
         assert Image.open(image).format == "JPEG" and Image.open(semseg).mode == "P"
         semseg = np.array(Image.open(semseg))
         label_map = loadmat(context)["LabelMap"]
-        assert (
-            label_map.dtype == np.uint16
-            and label_map.shape == semseg.shape == (40, 56)
-            and semseg.max() <= 20
-        )
+        assert label_map.dtype == np.uint16 and label_map.shape == semseg.shape == (40, 56) and semseg.max() <= 20
         person = LABELS["person"].context
         assert np.array_equal(label_map == person, semseg == 15)
         assert np.array(Image.open(normals)).shape == (40, 56, 3)
         assert np.array(Image.open(saliency)).dtype == np.uint8
-        assert str(loadmat(parts)["anno"][0, 0]["imname"][0]) == image_name(PASCAL, number)
+        assert str(loadmat(parts)["anno"][0, 0]["imname"][0]) == f"2008_{number:06d}"
 
 
 def test_normals_mask_has_something_to_remove_and_something_to_keep():
-    valid = set(
-        np.ravel(json.loads((golden("metrics") / "pascal_normals_valid_ids.json").read_text())).tolist()
-    )
+    valid = set(np.ravel(json.loads((golden("metrics") / "pascal_normals_valid_ids.json").read_text())).tolist())
     outside = {name for name, label in LABELS.items() if label.context not in valid}
     assert outside == {"glass", "plant"}
 
 
 def test_parts_file_paints_back_to_the_part_map(scene, tmp_path):
-    path = tmp_path / "parts.mat"
-    write_pascal_parts_mat(path, "2008_000001", write.pascal_objects(scene))
+    path = save_parts(tmp_path, scene)
     painted, classes = np.zeros((2, 72, 96), np.uint8)
     for item in loadmat(path)["anno"][0, 0]["objects"][0]:
         classes[item["mask"] > 0] = int(item["class_ind"][0, 0])
         for part in item["parts"][0] if item["parts"].size else []:
-            painted[part["mask"] > 0] = BODY_PARTS[PART_NAMES.index(str(part["part_name"][0]))]
+            painted[part["mask"] > 0] = BODY_PARTS[str(part["part_name"][0])]
     assert np.array_equal(painted, scene.part_map) and np.array_equal(classes, scene.pascal_semseg)
 
 
 def test_parts_file_has_the_structure_of_the_reference_file(scene, tmp_path):
-    path = tmp_path / "parts.mat"
-    write_pascal_parts_mat(path, "2008_000001", write.pascal_objects(scene))
+    path = save_parts(tmp_path, scene)
     reference = golden("metrics") / "fixture_PASCALContext" / "human_parts" / "2008_000001.mat"
 
     def structure(file):
@@ -139,9 +128,9 @@ def test_parts_file_has_the_structure_of_the_reference_file(scene, tmp_path):
     assert ours and all((item.shape, item.dtype) == (without.shape, without.dtype) for item in ours)
 
 
-def test_parts_file_without_objects_reads_as_an_empty_row(tmp_path):
-    write_pascal_parts_mat(tmp_path / "none.mat", "2008_000001", [])
-    objects = loadmat(tmp_path / "none.mat")["anno"][0, 0]["objects"]
+def test_parts_file_without_objects_reads_as_an_empty_row(scene, tmp_path):
+    empty = replace(scene, names=["wall"], instances=np.zeros_like(scene.instances))
+    objects = loadmat(save_parts(tmp_path, empty))["anno"][0, 0]["objects"]
     assert objects.shape == (1, 0) and list(objects[0]) == []
 
 
@@ -172,7 +161,7 @@ def test_interrupted_run_is_noticed_and_repaired(example, tmp_path, monkeypatch)
     real = write._write_image
 
     def breaks(root, size, seed, job):
-        if job == (PASCAL, 2):
+        if job == ("PASCALContext", 2):
             raise KeyboardInterrupt
         real(root, size, seed, job)
 
@@ -203,7 +192,7 @@ def test_foreign_data_is_never_touched(tmp_path):
     "change, message",
     [
         ({"num_train": 0}, "num_train is 0"),
-        ({"size": (16, 64)}, r"size\[0\] is 16"),
+        ({"size": (16, 64)}, "height is 16"),
         ({"seed": -1}, "seed is -1"),
         ({"size": (64,)}, "height and width"),
         ({"workers": 0}, "workers is 0"),
@@ -217,8 +206,8 @@ def test_parameters_out_of_range_are_named(tmp_path, change, message):
 
 def test_the_loaders_read_what_the_renderer_drew(example):
     for layout, (name, style) in enumerate((("NYUD", "nyud"), ("PASCALContext", "pascal"))):
-        tasks = label_rules(DATASETS.load(name).spec.tasks)
-        sample = DATASETS.load(name)(example, "val", tasks)[0]
+        dataset = DATASETS.load(name)
+        sample = dataset(example, "val", label_rules(dataset.spec.tasks))[0]
         drawn = render_scene([PARAMETERS["seed"], layout, 3], PARAMETERS["size"], style)
         semseg = drawn.nyud_semseg - 1 if layout == 0 else drawn.pascal_semseg
         assert np.array_equal(sample["semseg"][..., 0], semseg)

@@ -1,10 +1,12 @@
 """Solids and rays: which solid a ray meets first, and which points a light reaches.
 
-Every solid is an affine image of a unit shape inside the cube [-1, 1]^3, so an intersection is computed in
-the unit frame and the ray parameter t carries over unchanged. All rays of a call start at one point (the
-camera or a light); in the plane before that point each solid covers a bounding rectangle, and only rays
-inside it are tested. Arrays are float32 with one row per component: points and directions are (3, N)."""
+Every solid is an affine image of a unit shape inside the cube [-1, 1]^3, so an intersection is computed in the unit
+frame and the ray parameter t carries over unchanged. All rays of a call start at one point (the camera or a light);
+in the plane before that point each solid covers a bounding rectangle, and only rays inside it are tested. Arrays are
+float32 with one row per component: points and directions are (3, N).
+"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,42 +33,28 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.sqrt(dot(vectors, vectors))
 
 
-def rotation_x(angle: float) -> np.ndarray:
-    """Turn about x by `angle` radians: y towards z."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-
-
-def rotation_y(angle: float) -> np.ndarray:
-    """Turn about y by `angle` radians: z towards x."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
-
-
-def rotation_z(angle: float) -> np.ndarray:
-    """Turn about z by `angle` radians: x towards y."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+def rotation(axis: str, angle: float) -> np.ndarray:
+    """Turn (3, 3) by `angle` radians about "x" (y towards z), "y" (z towards x) or "z" (x towards y)."""
+    first, second = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+    matrix = np.eye(3)
+    matrix[first, first] = matrix[second, second] = np.cos(angle)
+    matrix[first, second], matrix[second, first] = -np.sin(angle), np.sin(angle)
+    return matrix
 
 
 @dataclass(frozen=True)
 class Solid:
-    """A box, ellipsoid or cylinder with its labels.
+    """A box, ellipsoid or cylinder with its labels."""
 
-    kind: "box", "ellipsoid" or "cylinder" (about its own y axis; `taper` = top radius / bottom radius).
-    centre: (3,), metres. axes: (3, 3), columns are the half axes in metres.
-    instance: index of the thing it belongs to. part: 0, or 1 + index in labels.PART_NAMES.
-    """
-
-    kind: str
-    centre: np.ndarray
-    axes: np.ndarray
+    kind: str                           # "box", "ellipsoid" or "cylinder" (about its own y axis)
+    centre: np.ndarray                  # (3,), metres
+    axes: np.ndarray                    # (3, 3), columns are the half axes in metres
     material: Material
-    instance: int
-    part: int = 0
-    taper: float = 1.0
+    instance: int                       # index of the thing it belongs to
+    part: int = 0                       # 0, or 1 + index in labels.PART_NAMES
+    taper: float = 1.0                  # of a cylinder: top radius / bottom radius
     casts_shadow: bool = True
-    inverse: np.ndarray | None = None  # (3, 3), metres -> unit frame; computed from `axes`
+    inverse: np.ndarray | None = None   # (3, 3), metres -> unit frame; computed from `axes`
 
     def __post_init__(self):
         if self.inverse is None:
@@ -74,16 +62,11 @@ class Solid:
 
     def moved(self, rotation: np.ndarray, origin: np.ndarray) -> "Solid":
         """The solid seen from `origin` (3,) in the frame whose axes are the rows of `rotation` (3, 3)."""
-        return replace(
-            self,
-            centre=rotation @ (self.centre - origin),
-            axes=rotation @ self.axes,
-            inverse=self.inverse @ rotation.T,
-        )
+        return replace(self, centre=rotation @ (self.centre - origin), axes=rotation @ self.axes,
+                       inverse=self.inverse @ rotation.T)
 
     def enter(self, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        """Ray parameter (N,) where rays origin (3,) + t * directions (3, N) enter the solid; inf where they
-        miss."""
+        """Ray parameter (N,) where rays origin (3,) + t * directions (3, N) enter the solid; inf where they miss."""
         start = (self.inverse @ (origin - self.centre)).astype(np.float32)
         d = rows(self.inverse, directions)  # (3, N) in the unit frame
         if self.kind == "box":
@@ -93,8 +76,9 @@ class Solid:
         return _enter_cylinder(start, d, self.taper)
 
     def surface(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """At points (3, N) on the surface: outward unit normals (3, N), and position in metres and normal in
-        the solid's own frame (3, N), which is where textures live."""
+        """At points (3, N) on the surface: outward unit normals (3, N), and position in metres and normal in the
+        solid's own frame (3, N), which is where textures live.
+        """
         local = rows(self.inverse, points - self.centre.astype(np.float32)[:, None])
         if self.kind == "box":
             axis = np.abs(local).argmax(0)
@@ -155,75 +139,59 @@ def _cylinder_normal(local: np.ndarray, taper: float) -> np.ndarray:
     return np.where(cap, lid, side).astype(np.float32)
 
 
-def bounds(solids: list[Solid], origin: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Rectangles (S, 4) = u0, u1, v0, v1 that hold the solids' pictures seen from `origin` along -z of
-    `frame`."""
-    axes = np.stack([solid.axes for solid in solids])
+def meetings(solids: list[Solid], origin: np.ndarray, frame: np.ndarray, rays: np.ndarray) -> Iterator:
+    """Every solid with its index and the indices of the rays that may meet it: those inside the rectangle that holds
+    its picture, seen from `origin` along -z of `frame`.
+
+    rays: (3, N) directions from `origin` in `frame`, z < 0.
+    """
     centres = np.stack([solid.centre for solid in solids]) - origin
-    corners = (
-        (centres[:, :, None] + axes @ CORNERS).transpose(1, 0, 2).reshape(3, -1)
-    )  # (S, 3, 8) -> (3, S*8)
+    corners = centres[:, :, None] + np.stack([solid.axes for solid in solids]) @ CORNERS    # (S, 3, 8)
+    corners = corners.transpose(1, 0, 2).reshape(3, -1)    # (S, 3, 8) -> (3, S*8)
     x, y, z = np.einsum("ij,jn->in", frame, corners).reshape(3, len(solids), 8)
-    ahead = (-z).min(1) > NEAR
+    ahead = (-z).min(1) > NEAR    # one that reaches behind the eye has no finite rectangle
     z = np.where(ahead[:, None], z, -1)
     u, v = x / -z, y / -z
     rectangles = np.stack([u.min(1), u.max(1), v.min(1), v.max(1)], axis=1)
-    # One that reaches behind the eye has no finite rectangle.
-    return np.where(ahead[:, None], rectangles, (-np.inf, np.inf, -np.inf, np.inf)).astype(np.float32)
-
-
-class Fan:
-    """Rays from one point, sorted by u so that the rays inside a rectangle are found without looking at
-    all."""
-
-    def __init__(self, u: np.ndarray, v: np.ndarray):
-        self.order = np.argsort(u, kind="stable")
-        self.u, self.v = u[self.order], v[self.order]
-
-    def inside(self, rectangle: np.ndarray) -> np.ndarray:
-        """Indices of the rays within u0, u1, v0, v1."""
-        first, last = np.searchsorted(self.u, rectangle[0]), np.searchsorted(self.u, rectangle[1], "right")
-        v = self.v[first:last]
-        return self.order[first:last][(v >= rectangle[2]) & (v <= rectangle[3])]
+    rectangles = np.where(ahead[:, None], rectangles, (-np.inf, np.inf, -np.inf, np.inf)).astype(np.float32)
+    order = np.argsort(rays[0] / -rays[2], kind="stable")    # by u: the rays inside are found without looking at all
+    u, v = rays[:2, order] / -rays[2, order]
+    for i, (u0, u1, v0, v1) in enumerate(rectangles):
+        first, last = np.searchsorted(u, u0), np.searchsorted(u, u1, "right")
+        inside = order[first:last][(v[first:last] >= v0) & (v[first:last] <= v1)]
+        if inside.size:
+            yield i, solids[i], inside
 
 
 def first_hit(solids: list[Solid], directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What rays from (0, 0, 0) along directions (3, N) with z = -1 meet first.
 
-    Returns t (N,) float32 (= z-depth in metres, inf for nothing) and the index of the solid (N,) int32 (-1:
-    none).
+    Returns t (N,) float32 (= z-depth in metres, inf for nothing) and the index of the solid (N,) int32 (-1: none).
     """
     origin = np.zeros(3)
     best = np.full(directions.shape[1], np.inf, np.float32)
     index = np.full(directions.shape[1], -1, np.int32)
-    fan = Fan(directions[0], directions[1])
-    for i, (solid, rectangle) in enumerate(zip(solids, bounds(solids, origin, np.eye(3)), strict=True)):
-        rays = fan.inside(rectangle)
-        if not rays.size:
-            continue
+    for i, solid, rays in meetings(solids, origin, np.eye(3), directions):
         t = solid.enter(origin, directions[:, rays])
         closer = t < best[rays]
-        rays = rays[closer]
-        best[rays], index[rays] = t[closer], i
+        best[rays[closer]], index[rays[closer]] = t[closer], i
     return best, index
 
 
 def lit(solids: list[Solid], light: np.ndarray, frame: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Bool (N,): no solid stands between `light` (3,) and points (3, N).
 
-    frame: (3, 3), its third row points away from what the light shines on (up, for a ceiling lamp). Points
-    level with the light or behind it count as lit.
+    frame: (3, 3), its third row points away from what the light shines on (up, for a ceiling lamp). Points level
+    with the light or behind it count as lit.
     """
     solids = [solid for solid in solids if solid.casts_shadow]
     to_point = points - light.astype(np.float32)[:, None]
-    x, y, z = rows(frame, to_point)
-    clear = np.ones(x.shape, bool)
-    below = np.flatnonzero(-z > NEAR)
-    fan = Fan(x[below] / -z[below], y[below] / -z[below])
-    for solid, rectangle in zip(solids, bounds(solids, light, frame), strict=True):
-        rays = below[fan.inside(rectangle)]
+    turned = rows(frame, to_point)
+    clear = np.ones(points.shape[1], bool)
+    below = np.flatnonzero(-turned[2] > NEAR)
+    for _, solid, rays in meetings(solids, light, frame, turned[:, below]):
+        rays = below[rays]
         rays = rays[clear[rays]]
-        if rays.size:
-            t = solid.enter(light, to_point[:, rays])
-            clear[rays[t < 0.997]] = False  # 0.3 % short of the point, so that no surface shades itself
+        t = solid.enter(light, to_point[:, rays])
+        clear[rays[t < 0.997]] = False  # 0.3 % short of the point, so that no surface shades itself
     return clear

@@ -1,17 +1,15 @@
-"""Which class a thing has in each data set, and how much it draws the eye."""
+"""Which class a thing has in each data set, how much it draws the eye, and the parts of a figure."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Label:
-    """nyud: 1..40; pascal: 0..20; context: id in the style of the 459 PASCAL-Context classes; salience:
-    0..1."""
+class Label(NamedTuple):
+    """One row of the table below."""
 
-    nyud: int
-    pascal: int
-    context: int
-    salience: float
+    nyud: int           # 1..40
+    pascal: int         # 0..20
+    context: int        # id in the style of the 459 PASCAL-Context classes
+    salience: float     # 0..1
 
 
 # "glass" is what is seen through a window (sky): like "plant" its context id is outside the list of ids whose
@@ -54,27 +52,13 @@ LABELS = {
     "ball": Label(40, 0, 10, 0.5),
     "vase": Label(40, 0, 432, 0.3),
 }
+VOC_NAMES = {5: "bottle", 8: "cat", 9: "chair", 11: "diningtable", 12: "dog", 15: "person", 16: "pottedplant",
+             18: "sofa", 20: "tvmonitor"}
 
-# Parts of a figure in the order in which they are stored; a part index on a solid is a position here plus
-# one.
-PART_NAMES = (
-    "hair",
-    "head",
-    "neck",
-    "torso",
-    "luarm",
-    "ruarm",
-    "llarm",
-    "rlarm",
-    "lhand",
-    "rhand",
-    "luleg",
-    "ruleg",
-    "llleg",
-    "rlleg",
-    "lfoot",
-    "rfoot",
-)
-
-# The six body parts of the human_parts task, one entry per PART_NAMES.
-BODY_PARTS = (1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6, 6, 6)
+# Parts of a figure in the order in which they are stored, and which of the six body parts of the human_parts task
+# each belongs to. The part of a solid is a position here plus one.
+BODY_PARTS = {
+    "hair": 1, "head": 1, "neck": 2, "torso": 2, "luarm": 3, "ruarm": 3, "llarm": 4, "rlarm": 4, "lhand": 4, "rhand": 4,
+    "luleg": 5, "ruleg": 5, "llleg": 6, "rlleg": 6, "lfoot": 6, "rfoot": 6,
+}
+PART_NAMES = tuple(BODY_PARTS)

@@ -1,112 +1,100 @@
 """One scene to an image and its label maps.
 
-Camera: pinhole, square pixels, principal point in the middle, focal length LENS * sqrt(height * width)
-pixels. Camera coordinates: x right, y up, z towards the camera, so that a visible surface's normal has a
-positive z on the optical axis, and a horizontal flip of the picture negates x. Depth is z-depth, the distance
-along the optical axis."""
+Camera: pinhole, square pixels, principal point in the middle, focal length LENS * sqrt(height * width) pixels. Camera
+coordinates: x right, y up, z towards the camera, so that a visible surface's normal has a positive z on the optical
+axis, and a horizontal flip of the picture negates x. Depth is z-depth, the distance along the optical axis.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from skimage.morphology import thin
 
+from evaluation.boundary.thinning import thin
 from scripts.example_data.geometry import first_hit
 from scripts.example_data.labels import BODY_PARTS, LABELS
-from scripts.example_data.scene import LENS, Scene, build_scene
+from scripts.example_data.scene import Scene, build_scene
 from scripts.example_data.shading import shade
 
+LENS = 0.95         # focal length / sqrt(height * width): about 60 degrees across for a 4:3 picture
 GAMMA = 1 / 2.2
-SUBSAMPLES = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))  # rotated grid, in pixels
+SUBSAMPLES = np.array([(-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375)])  # rotated grid, pixels
+# Slices that select each pixel that has a right neighbour, and that neighbour; then the same for those below.
+NEIGHBOURS = ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:]))
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """All maps of one scene, H x W.
+    """All maps of one scene, H x W."""
 
-    image: uint8 (H, W, 3) RGB. depth_m: float32 metres. normals: float32 (H, W, 3), unit, camera coordinates.
-    nyud_semseg: uint8 1..40. pascal_semseg: uint8 0..20. label_map: uint16, ids in the style of
-    PASCAL-Context. instances: int32 index into `names`. part_names: uint8, 0 or 1 + index in
-    labels.PART_NAMES. part_map: uint8, the six body parts, 0 elsewhere. saliency: uint8 0..255, soft. edge:
-    bool, one pixel thin. names: label name per instance (key of labels.LABELS).
-    """
-
-    image: np.ndarray
-    depth_m: np.ndarray
-    normals: np.ndarray
-    nyud_semseg: np.ndarray
-    pascal_semseg: np.ndarray
-    label_map: np.ndarray
-    instances: np.ndarray
-    part_names: np.ndarray
-    part_map: np.ndarray
-    saliency: np.ndarray
-    edge: np.ndarray
-    names: list[str]
-
-
-def focal(size: tuple[int, int]) -> float:
-    """Focal length in pixels of a picture of size (H, W)."""
-    return LENS * float(np.sqrt(size[0] * size[1]))
+    image: np.ndarray           # uint8 (H, W, 3), RGB
+    depth_m: np.ndarray         # float32, metres
+    normals: np.ndarray         # float32 (H, W, 3), unit, camera coordinates
+    nyud_semseg: np.ndarray     # uint8 1..40
+    pascal_semseg: np.ndarray   # uint8 0..20
+    label_map: np.ndarray       # uint16, ids in the style of PASCAL-Context
+    instances: np.ndarray       # int32, index into `names`
+    part_names: np.ndarray      # uint8, 0 or 1 + index in labels.PART_NAMES
+    part_map: np.ndarray        # uint8, the six body parts, 0 elsewhere
+    saliency: np.ndarray        # uint8 0..255, soft
+    edge: np.ndarray            # bool, one pixel thin
+    names: list[str]            # label name per instance, key of labels.LABELS
 
 
 def view_rays(size: tuple[int, int], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Directions (3, N) float32 with z = -1 through the pixel positions rows, columns (N,); 0 = first
-    centre."""
-    f = focal(size)
-    u = (columns + 0.5 - size[1] / 2) / f
-    v = (size[0] / 2 - 0.5 - rows) / f
+    """Directions (3, N) float32 with z = -1 through the positions rows, columns (N,) of a picture of size (H, W)
+    pixels; 0 = centre of the first.
+    """
+    focal = LENS * float(np.sqrt(size[0] * size[1]))    # pixels
+    u = (columns + 0.5 - size[1] / 2) / focal
+    v = (size[0] / 2 - 0.5 - rows) / focal
     return np.stack([u, v, np.full_like(u, -1)]).astype(np.float32)
 
 
 def render_scene(seed: int | list[int], size: tuple[int, int], style: str = "nyud") -> Rendered:
-    """Draw the scene of `seed` at size (H, W) pixels; style: key of scene.STYLES.
+    """Draw the scene of `seed` at size (H, W) pixels; style: key of scene.PEOPLE.
 
     The scene depends on seed and style alone; a larger size only samples it more finely.
     """
     geometry, sensor = np.random.SeedSequence(seed).spawn(2)
     scene = build_scene(np.random.default_rng(geometry), style)
-    grid_rows, grid_columns = (grid.ravel() for grid in np.indices(size))  # (H*W,) each
-    rays = view_rays(size, grid_rows, grid_columns)
+    rays = view_rays(size, *np.indices(size).reshape(2, -1))    # (3, H*W)
     depth, index = first_hit(scene.solids, rays)
     assert (index >= 0).all(), f"a ray of seed {seed} left the room"
-    colour, normals = shade(scene, rays * depth, index)
+    points = rays * depth
+    colour, normals = shade(scene, points, index)
     colour = _refine(scene, size, colour.reshape(3, *size))
     maps = _label_maps(scene, index.reshape(size))
-    depth_m, normals = depth.reshape(size), normals.reshape(3, *size).transpose(1, 2, 0)  # (H, W), (H, W, 3)
+    points, normals = (a.reshape(3, *size).transpose(1, 2, 0) for a in (points, normals))    # (3, H*W) -> (H, W, 3)
     return Rendered(
         image=_develop(colour, np.random.default_rng(sensor)),
-        depth_m=depth_m,
+        depth_m=depth.reshape(size),
         normals=normals,
-        saliency=_saliency(scene.names, maps["instances"]),
-        edge=_boundaries(maps["instances"], depth_m, normals),
-        names=scene.names,
+        saliency=_saliency(scene.room.names, maps["instances"]),
+        edge=_boundaries(maps["instances"], points, normals),
+        names=scene.room.names,
         **maps,
     )
 
 
 def _refine(scene: Scene, size: tuple[int, int], colour: np.ndarray) -> np.ndarray:
-    """Average four rays per pixel where colour (3, H, W) differs much from a neighbour's: outlines, shadows,
-    fine texture."""
-    shown = np.clip(colour, 0, 1) ** GAMMA
+    """Average four rays per pixel where colour (3, H, W) differs much from a neighbour's: outlines, shadows, fine
+    texture.
+    """
+    shown = (np.clip(colour, 0, 1) ** GAMMA).transpose(1, 2, 0)    # (H, W, 3)
     rough = np.zeros(size, bool)
-    for axis in (1, 2):
-        step = np.abs(np.diff(shown, axis=axis)).max(0) > 0.1
-        before, after = (step, np.zeros_like(step[:1])), (np.zeros_like(step[:1]), step)
-        if axis == 2:
-            before, after = (step, np.zeros_like(step[:, :1])), (np.zeros_like(step[:, :1]), step)
-        rough |= np.concatenate(before, axis - 1) | np.concatenate(after, axis - 1)
-    rows, columns = np.nonzero(rough)
-    if not rows.size:
+    for here, there in NEIGHBOURS:
+        step = np.abs(shown[there] - shown[here]).max(-1) > 0.1
+        rough[here] |= step
+        rough[there] |= step
+    pixels = np.argwhere(rough)
+    if not pixels.size:
         return colour
-    all_rows = np.concatenate([rows + dy for dy, _ in SUBSAMPLES])
-    all_columns = np.concatenate([columns + dx for _, dx in SUBSAMPLES])
-    rays = view_rays(size, all_rows, all_columns)
+    samples = (SUBSAMPLES[:, None] + pixels).reshape(-1, 2)    # (4, N, 2) -> (4*N, 2): row, column
+    rays = view_rays(size, *samples.T)
     depth, index = first_hit(scene.solids, rays)
     fine, _ = shade(scene, rays * depth, index, share_lamps=True)
-    colour[:, rows, columns] = (
-        np.minimum(fine, 1).reshape(3, len(SUBSAMPLES), -1).mean(1)
-    )  # (3, 4, N) -> (3, N)
+    colour[:, rough] = np.minimum(fine, 1).reshape(3, len(SUBSAMPLES), -1).mean(1)    # (3, 4, N) -> (3, N)
     return colour
 
 
@@ -117,12 +105,17 @@ def _develop(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     off_centre = ((u - width / 2) ** 2 + (v - height / 2) ** 2) / (width * height)
     shown = np.clip(colour * (1 - 0.12 * off_centre), 0, 1) ** GAMMA
     shown = shown + rng.normal(0, 0.008, shown.shape).astype(np.float32)
-    return (np.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)  # (3, H, W) -> (H, W, 3)
+    return _to_uint8(shown).transpose(1, 2, 0)    # (3, H, W) -> (H, W, 3)
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """0..1, where need be clipped, to 0..255."""
+    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _label_maps(scene: Scene, index: np.ndarray) -> dict[str, np.ndarray]:
     """Class, instance and part maps (H, W) from the map of solids."""
-    labels = [LABELS[scene.names[solid.instance]] for solid in scene.solids]
+    labels = [LABELS[scene.room.names[solid.instance]] for solid in scene.solids]
     part = np.array([solid.part for solid in scene.solids], np.uint8)[index]
     return {
         "nyud_semseg": np.array([label.nyud for label in labels], np.uint8)[index],
@@ -130,52 +123,40 @@ def _label_maps(scene: Scene, index: np.ndarray) -> dict[str, np.ndarray]:
         "label_map": np.array([label.context for label in labels], np.uint16)[index],
         "instances": np.array([solid.instance for solid in scene.solids], np.int32)[index],
         "part_names": part,
-        "part_map": np.array((0, *BODY_PARTS), np.uint8)[part],
+        "part_map": np.array((0, *BODY_PARTS.values()), np.uint8)[part],
     }
 
 
 def _saliency(names: list[str], instances: np.ndarray) -> np.ndarray:
     """Soft saliency (H, W) 0..255: people and animals first, else the things that are large and central.
 
-    A thing's score is its class's salience times how central and how large it is; scores are relative to the
-    best in the picture and everything far below that is background. Outlines are blurred by 1 % of the
-    picture's size.
+    A thing's score is its class's salience times how central and how large it is; scores are relative to the best in
+    the picture and everything far below that is background. Outlines are blurred by 1 % of the picture's size.
     """
     height, width = instances.shape
     v, u = np.indices(instances.shape)
     area = np.maximum(np.bincount(instances.ravel(), minlength=len(names)), 1)
     off = ((u + 0.5) / width - 0.5) ** 2 + ((v + 0.5) / height - 0.5) ** 2
-    off = (
-        np.bincount(instances.ravel(), off.ravel(), len(names)) / area
-    )  # mean squared distance from the middle
+    off = np.bincount(instances.ravel(), off.ravel(), len(names)) / area    # mean squared distance from the middle
     share = np.minimum(area / area.sum() / 0.02, 1)
     score = np.array([LABELS[name].salience for name in names]) * np.exp(-3 * off) * np.sqrt(share)
     score = score / max(score.max(), 1e-6)
     strength = np.clip((score - 0.35) / 0.35, 0, 1).astype(np.float32)
-    soft = gaussian_filter(strength[instances], 0.01 * np.sqrt(height * width))
-    return (np.clip(soft, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return _to_uint8(gaussian_filter(strength[instances], 0.01 * np.sqrt(height * width)))
 
 
-def _boundaries(instances: np.ndarray, depth_m: np.ndarray, normals: np.ndarray) -> np.ndarray:
+def _boundaries(instances: np.ndarray, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
     """One-pixel boundaries (H, W) bool between instances and at steps in depth, on the nearer side.
 
-    Two neighbours are on one surface when each lies close to the other's tangent plane; a step in depth is a
-    neighbour off both planes by more than 4 cm + 1 % of the depth.
+    Two neighbours are on one surface when each of their points (H, W, 3) lies close to the other's tangent plane; a
+    step in depth is a neighbour off both planes by more than 4 cm + 1 % of the depth.
     """
-    size = instances.shape
-    rows, columns = (grid.ravel() for grid in np.indices(size))
-    points = (
-        view_rays(size, rows, columns).reshape(3, *size).transpose(1, 2, 0) * depth_m[..., None]
-    )  # (H, W, 3)
-    edge = np.zeros(size, bool)
-    for a, b in (
-        ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
-        (slice(None, -1), slice(1, None)),
-    ):
-        apart = points[b] - points[a]
-        off = np.minimum(np.abs((apart * normals[a]).sum(-1)), np.abs((apart * normals[b]).sum(-1)))
-        step = (instances[a] != instances[b]) | (off > 0.04 + 0.01 * depth_m[a])
-        nearer = depth_m[a] <= depth_m[b]
-        edge[a] |= step & nearer
-        edge[b] |= step & ~nearer
+    edge, depth_m = np.zeros(instances.shape, bool), -points[..., 2]
+    for here, there in NEIGHBOURS:
+        apart = points[there] - points[here]
+        off = np.minimum(np.abs((apart * normals[here]).sum(-1)), np.abs((apart * normals[there]).sum(-1)))
+        step = (instances[here] != instances[there]) | (off > 0.04 + 0.01 * depth_m[here])
+        nearer = depth_m[here] <= depth_m[there]
+        edge[here] |= step & nearer
+        edge[there] |= step & ~nearer
     return thin(edge)

@@ -1,9 +1,9 @@
 """Procedural colours: wood, planks, checks, stripes, tiles, noise, books, leaves, sky, pictures, screens.
 
-A texture is a function of the position on a surface in metres, so it does not depend on the picture's
-size."""
+A texture is a function of the position on a surface in metres, so it does not depend on the picture's size.
+"""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,18 +11,16 @@ import numpy as np
 TABLE = np.random.default_rng(7).random((64, 64), np.float32)
 
 
-@dataclass(frozen=True)
-class Material:
-    """kind: key of TEXTURES; first, second: linear RGB 0..1; cell: texture period (u, v) in metres;
-    shift: offset of the pattern in periods; gloss: strength of the highlight; glow: light given off, 0..1."""
+class Material(NamedTuple):
+    """What a surface looks like: a pattern of two colours, and how it shines."""
 
-    kind: str
-    first: np.ndarray
+    kind: str                                   # key of MIXES or PAINTINGS
+    first: np.ndarray                           # (3,) linear RGB 0..1
     second: np.ndarray
-    cell: tuple[float, float] = (0.1, 0.1)
-    shift: tuple[float, float] = (0.0, 0.0)
-    gloss: float = 0.0
-    glow: float = 0.0
+    cell: tuple[float, float] = (0.1, 0.1)      # period of the pattern (u, v), metres
+    shift: tuple[float, float] = (0.0, 0.0)     # offset of the pattern, periods
+    gloss: float = 0.0                          # strength of the highlight
+    glow: float = 0.0                           # light given off, 0..1
 
 
 def noise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -47,57 +45,30 @@ def _seam(x: np.ndarray, width: float) -> np.ndarray:
     return np.abs(x - np.round(x)) < width
 
 
-def _plain(u, v):
-    return 0.15 * noise(3 * u, 3 * v)
-
-
 def _wood(u, v):
     return 0.6 * noise(u, 9 * v) + 0.4 * noise(2.5 * u, 31 * v)
 
 
 def _planks(u, v):
     row = np.floor(v)
-    along = u * 0.2 + 0.37 * row  # boards are five widths long and staggered from row to row
+    along = u * 0.2 + 0.37 * row    # boards are five widths long and staggered from row to row
     tone = 0.65 * cells(along, v) + 0.35 * _wood(u, v)
     return np.where(_seam(v, 0.03) | _seam(along, 0.006), 1.6, tone)
 
 
-def _checks(u, v):
-    return ((np.floor(u) + np.floor(v)) % 2) + 0.1 * noise(5 * u, 5 * v)
-
-
-def _stripes(u, v):
-    return (np.floor(2 * u) % 2) + 0.1 * noise(8 * u, 8 * v)
-
-
-def _tiles(u, v):
-    return np.where(_seam(u, 0.025) | _seam(v, 0.025), 1.0, 0.25 * cells(u, v) + 0.1 * noise(4 * u, 4 * v))
-
-
-def _panels(u, v):
-    return np.where(_seam(u, 0.012) | _seam(v, 0.02), 1.3, 0.25 * _wood(v, u))
-
-
-def _noise(u, v):
-    return 0.6 * noise(u, v) + 0.4 * noise(4 * u, 4 * v)
-
-
-def _leaves(u, v):
-    return np.clip(1.6 * noise(2 * u + 3 * v, 2 * v - 3 * u) - 0.3, 0, 1)
-
-
-# Mixes of the two colours of a material; 0 gives the first, 1 the second, 1.3 is the second at 70 %
+# Patterns that mix the two colours of a material; 0 gives the first, 1 the second, 1.3 is the second at 70 %
 # brightness (seams).
 MIXES = {
-    "plain": _plain,
+    "plain": lambda u, v: 0.15 * noise(3 * u, 3 * v),
     "wood": _wood,
     "planks": _planks,
-    "checks": _checks,
-    "stripes": _stripes,
-    "tiles": _tiles,
-    "panels": _panels,
-    "noise": _noise,
-    "leaves": _leaves,
+    "checks": lambda u, v: ((np.floor(u) + np.floor(v)) % 2) + 0.1 * noise(5 * u, 5 * v),
+    "stripes": lambda u, v: (np.floor(2 * u) % 2) + 0.1 * noise(8 * u, 8 * v),
+    "tiles": lambda u, v: np.where(_seam(u, 0.025) | _seam(v, 0.025), 1.0,
+                                   0.25 * cells(u, v) + 0.1 * noise(4 * u, 4 * v)),
+    "panels": lambda u, v: np.where(_seam(u, 0.012) | _seam(v, 0.02), 1.3, 0.25 * _wood(v, u)),
+    "noise": lambda u, v: 0.6 * noise(u, v) + 0.4 * noise(4 * u, 4 * v),
+    "leaves": lambda u, v: np.clip(1.6 * noise(2 * u + 3 * v, 2 * v - 3 * u) - 0.3, 0, 1),
 }
 
 
@@ -105,9 +76,7 @@ def _books(u, v, material):
     """Upright spines of many colours; dark above the top of each book."""
     pick = cells(u, np.zeros_like(u))
     hue = 6.2832 * (pick + 0.13 * cells(u, np.ones_like(u)))
-    colour = np.stack(
-        [0.28 + 0.24 * np.cos(hue), 0.24 + 0.18 * np.cos(hue - 2.1), 0.22 + 0.2 * np.cos(hue - 4.2)]
-    )
+    colour = np.stack([0.28 + 0.24 * np.cos(hue), 0.24 + 0.18 * np.cos(hue - 2.1), 0.22 + 0.2 * np.cos(hue - 4.2)])
     band = np.abs(v - 0.3) < 0.06
     colour = np.where(band, material.second[:, None], colour)
     return np.where(_seam(u, 0.07), 0.25 * colour, colour)
@@ -127,9 +96,7 @@ def _picture(u, v, material):
     """An abstract painting: three flat fields with soft outlines."""
     field = noise(2.3 * u, 2.3 * v)[None]
     third = np.float32([[0.85], [0.82], [0.72]])
-    colour = np.where(
-        field < 0.4, material.first[:, None], np.where(field < 0.6, third, material.second[:, None])
-    )
+    colour = np.where(field < 0.4, material.first[:, None], np.where(field < 0.6, third, material.second[:, None]))
     return colour * (0.85 + 0.3 * noise(9 * u, 9 * v))
 
 
@@ -141,6 +108,7 @@ def _screen(u, v, material):
     return np.where((u - 0.2) ** 2 + (v - 0.22) ** 2 < 0.008, 0.95, colour)
 
 
+# Patterns that choose their colours themselves.
 PAINTINGS = {"books": _books, "sky": _sky, "picture": _picture, "screen": _screen}
 
 
