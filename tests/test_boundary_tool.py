@@ -125,10 +125,40 @@ def test_a_damaged_file_is_named_by_workers_too(folders):
 
 
 def children(pid: int) -> list[int]:
-    """All descendants of a process."""
-    found = [int(c) for task in os.listdir(f"/proc/{pid}/task")
-             for c in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    """All descendants of a process; none if it has ended."""
+    try:
+        found = [int(c) for task in os.listdir(f"/proc/{pid}/task")
+                 for c in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def ticks(pid: int) -> int:
+    """Processor time of a process in clock ticks; -1 once it has ended, also where nobody has collected it yet."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    return -1 if state in "ZX" else int(numbers[10]) + int(numbers[11])
+
+
+def wait_until(condition, what: str) -> None:
+    """Waits as long as a busy machine may need; a failure says what did not happen."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def start_interruptible(command: list[str]) -> subprocess.Popen:
+    """Starts a process that Ctrl-C ends. A shell's background job ignores SIGINT, and so would its children."""
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -140,23 +170,26 @@ def test_ctrl_c_or_kill_leaves_no_workers(folders, how, code):
         save(folders / "slow" / kind / "0.png", rng.integers(0, limit, (300, 300), np.uint8))
         for i in range(1, 3000):
             os.link(folders / "slow" / kind / "0.png", folders / "slow" / kind / f"{i}.png")
-    process = subprocess.Popen(
+    process = start_interruptible(
         [sys.executable, "-m", "evaluation.boundary", "--pred", str(folders / "slow" / "pred"), "--gt",
-         str(folders / "slow" / "gt"), "--gt_kind", "regions", "--max_dist", "0.02", "--workers", "2"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
-    while len(workers := children(process.pid)) < 4:                   # tracker, server, two workers
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(0.5)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+         str(folders / "slow" / "gt"), "--gt_kind", "regions", "--max_dist", "0.02", "--workers", "2"])
+    started: list[int] = []
+
+    def counting() -> bool:
+        assert process.poll() is None, process.stderr.read()
+        started[:] = children(process.pid)                             # tracker, server, two workers
+        return len(started) >= 4 and sum(ticks(pid) >= 5 for pid in started if not children(pid)) >= 2
+
+    try:
+        wait_until(counting, "two workers never got to work")
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == code
     assert how == signal.SIGKILL or errors.strip().endswith("interrupted")
     assert "Traceback" not in errors
-    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
-        assert time.monotonic() < deadline + 60, "a worker outlived its parent"
-        time.sleep(0.1)
+    wait_until(lambda: all(ticks(pid) < 0 for pid in started), "a worker outlived its parent")
 
 
 def test_mismatches_name_the_file(folders):
