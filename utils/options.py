@@ -98,6 +98,8 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
             converted[name] = options if f.metadata["resolved"] else {k: getattr(options, k) for k in group}
         elif name in values:
             converted[name] = _field(values[name], f, hints[name], key, where)
+        elif dataclasses.is_dataclass(hints[name]):     # a group of keys that is absent has its defaults
+            converted[name] = parse(hints[name], None, f"{key}.", where)
     try:
         return cls(**converted)
     except OptionError as error:

@@ -6,7 +6,6 @@ an uninterrupted one (bit for bit on CPU).
 """
 
 import logging
-import math
 import resource
 import signal
 import time
@@ -132,11 +131,12 @@ def run_evaluation(run: Run) -> None:
         run.writer.image("predictions", run.step, panels[0])
         save_results(config.run_dir / "results" / f"step_{run.step}.json", results, step=run.step)
     score = selection_score(results)
-    better, run.best = score > run.best, max(score, run.best)
-    if run.step:
-        save(run, *(["last.pt", "best.pt"] if better else ["last.pt"]))
-    else:
-        run.best = -math.inf                              # an untrained model is never the best one
+    if run.step == 0:
+        return                                            # an untrained model is never the best one
+    better = score > run.best                             # never where the score is not a number
+    if better:
+        run.best = score
+    save(run, *(["last.pt", "best.pt"] if better else ["last.pt"]))
 
 
 class _Interval:
