@@ -31,8 +31,8 @@ def shade(scene: Scene, points: np.ndarray, index: np.ndarray,
           share_lamps: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Colour (3, N) and unit normal (3, N) of visible points (3, N) on the solids `index` (N,).
 
-    share_lamps: the points come in one run per point of the lamp, and each run is lit by its own point only; for
-    samples of one pixel that are averaged later.
+    share_lamps: the points come in one run of equal length per point of the lamp, and each run is lit by its own point
+    only; for samples of one pixel that are averaged later.
     """
     normals, base, (gloss, glow) = surfaces(scene, points, index)
     up = scene.room.to_world[1].astype(np.float32)[:, None]
@@ -48,19 +48,20 @@ def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lam
     """Diffuse light and highlight (2, N), averaged over the points of the lamp."""
     x, y, z = scene.room.to_world
     frame = np.stack([x, -z, y])  # (3, 3): a right-handed frame seen from the camera whose third axis is up
-    total = np.zeros((2, points.shape[1]), np.float32)
-    everywhere, number = np.arange(points.shape[1]), len(scene.lamps)
-    runs = np.array_split(everywhere, number) if share_lamps else [everywhere] * number
-    for lamp, run in zip(scene.lamps, runs, strict=True):
-        towards = lamp.astype(np.float32)[:, None] - points[:, run]
+    total, number = np.zeros((2, points.shape[1]), np.float32), len(scene.lamps)
+    length = points.shape[1] // number
+    for i, lamp in enumerate(scene.lamps):
+        run = slice(i * length, (i + 1) * length) if share_lamps else slice(None)
+        here, normal = points[:, run], normals[:, run]
+        towards = lamp.astype(np.float32)[:, None] - here
         square = dot(towards, towards)
         towards = towards / np.sqrt(square)
-        facing = dot(normals[:, run], towards)
+        facing = dot(normal, towards)
         front = np.flatnonzero(facing > 0)
-        seen = front[lit(scene.solids, lamp, frame, points[:, run[front]])]
-        half = unit(towards[:, seen] + unit(-points[:, run[seen]]))
-        highlight = np.maximum(dot(half, normals[:, run[seen]]), 0) ** 64
-        total[:, run[seen]] += np.stack([facing[seen], highlight]) / (1 + 0.16 * square[seen])
+        seen = front[lit(scene.solids, lamp, frame, here[:, front])]
+        half = unit(towards[:, seen] + unit(-here[:, seen]))
+        highlight = np.maximum(dot(half, normal[:, seen]), 0) ** 64
+        total[:, run][:, seen] += np.stack([facing[seen], highlight]) / (1 + 0.16 * square[seen])
     return total * (LAMP if share_lamps else LAMP / number)
 
 

@@ -28,11 +28,9 @@ def noise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     iu, iv = np.floor(u), np.floor(v)
     fu, fv = u - iu, v - iv
     fu, fv = fu * fu * (3 - 2 * fu), fv * fv * (3 - 2 * fv)
-    iu, iv = iu.astype(np.int32), iv.astype(np.int32)
-    a, b = iu & 63, (iu + 1) & 63
-    c, d = iv & 63, (iv + 1) & 63
-    low = TABLE[a, c] + fu * (TABLE[b, c] - TABLE[a, c])
-    high = TABLE[a, d] + fu * (TABLE[b, d] - TABLE[a, d])
+    low, low_right = cells(iu, iv), cells(iu + 1, iv)
+    high, high_right = cells(iu, iv + 1), cells(iu + 1, iv + 1)
+    low, high = low + fu * (low_right - low), high + fu * (high_right - high)
     return low + fv * (high - low)
 
 
