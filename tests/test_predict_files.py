@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tests.watched_run import answers, experiment, voc
+from tests.watched_run import MEAN, STD, answers, experiment, voc
 from utils.engine.build import model_from_config
 from utils.engine.predict import predict
 
@@ -116,6 +116,29 @@ def test_borders_stay_where_they_are(tmp_path):
         assert all(np.abs(thirds - column).min() <= grain for column in wrong), wrong
 
 
+def test_a_trained_network_answers_in_eval_mode(tmp_path):
+    """Its batch statistics are the stored ones, its blocks are not dropped, and the moving average goes first."""
+    config = experiment(tmp_path, tmp_path, *NYUD, "backbone_kwargs.drop_path_rate=0.5")
+    torch.manual_seed(0)
+    model = model_from_config(config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer += 0.3
+    other = {key: value + 1 for key, value in model.state_dict().items()}
+    average = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"model": other, "ema": {"n_averaged": torch.tensor(5), **average}}, tmp_path / "any.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    predict(config, tmp_path / "any.pt", tmp_path / "a.png", tmp_path / "out")
+    with torch.no_grad():
+        out = model.eval()(((torch.from_numpy(pixels).permute(2, 0, 1) / 255 - MEAN) / STD)[None]).final
+    raw = {task: np.asarray(Image.open(tmp_path / "out" / "raw" / task / "a.png")) for task in ("semseg", "edge")}
+    assert (raw["semseg"] != out["semseg"][0].argmax(0).numpy()).mean() < 1e-3
+    np.testing.assert_allclose(raw["edge"], out["edge"][0, 0].sigmoid().numpy() * 65535, atol=2)
+    normals = np.load(tmp_path / "out" / "raw" / "normals" / "a.npy")
+    np.testing.assert_allclose(normals, F.normalize(out["normals"], dim=1)[0].permute(1, 2, 0).numpy(), atol=1e-4)
+
+
 def test_the_network_sees_the_picture_as_in_training(tmp_path):
     """RGB from 0 to 1 with its aspect ratio kept, in the middle of a frame of the mean colour."""
     seen = []
@@ -127,9 +150,8 @@ def test_the_network_sees_the_picture_as_in_training(tmp_path):
     run(tmp_path, {"a.png": stripes(120, 60)}, [], look)
     [[frame]] = seen                                                           # (3, 64, 96), the picture (64, 32)
     assert frame.shape == (3, 64, 96)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     for outside in (frame[:, :, :32], frame[:, :, 64:]):
-        torch.testing.assert_close(outside, mean.expand_as(outside))
+        torch.testing.assert_close(outside, MEAN.expand_as(outside))
     inside = frame[:, :, [36, 48, 60]]                                         # one column of each stripe
     torch.testing.assert_close(inside, torch.eye(3)[:, None].expand_as(inside), rtol=0, atol=1e-5)
 

@@ -283,10 +283,11 @@ def test_augmentation_is_drawn_anew_for_every_image_of_every_epoch(example_root,
     assert len({x.numpy().tobytes() for x in torch.cat((first, second))}) == 24
 
 
-def test_evaluations_read_the_test_split_once_and_in_order(example_root, tmp_path):
-    config = experiment(example_root, tmp_path, "max_iter=3", "val_interval=2", "eval_at_start=true", "ema_decay=0.5")
+def test_evaluations_read_the_test_split_once_in_order_and_as_it_is(example_root, tmp_path):
+    config = experiment(example_root, tmp_path, "max_iter=3", "val_interval=2", "eval_at_start=true", "ema_decay=0.5",
+                        "augmentation={scale_range: [0.5, 2.0], flip_prob: 0.5, photometric: true}")
     with watch(example_root) as seen:
         train(config, resume=False)
     a, b, c, d, e = names(example_root, "val")
-    assert seen.evaluated == 3 * [[a, b], [c, d], [e]]
+    assert seen.evaluated == 3 * [[a, b], [c, d], [e]]             # recognised, so not augmented
     assert [row["step"] for row in rows(config, "eval")] == [0, 2, 3]

@@ -71,6 +71,13 @@ def test_continuing_a_finished_run_changes_nothing(example_root, tmp_path):
     assert not seen.passes and not seen.evaluated and (config.run_dir / "last.pt").read_bytes() == before
 
 
+def test_the_untrained_model_is_scored_once(example_root, tmp_path):
+    config = experiment(example_root, tmp_path, "eval_at_start=true", "max_iter=1")
+    train(config, resume=False)
+    train(experiment(example_root, tmp_path, "eval_at_start=true", "max_iter=2"), resume=True)
+    assert [row["step"] for row in rows(config, "eval")] == [0, 1, 2]
+
+
 def test_resume_without_a_checkpoint_starts_afresh(example_root, tmp_path):
     config = experiment(example_root, tmp_path, "max_iter=1")
     train(config, resume=True)
