@@ -123,3 +123,13 @@ def test_help_and_a_wrong_key_answer_at_once():
         done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
                               check=True)
         assert float(done.stdout) < 0.5, arguments
+
+
+def test_options_read_before_and_after_an_import_are_equal():
+    code = ("import sys; from utils.engine.config import load_config; "
+            "before = load_config('configs/bim_nyud.yml'); assert 'torch' not in sys.modules; "
+            "import utils.engine.train; "
+            "after = load_config('configs/bim_nyud.yml'); assert before == after and after == before; "
+            "assert before != load_config('configs/bim_nyud.yml', ['optimizer_kwargs.eps=1e-3'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

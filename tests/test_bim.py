@@ -15,233 +15,24 @@ from torch import nn
 from models.blocks.heads import PatchExpandHead
 from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6
-from models.decoder import BuildContext
-from models.decoders.bim import BCFRBlock, BIMConfig, BIMDecoder, BIScan, MSScan
-from models.ops.routes import Route
+from models.decoders.bim import BIMConfig, BIMDecoder, MSScan
 from models.ops.scan_cpp import find_cpp_kernel
 from models.ops.selective_scan import count_scan_flops
-from models.ops.ss2d import s6_scan, ss2d_core, window_positions
+from models.ops.ss2d import ss2d_core, window_positions
+from tests.bim_parts import (
+    ROUTES,
+    STRIDES,
+    WIDTHS,
+    bi_scan,
+    context,
+    encoder_maps,
+    exact_arithmetic,  # noqa: F401  (a fixture of every test)
+    make_identity,
+    randomise,
+    scan_sequence,
+    small_decoder,
+)
 from utils.options import parse
-
-STRIDES = (4, 8, 16, 32)
-WIDTHS = (8, 16, 32, 64)
-ROUTES = ("fwd_tf", "fwd_pf", "bwd_tf", "bwd_pf")
-
-
-@pytest.fixture(autouse=True)
-def exact_arithmetic():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def randomise(module):
-    """No weight keeps a symmetric or neutral initial value."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module.eval()
-
-
-def bi_scan(width=6, state=4):
-    return randomise(BIScan(width, rank=2, state=state))
-
-
-def context(tasks="abc", widths=WIDTHS, strides=STRIDES):
-    return BuildContext(dict.fromkeys(tasks, 1), widths, strides, image_size=(64, 96))
-
-
-def small_decoder(tasks="abc", **options):
-    options = {"d_state": 4, "drop_path_rate": 0.0} | options
-    return randomise(BIMDecoder(context(tasks), BIMConfig(**options)))
-
-
-def encoder_maps(batch=1, height=64, width=96):
-    return [torch.randn(batch, c, height // s, width // s) for c, s in zip(WIDTHS, STRIDES, strict=True)]
-
-
-def dependence(function, feat, channels):
-    """(tokens out, tokens in) bool: has an output token (sum of `channels`) a gradient to an input token?
-
-    feat is (1, T, H, W, D); tokens are counted as t * L + y * W + x.
-    """
-    feat = feat.clone().requires_grad_()
-    out = function(feat)[..., channels].sum((0, -1)).flatten()  # (T H W,)
-    grads = [torch.autograd.grad(value, feat, retain_graph=True)[0] for value in out]
-    return torch.stack([grad.abs().sum((0, -1)).flatten() for grad in grads]) > 0
-
-
-def scan_sequence(sequence, route):
-    """Scans (B, D, L) from its first to its last element with the weights of one S6 route."""
-    line = [Route(1, sequence.shape[-1])]
-    return s6_scan(sequence.mT.unsqueeze(2), route, line).squeeze(2).mT
-
-
-# ---- BI-Scan ----
-
-def recorded_routes(monkeypatch, scan, feat):
-    """The routes that BI-Scan asks its two rounds of scans to take, and what is scanned, when scans change nothing."""
-    rounds = []
-
-    def identity(groups, tokens, routes):
-        rounds.append((groups, tokens.clone(), routes))
-        return tokens
-
-    monkeypatch.setattr("models.decoders.bim.scan_together", identity)
-    out = scan(feat)
-    return rounds, out
-
-
-@pytest.mark.parametrize("tasks, height, width", [(1, 3, 4), (2, 7, 9), (3, 3, 5), (5, 2, 3), (4, 1, 1)])
-def test_01_orders_of_the_four_passes(monkeypatch, tasks, height, width):
-    length = height * width
-    t, y, x = torch.meshgrid(*map(torch.arange, (tasks, height, width)), indexing="ij")
-    token = t * length + y * width + x  # the value encodes the token
-    feat = token[None, ..., None].expand(2, tasks, height, width, 5).double()
-    scan = bi_scan(5)
-    rounds, out = recorded_routes(monkeypatch, scan, feat)
-    task_first = (t * length + y * width + x).flatten()
-    position_first = ((y * width + x) * tasks + t).flatten()
-    last = tasks * length - 1
-    expected = (((scan.fwd_tf, scan.bwd_tf), task_first), ((scan.fwd_pf, scan.bwd_pf), position_first))
-    for (groups, tokens, routes), (parameters, position) in zip(rounds, expected, strict=True):
-        assert groups == parameters  # the forward half comes first ..
-        assert [group.D.shape[1] for group in groups] == [3, 2]  # .. and takes the odd channel
-        for route, where in zip(routes, (position, last - position), strict=True):
-            visited = tokens[1, route.tokens(), 0]  # by position
-            assert torch.equal(visited[where], token.flatten().double())
-    assert torch.equal(out, feat)  # written back to where each token came from
-
-
-def test_02_one_task_scans_the_raster_twice():
-    scan, feat = bi_scan(), torch.randn(2, 1, 3, 5, 6)
-    raster = rearrange(feat, "b 1 h w d -> b d (h w)")
-    forward = scan_sequence(scan_sequence(raster[:, :3], scan.fwd_tf.weights), scan.fwd_pf.weights)
-    backward = raster[:, 3:].flip(-1)
-    backward = scan_sequence(scan_sequence(backward, scan.bwd_tf.weights), scan.bwd_pf.weights).flip(-1)
-    expected = rearrange(torch.cat((forward, backward), dim=1), "b d (h w) -> b 1 h w d", h=3)
-    torch.testing.assert_close(scan(feat), expected, rtol=0, atol=1e-13)
-
-
-def test_03_one_pixel_makes_both_orders_the_task_order(monkeypatch):
-    rounds, _ = recorded_routes(monkeypatch, bi_scan(), torch.randn(1, 5, 1, 1, 6))
-    for _, _, (forward, backward) in rounds:
-        assert forward.tokens().tolist() == [0, 1, 2, 3, 4]
-        assert backward.tokens().tolist() == [4, 3, 2, 1, 0]
-
-
-@pytest.mark.parametrize("tasks", [1, 2, 3])
-def test_04_mirror(tasks):
-    scan, mirrored = bi_scan(), bi_scan()
-    swap = {"fwd": "bwd", "bwd": "fwd"}
-    mirrored.load_state_dict({swap[name[:3]] + name[3:]: value for name, value in scan.state_dict().items()})
-
-    def mirror(feat):
-        return torch.cat((feat[..., 3:], feat[..., :3]), dim=-1).flip(1, 2, 3)
-
-    feat = torch.randn(2, tasks, 3, 5, 6)
-    torch.testing.assert_close(mirrored(mirror(feat)), mirror(scan(feat)), rtol=0, atol=1e-13)
-
-
-def test_05_one_pass_is_lower_triangular_and_dense():
-    route = randomise(S6(4, rank=2, state=3))
-    sequence = torch.randn(1, 4, 12, requires_grad=True)
-    out = scan_sequence(sequence, route.weights).sum((0, 1))
-    rows = [torch.autograd.grad(value, sequence, retain_graph=True)[0].abs().sum((0, 1)) for value in out]
-    assert torch.equal(torch.stack(rows) > 0, torch.ones(12, 12).tril().bool())
-
-
-def forward_rule(tasks, length):
-    """The closed form of the forward half's dependence, as (T L, T L) bool."""
-    allowed = torch.zeros(tasks, length, tasks, length, dtype=torch.bool)
-    for t, q, s, p in product(range(tasks), range(length), range(tasks), range(length)):
-        if q == 0:
-            allowed[t, q, s, p] = s < t or (s == t and p == 0)
-        else:
-            allowed[t, q, s, p] = s < tasks - 1 or p <= q - 1 or (t == tasks - 1 and p <= q)
-    return allowed.flatten(2).flatten(0, 1)
-
-
-def test_06_07_dependence_of_both_halves():
-    tasks, height, width = 3, 3, 4
-    scan, feat = bi_scan(), torch.randn(1, tasks, height, width, 6)
-    forward, backward = slice(0, 3), slice(3, 6)
-    rule = forward_rule(tasks, height * width)
-    forward_found, backward_found = dependence(scan, feat, forward), dependence(scan, feat, backward)
-    assert torch.equal(forward_found, rule)
-    assert torch.equal(backward_found, rule.flip(0, 1))  # t -> T-1-t and q -> L-1-q on both sides
-    assert (forward_found | backward_found).all()  # global receptive field
-    leaf = feat.clone().requires_grad_()
-    out = scan(leaf)
-    for seen, other in ((forward, backward), (backward, forward)):
-        grad = torch.autograd.grad(out[..., seen].square().sum(), leaf, retain_graph=True)[0]
-        assert grad[..., seen].abs().min() > 0 and not grad[..., other].any()
-
-
-@pytest.mark.parametrize("tasks, height, width", [(1, 1, 1), (1, 2, 3), (2, 1, 2), (5, 2, 2)])
-def test_07_global_receptive_field_for_any_size(tasks, height, width):
-    scan, feat = bi_scan(), torch.randn(1, tasks, height, width, 6)
-    assert dependence(scan, feat, slice(None)).all()
-
-
-def make_identity(scan):
-    """Outputs read no state (rows of C are zero) and the skip gain is 1."""
-    with torch.no_grad():
-        for name in ROUTES:
-            route = getattr(scan, name)
-            route.x_proj[:, -route.A_log.shape[-1]:] = 0
-            route.D.fill_(1)
-
-
-def test_08_identity():
-    scan, feat = bi_scan(7), torch.randn(2, 3, 3, 5, 7)
-    assert (scan(feat) - feat).abs().max() > 0.1
-    make_identity(scan)
-    assert torch.equal(scan(feat), feat)
-
-
-def test_09_memoryless_limit():
-    scan, feat = bi_scan(), torch.randn(1, 2, 3, 4, 6)
-    with torch.no_grad():
-        for name in ROUTES:
-            getattr(scan, name).A_log.fill_(30)
-    assert torch.equal(dependence(scan, feat, slice(None)), torch.eye(24).bool())
-
-
-def test_10_causality_across_the_border_of_a_task():
-    tasks, height, width = 3, 3, 4
-    scan, feat = bi_scan(), torch.randn(1, tasks, height, width, 6)
-
-    def changed(task):
-        other = feat.clone()
-        other[0, task, -1, -1, :3] += 1
-        difference = (scan(other) - scan(feat))[0, ..., :3].abs().sum(-1)  # (T, H, W)
-        return difference > 0
-
-    assert changed(0)[1:].all()
-    last = changed(tasks - 1)
-    assert last.sum() == 1 and last[-1, -1, -1]
-
-
-def test_11_parameters_do_not_grow_with_tasks_and_work_is_linear():
-    def routes_parameters(tasks):
-        return sum(p.numel() for p in BCFRBlock(list(tasks), 8, 0.0, BIMConfig()).scan.parameters())
-
-    assert routes_parameters("ab") == routes_parameters("abcde")
-
-    def work(tasks, height, width, channels=6):
-        with count_scan_flops() as counter:
-            bi_scan(channels)(torch.randn(1, tasks, height, width, channels))
-        return counter
-
-    base = work(2, 3, 5)
-    assert (base.calls, base.elements) == (2, 4 * 2 * 15 * 3)
-    for doubled in (work(4, 3, 5), work(2, 6, 5), work(2, 3, 10)):
-        assert doubled.elements == 2 * base.elements
-    odd = work(2, 3, 5, 7)  # halves of unequal width
-    assert (odd.calls, odd.elements) == (4, 2 * 2 * 15 * 7)
-
 
 # ---- the decoder and its blocks ----
 

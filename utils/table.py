@@ -91,7 +91,13 @@ def _read_options(module: str, name: str) -> type[Options]:
         elif isinstance(statement, ast.ClassDef) and statement.name in bases:
             names[statement.name] = _read_options(module, statement.name)
     exec(compile(ast.Module([*needed, node], []), f"options of {module}", "exec"), names)
+    names[name].__eq__ = _says_the_same
     return names[name]
+
+
+def _says_the_same(self: Options, other: object) -> bool:
+    """Equality of options that were read from a source, also with those of the imported class."""
+    return type(self).__name__ == type(other).__name__ and vars(self) == vars(other)
 
 
 def _is_light(statement: ast.stmt) -> bool:

@@ -114,9 +114,9 @@ class Augmentation(Options):
         self.require(0 <= self.flip_prob <= 1, "flip_prob", "a probability")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Config:
-    """One experiment. Field names are the YAML keys. Two are equal if they say the same."""
+    """One experiment. Field names are the YAML keys."""
 
     # what is trained
     model: str = choice(DECODERS)                # the decoder
@@ -198,10 +198,6 @@ class Config:
     def run_dir(self) -> Path:
         """Everything of this run lies here."""
         return Path(self.out_dir) / self.version_name
-
-    def __eq__(self, other: object) -> bool:
-        # by values: an options class that was read before its module was imported is another class
-        return isinstance(other, Config) and self.to_dict() == other.to_dict()
 
     def to_dict(self) -> dict:
         """Plain containers, ready for YAML or a checkpoint; `config_from_dict` reads it back."""
