@@ -99,11 +99,12 @@ def test_shipped_files_build_the_published_models_key_by_key(name, without_value
 
 
 def test_boundary_loss_says_little():
-    assert TASKS["edge"].score.label == "boundary loss"
+    edge = TASKS.load("edge")
+    assert edge.main_score({"loss": 0.1}).label == "boundary loss"
     label = torch.zeros(1, 1, 10, 10)
     label[..., :2] = 1                                                 # f = 0.2
     for pred, floor in ((label, 0.0347 + 0.263 * 0.2), (torch.zeros_like(label), 0.0347 + 0.624 * 0.2)):
-        meter = TASKS["edge"].meter(TaskContext(1))
+        [meter] = edge.build_evaluators(TaskContext(1))
         meter.update(pred, label)
         assert meter.compute()["loss"] == pytest.approx(floor, abs=2e-4)
 

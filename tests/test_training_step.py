@@ -27,7 +27,8 @@ def losses_and_gradients(config, steps=2):
     torch.manual_seed(0)
     model = model_from_config(config)
     prepare_for_training(model, config)
-    criterion, optimizer, results = build_criterion(config, model), build_optimizer(config, model), []
+    criterion, results = build_criterion(config, model), []
+    optimizer = build_optimizer(config, model, criterion)
     generator = torch.Generator().manual_seed(1)
     batch = {"image": torch.randn(2, 3, *SIZE, generator=generator)}
     for task in config.tasks:

@@ -5,6 +5,7 @@ attention over the batch, "eval_single" and "trainps" that within each image.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,6 +21,10 @@ from utils.engine.tasks import TASKS
 HEADS = {"DemtHead": "demt", "FCNHead": "fcn"}
 SIZES = {"Swin-T": "swin_tiny", "Swin-S": "swin_small", "Swin-B": "swin_base", "Swin-L": "swin_large",
          "HRNet18-S": "hrnet_w18_small_v2", "HRNet48": "hrnet_w48"}
+# Here a ReLU's input is so near 0 that float32 arithmetic decides on which side it falls, differently on different
+# processors and numbers of threads: gradients then jump by 5.6e-3 (10e-3 where most). In float64 the same jump appears
+# when the image is changed by 1e-6, and without it the case agrees to 2e-4.
+NEAR_A_KINK, GRADIENT_OVER_A_KINK = {"pascal_hrnet"}, 2e-2
 TASK = f"({'|'.join(TASKS)})"
 
 
@@ -67,6 +72,13 @@ def _single(case: Case) -> Iterator[Measure]:
         yield case.measure("value", f"{task}, alone", torch.cat([out[task] for out in alone]), want)
 
 
+def _training(case: Case) -> Iterator[Measure]:
+    for measure in compare.training(case):
+        near_kink = case.config["case"] in NEAR_A_KINK and case.options.dtype == torch.float32
+        limit = GRADIENT_OVER_A_KINK if near_kink and measure.name.startswith("grad") else measure.tolerance
+        yield replace(measure, tolerance=limit)
+
+
 def full_size(entry: dict) -> MultiTaskModel:
     """The model of a manifest's entry, without memory."""
     if entry["backbone"] not in SIZES:
@@ -94,7 +106,7 @@ SYSTEM = System(
     build=_build,
     convert=convert,
     groups={"outputs": (compare.outputs, *MODEL, "eval.out."), "inside": (compare.inside, *MODEL, "eval.mid."),
-            "each image alone": (_single, *MODEL, "eval_single."), "training": (compare.training, *MODEL, "train."),
+            "each image alone": (_single, *MODEL, "eval_single."), "training": (_training, *MODEL, "train."),
             "training, each image alone": (partial(compare.training, run="trainps.", attention="per_sample"), *MODEL,
                                            "trainps.")},
     names=((rf"(eval|eval_single|train|trainps)\.{TASK}", r"\1.out.\2"),
