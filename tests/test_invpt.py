@@ -192,7 +192,7 @@ def test_a_wrong_pairing_says_what_the_file_holds(released, tiny):
     _, _, path = released
     held = (r"holds the released InvPT \(tasks semseg 40, depth 1, normals 3, edge 1; ViT of 4 blocks and 16 "
             r"channels for 96 patches\) but the configuration asks for model {}.*unknown to the model")
-    for file, model, overrides in ((PASCAL, "InvPT, backbone vit, tasks semseg human_parts sal", SMALL),
+    for file, model, overrides in ((PASCAL, "invpt, backbone vit, tasks semseg human_parts sal", SMALL),
                                    (BIM, "bim, backbone swin", [])):
         with pytest.raises(ValueError, match=held.format(model)):
             trained_model(load_config(file, [*tiny, *overrides]), path, torch.device("cpu"))
