@@ -264,6 +264,10 @@ def test_the_seed_decides_on_weights_and_order(example_root, tmp_path):
         read = [name for images in run.passes for name in images]
         assert sorted(read[:12]) == sorted(names(example_root, "train")) and len(set(read[12:])) == 8
         assert read[:12] != sorted(read[:12]) and read[:8] != read[12:]
+    with watch(example_root) as uneven:
+        train(experiment(example_root, tmp_path / "d", "trBatch=5", "max_iter=3"), resume=False)
+    assert [len(images) for images in uneven.passes] == [5, 5, 5]
+    assert len({name for images in uneven.passes[:2] for name in images}) == 10
     assert a.passes[:6] != c.passes[:6] and a.passes[6:] != c.passes[6:]
     for key, value in a.start.named_parameters():
         assert torch.equal(value, b.start.get_parameter(key))
