@@ -207,8 +207,9 @@ def test_other_files_of_the_folder_are_left_alone(tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["raw", "colour", "panels"])
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, kind):
     """OpenCV says false where it cannot write; that must not pass for success."""
-    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)
+    monkeypatch.setattr(cv2, "imwrite", lambda path, _: f"/out/{kind}/" not in path)
     with pytest.raises(OSError, match=r"could not write .*a\.png"):
         run(tmp_path, {"a.png": stripes(40, 60)}, [])

@@ -87,6 +87,17 @@ def test_scores_are_those_of_the_average_in_eval_mode(example_root, tmp_path, de
     assert primary(again) == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_scores_are_taken_in_the_precision_of_the_run(example_root, tmp_path):
+    config = experiment(example_root, tmp_path, *ALL_FOUR, "precision=bf16", "valBatch=1", "boundary_infer=off")
+    torch.manual_seed(0)
+    model = model_from_config(config).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "any.pt")
+    results = primary(infer(config, tmp_path / "any.pt", tmp_path / "out"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert results == pytest.approx(scores_by_hand(model, example_root), rel=1e-6)
+    assert results["depth"] != pytest.approx(scores_by_hand(model, example_root)["depth"], rel=1e-6)
+
+
 def test_training_goes_on_in_training_mode_after_an_evaluation(example_root, tmp_path):
     """The same weights and batch statistics, whether they were scored on the way or not."""
     ends = []
@@ -204,6 +215,12 @@ def test_the_test_split_is_named_by_its_own_key(example_root, tmp_path):
     config = experiment(example_root, tmp_path)
     assert build_split(config, "train").ids == names(example_root, "train")
     assert build_split(config, "val").ids == names(example_root, "val")
+    other = experiment(example_root, tmp_path, "val_db_name=PASCALContext", "task_dictionary={include_normals: true}")
+    assert build_split(other, "train").folder.name == "NYUDv2"
+    assert build_split(other, "val").folder.name == "PASCALContext"
+    train(other, resume=False)
+    infer(other, other.run_dir / "last.pt", tmp_path / "infer")
+    assert json.loads((tmp_path / "infer" / "results.json").read_text())["dataset"] == "PASCALContext"
 
 
 def test_evaluate_leaves_the_mode_of_every_layer_as_it_was(example_root, tmp_path):

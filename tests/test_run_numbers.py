@@ -1,12 +1,15 @@
 """The numbers of a run, against the same run written out in plain PyTorch: losses, rates, updates, moving average."""
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from models.model import MultiTaskModel
@@ -170,6 +173,31 @@ def test_a_run_is_what_its_file_says(example_root, tmp_path, case):
         assert last["ema"] is None
 
 
+def test_pixels_without_a_label_do_not_count(example_root, tmp_path):
+    """Depth 0 and segmentation 0 are "not measured" and "unlabelled", in losses and in scores."""
+    root = tmp_path / "data"
+    shutil.copytree(example_root / "NYUDv2", root / "NYUDv2")
+    for path in (root / "NYUDv2" / "depth").iterdir():
+        depth = np.load(path)
+        depth[:, :40] = 0
+        np.save(path, depth)
+    for path in (root / "NYUDv2" / "segmentation").iterdir():
+        label = np.array(Image.open(path))
+        label[:24] = 0
+        Image.fromarray(label).save(path)
+    config = experiment(root, tmp_path / "out", "max_iter=2", "optimizer=sgd", "val_interval=2",
+                        "optimizer_kwargs={lr: 1e-2, momentum: 0, weight_decay: 0}", "scheduler_kwargs.power=1")
+    with watch(root) as seen:
+        results = train(config, resume=False)
+    history, _ = by_hand(seen.start, root, grouped(seen.passes, 1), [1e-2, 5e-3], weighted(semseg=1, depth=1), sgd(0.0))
+    for row, expected in zip(rows(config, "train"), history, strict=True):
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert_same(stored(config.run_dir / "last.pt")["model"], seen.start.state_dict(), 2e-5)
+    truth = read_batch(root, names(root, "val"))
+    for task in ("semseg", "depth"):
+        assert results[task]["valid_pixels"] == int((truth[task] != 255).sum()) < 5 * 64 * 96
+
+
 PLAIN = ["optimizer=sgd", "optimizer_kwargs={lr: 1, momentum: 0, weight_decay: 0}", "max_iter=1",
          "loss_kwargs.loss_weights={semseg: 1e-3, depth: 1e-3}"]
 
@@ -264,6 +292,10 @@ def test_the_seed_decides_on_weights_and_order(example_root, tmp_path):
         read = [name for images in run.passes for name in images]
         assert sorted(read[:12]) == sorted(names(example_root, "train")) and len(set(read[12:])) == 8
         assert read[:12] != sorted(read[:12]) and read[:8] != read[12:]
+    with watch(example_root) as uneven:
+        train(experiment(example_root, tmp_path / "d", "trBatch=5", "max_iter=3"), resume=False)
+    assert [len(images) for images in uneven.passes] == [5, 5, 5]
+    assert len({name for images in uneven.passes[:2] for name in images}) == 10
     assert a.passes[:6] != c.passes[:6] and a.passes[6:] != c.passes[6:]
     for key, value in a.start.named_parameters():
         assert torch.equal(value, b.start.get_parameter(key))
