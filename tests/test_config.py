@@ -95,6 +95,20 @@ def test_a_mistake_names_the_layer_it_came_from(tmp_path):
         load_config(path, ["trBatch"])
 
 
+@pytest.mark.parametrize("bases", [3, None, {"a": 1}, [1], True, [None]])
+def test_base_files_are_given_by_name(tmp_path, bases):
+    path = write(tmp_path / "exp.yml", {"_base_": bases})
+    with pytest.raises(ConfigError, match=r"exp\.yml: '_base_' must be the name of a file or a list of such names"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", [["bim"], {"bim": 1}, 3, None, True])
+def test_an_entry_of_a_table_is_given_by_name(tmp_path, name):
+    path = write(tmp_path / "exp.yml", {**MINIMAL, "optimizer": name})
+    with pytest.raises(ConfigError, match=r"'optimizer': optimizer is given by its name, not by .*; known: adam"):
+        load_config(path)
+
+
 def test_broken_files(tmp_path):
     (tmp_path / "a.yml").write_text("key: [1,", encoding="ascii")
     with pytest.raises(ConfigError, match="not valid YAML"):

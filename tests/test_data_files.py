@@ -246,6 +246,7 @@ def test_folders_are_found_below_the_root_or_are_it(tmp_path, monkeypatch):
 def test_labels_are_resized_by_their_rule():
     label = np.array([[[0.0], [8.0]]], np.float32)
     assert MapLabel().fit(label, (2, 4))[..., 0].tolist() == [[0, 0, 8, 8]] * 2
+    assert MapLabel(interp="cubic").fit(label, (1, 2)) is label                    # already of the image's size
     cubic = MapLabel(interp="cubic").fit(label, (1, 4))
     assert cubic.shape == (1, 4, 1) and 0 < cubic[0, 1, 0] < 4 < cubic[0, 2, 0] < 8
 

@@ -33,14 +33,16 @@ class Table(dict):
 
     def find(self, name: Any) -> str:
         """The entry's own name for any spelling of it; an unknown one is a ValueError with the nearest and all."""
+        if not isinstance(name, str):
+            raise ValueError(f"{self.kind} is given by its name, not by {name!r}; known: {', '.join(self)}")
         if name in self:
             return name
         spellings = {key.lower(): key for key in self} | {key.lower(): own for key, own in self.aliases.items()}
-        if str(name).lower() in spellings:
-            return spellings[str(name).lower()]
+        if name.lower() in spellings:
+            return spellings[name.lower()]
         hint = nearest(name, [*self, *self.aliases])
         known = "" if hint.startswith("known") else f" known: {', '.join(self)}"
-        raise ValueError(f"unknown {self.kind} {str(name)!r}; {hint}{known}")
+        raise ValueError(f"unknown {self.kind} {name!r}; {hint}{known}")
 
     def load(self, name: str) -> Any:
         """What the entry stands for, imported if need be."""

@@ -28,8 +28,11 @@ def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, dict[str,
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold 'key: value' lines, found {type(own).__name__}")
     bases = own.pop("_base_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: '_base_' must be the name of a file or a list of such names, got {bases!r}")
     merged, origin = {}, {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         base_values, base_origin = read_yaml(path.parent / base, (*chain, path.resolve()))
         merged, origin = merge(merged, base_values), {**origin, **base_origin}
     return merge(merged, own), {**origin, **{key: str(path) for key in _dotted_keys(own)}}
