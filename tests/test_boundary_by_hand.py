@@ -152,6 +152,8 @@ def test_the_border_is_damped_on_all_sides():
     np.testing.assert_allclose(flat[-5:, 7], frame[::-1], rtol=1e-6)
     assert flat[1, 1] == pytest.approx(0.04) and flat[6, 7] == 1 == flat[5, 5]
     assert suppress(np.ones((4, 4), np.float32))[:, 2].tolist() == [0, 0.25, 0.25, 0]      # half of a short side
+    assert suppress(np.ones((4, 40), np.float32))[:, 20].tolist() == [0, 0.5, 0.5, 0]
+    assert suppress(np.ones((40, 4), np.float32))[20].tolist() == [0, 0.5, 0.5, 0]
 
 
 # Sets ----------------------------------------------------------------------------------------------------------------

@@ -316,3 +316,18 @@ def test_an_image_larger_than_its_frame_cannot_be_cut(size):
     with pytest.raises(ValueError, match=f"image of {size[0]} x {size[1]} cannot be cut from a map of 4 x 5"):
         crop_from_padding(np.zeros((4, 5)), size)
     assert crop_from_padding(np.arange(4 * 5).reshape(4, 5), (1, 4)).tolist() == [[5, 6, 7, 8]]
+
+
+def test_one_salient_pixel_is_enough_for_a_recall():
+    """Precision and recall of the images' own counts: one pixel, found, is 1 of 1."""
+    meter = SaliencyMeter()
+    target = torch.zeros(1, 1, 2, 2)
+    target[0, 0, 0, 0] = 1
+    meter.update(target * 0.95, target)
+    assert meter.compute()["F1"] == 1.0 and meter.compute()["mIoU"] == 1.0
+
+
+def test_an_odd_offset_and_an_odd_side_are_cut_out_exactly():
+    padded = np.arange(5 * 8).reshape(5, 8)
+    assert crop_from_padding(padded, (3, 5)).tolist() == padded[1:4, 1:6].tolist()
+    assert crop_from_padding(padded, (2, 3)).tolist() == padded[1:3, 2:5].tolist()
