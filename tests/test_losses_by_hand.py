@@ -10,7 +10,7 @@ from losses.balancing import build_balancing
 from losses.cross_entropy import BalancedCrossEntropyLoss, CrossEntropyLoss
 from losses.edge import BalancedBCELoss
 from losses.load_balancing import load_balancing_loss
-from losses.multi_task import MultiTaskLoss
+from losses.multi_task import MultiTaskLoss, images_of
 from losses.regression import L1Loss, NormalsLoss
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
@@ -276,3 +276,12 @@ def test_missing_maps_are_named():
         combined()(FINAL, {})
     with pytest.raises(ValueError, match="loss_weights lacks a, b; given: -"):
         build_balancing("log", ("a", "b"), {})
+
+
+def test_a_batch_is_taken_apart_image_by_image():
+    """Tensors, sequences with one entry per image, dictionaries of either."""
+    maps, boxes = torch.arange(6.0).reshape(3, 2), ["a", "b", "c"]
+    assert [part.tolist() for part in images_of(maps)] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert list(images_of(boxes)) == [["a"], ["b"], ["c"]]
+    parts = images_of({"maps": maps, "boxes": boxes})
+    assert len(parts) == 3 and parts[1]["maps"].tolist() == [[2, 3]] and parts[1]["boxes"] == ["b"]

@@ -1,0 +1,54 @@
+"""The sheet of pictures for people: where tiles, legends and swatches lie, in pixels."""
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.evaluator import TaskContext
+from utils.engine.panel import INK, PAPER, batch_panel, prediction_panel, to_array
+
+RGB = np.full((60, 80, 3), 200, np.uint8)
+EDGE, NORMALS = TaskContext(1), TaskContext(3)
+
+
+@pytest.mark.parametrize(("tasks", "size"), [
+    ((), (8 + 22 + 240 + 4 + 8, 8 + 328)),                                     # the input alone: no legend
+    (("edge",), (8 + 22 + 240 + 4 + 16 + 8, 8 + 2 * 328)),                     # a legend of one line
+    (("edge", "normals"), (8 + 22 + 240 + 4 + 32 + 8, 8 + 3 * 328)),           # of two lines
+    (("edge", "normals", "sal"), (8 + 2 * (22 + 240 + 4 + 32 + 8), 8 + 3 * 328)),      # a second row of tiles
+])
+def test_the_size_of_the_sheet(tasks, size):
+    """Tiles are 320 pixels wide, three to a row, with 8 pixels between them."""
+    maps = {task: np.zeros((60, 80, 3 if task == "normals" else 1), np.float32) for task in tasks}
+    panel = prediction_panel(RGB, maps, {task: NORMALS if task == "normals" else EDGE for task in tasks})
+    assert panel.shape == (*size, 3) and panel.dtype == np.uint8
+
+
+def test_pictures_and_swatches_lie_where_they_belong():
+    panel = prediction_panel(RGB, {"edge": np.ones((60, 80, 1), np.float32)}, {"edge": EDGE})
+    assert (panel[8 + 22:8 + 22 + 240, 8:328] == 200).all()                     # the input, enlarged to 320 x 240
+    assert (panel[8 + 22:8 + 22 + 240, 336:656] == 255).all()                   # the prediction: white
+    assert (panel[:8] == PAPER).all() and (panel[:, :8] == PAPER).all()
+    top = 8 + 22 + 240 + 4
+    for left, colour in ((336, 0), (336 + 160, 255)):                           # "0" is black, "1" is white
+        assert (panel[top + 2, left + 2:left + 15] == INK).all() and (panel[top + 13, left + 2:left + 15] == INK).all()
+        assert (panel[top + 2:top + 14, left + 2] == INK).all() and (panel[top + 2:top + 14, left + 14] == INK).all()
+        assert (panel[top + 3:top + 13, left + 3:left + 14] == colour).all()
+        assert (panel[top + 1, left:left + 18] == PAPER).all() and (panel[top:top + 14, left + 1] == PAPER).all()
+        assert (panel[top + 3:top + 13, left + 19:left + 30] != 255).any()      # its text
+
+
+def test_a_batch_shows_predictions_above_labels():
+    """First image: unnormalised input, prediction; below the label of half the size, enlarged without smoothing."""
+    prediction, label = torch.zeros(2, 1, 4, 6), torch.ones(2, 1, 2, 3)
+    batch = {"image": torch.zeros(2, 3, 4, 6), "edge": label}
+    panel = batch_panel(batch, {"edge": prediction}, {"edge": EDGE})
+    assert panel.shape == (8, 12, 3)
+    assert panel[:, :6].reshape(-1, 3).tolist() == [[123, 116, 103]] * 48       # ImageNet's mean colour, truncated
+    assert (panel[:4, 6:] == 0).all() and (panel[4:, 6:] == 255).all()
+
+
+def test_only_maps_are_turned_into_arrays():
+    boxes = torch.zeros(5, 4)
+    assert to_array(boxes) is boxes and to_array([1]) == [1]
+    assert to_array(torch.zeros(2, 3, 4)).shape == (3, 4, 2)
