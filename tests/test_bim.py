@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from models.blocks.heads import PatchExpandHead
-from models.blocks.patch_expand import PatchExpand
+from models.blocks.heads import PatchExpand, PatchExpandHead
 from models.blocks.s6 import S6
 from models.decoders.bim import BIMConfig, BIMDecoder, MSScan
 from models.ops.scan_cpp import find_cpp_kernel

@@ -17,7 +17,7 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from models.blocks.init import init_linear
+from models.blocks.layers import init_linear
 from models.ops.dcnv3 import Kernel, dcnv3
 from utils.options import Options
 

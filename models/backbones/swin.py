@@ -20,7 +20,7 @@ from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
-from models.blocks.init import init_linear
+from models.blocks.layers import init_linear
 from utils.options import Options
 
 logger = logging.getLogger(__name__)

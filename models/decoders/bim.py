@@ -21,11 +21,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.heads import PatchExpandHead
-from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
 from models.decoder import BuildContext
-from models.decoders.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
+from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, per_task, stage_rates
 from models.decoders.options import DecoderOptions
 from models.ops.routes import Route
 from models.ops.ss2d import ss2d_core
@@ -149,26 +147,21 @@ class BCFRBlock(nn.Module):
         return out
 
 
-class MFRStage(nn.Module):
+class MFRStage(TaskStage):
     """Mamba feature refinement: up-sample, fuse the encoder's map, refine each task, let tasks interact."""
 
     def __init__(self, tasks: Sequence[str], channels: int, rates: Iterable[float], config: BIMConfig):
-        super().__init__()
+        super().__init__(tasks, channels)
         rates = list(rates)  # one per residual branch, in the order they run
         bcfr_rate = rates.pop(0 if config.order == "bcfr_first" else -1)
         self.interact_first = config.order == "bcfr_first"
-        self.expand = per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
-        self.fuse = per_task(tasks, lambda: nn.Linear(2 * channels, channels))
         self.msst = per_task(
             tasks, lambda: nn.Sequential(*(MSSTLayer(channels, rate, config) for rate in rates)))
         self.bcfr = BCFRBlock(tasks, channels, bcfr_rate, config)
 
     def forward(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         """Task maps (B, H / 2, W / 2, 2 C) and the skip map (B, H, W, C) to task maps (B, H, W, C)."""
-        fused = {}
-        for task, feat in feats.items():
-            fine = self.expand[task](feat)  # (B, H, W, C)
-            fused[task] = self.fuse[task](join(fine, skip))
+        fused = self.join(feats, skip)
         if self.interact_first:
             return self._refine(self.bcfr(fused))
         return self.bcfr(self._refine(fused))
@@ -195,10 +188,6 @@ class BIMDecoder(CoarseToFineDecoder):
 
     def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         return self.stages[index](feats, skip)
-
-    def make_head(self, num_outputs: int) -> PatchExpandHead:
-        """The head that belongs to this decoder: Psi and P of the paper, up to full resolution."""
-        return PatchExpandHead(self.channels, num_outputs)
 
 
 def _convolve(conv: nn.Conv2d, feat: Tensor) -> Tensor:

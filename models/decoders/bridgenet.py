@@ -25,10 +25,8 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.channels import ChannelLayerNorm, ChannelMlp
-from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
-from models.blocks.init import INIT_STD
-from models.blocks.multi_scale_sum import MultiScaleSum
+from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, up_embedding
+from models.blocks.layers import INIT_STD, ChannelLayerNorm, ChannelMlp, conv_bn_relu
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions

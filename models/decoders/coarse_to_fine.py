@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.blocks.heads import PatchExpand, PatchExpandHead
 from models.decoder import BuildContext, Decoder, DecoderOutput
 
 STRIDES = (4, 8, 16, 32)
@@ -41,6 +42,11 @@ class CoarseToFineDecoder(Decoder):
             refined = self.run_stage(index, refined, skip)
         return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
 
+    def make_head(self, num_outputs: int) -> nn.Module:
+        """The head of MTMamba and of BIM (Psi and P there): four-fold patch expansion to full resolution, then a linear
+        layer per pixel."""
+        return PatchExpandHead(self.channels, num_outputs)
+
 
 def stage_rates(largest: float, blocks: int) -> list[list[float]]:
     """Stochastic depth of the residual branches, stage by stage, falling linearly from `largest` to 0 at the last.
@@ -52,14 +58,24 @@ def stage_rates(largest: float, blocks: int) -> list[list[float]]:
     return [rates[first:first + per_stage] for first in range(0, 3 * per_stage, per_stage)]
 
 
-def join(fine: Tensor, skip: Tensor) -> Tensor:
-    """Up-sampled map and the encoder's map of that stage, (B, H, W, C) each -> (B, H, W, 2 C)."""
-    if fine.shape[:3] != skip.shape[:3]:
-        raise ValueError(f"up-sampled map is {fine.shape[1]}x{fine.shape[2]}, the encoder's {skip.shape[1]}x"
-                         f"{skip.shape[2]}; the image's sides must be multiples of {STRIDES[-1]}")
-    return torch.cat((fine, skip), dim=-1)
-
-
 def per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
     """One module with weights of its own for each task."""
     return nn.ModuleDict({task: build() for task in tasks})
+
+
+class TaskStage(nn.Module):
+    """How every stage begins, for each task alone: up-sample, join the encoder's map."""
+
+    def __init__(self, tasks: Sequence[str], channels: int):
+        super().__init__()
+        self.expand = per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
+        self.fuse = per_task(tasks, lambda: nn.Linear(2 * channels, channels))
+
+    def join(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+        """Task maps (B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (B, H, W, C)."""
+        fine = {task: self.expand[task](feat) for task, feat in feats.items()}  # (B, H, W, C)
+        height, width = next(iter(fine.values())).shape[1:3]
+        if (height, width) != skip.shape[1:3]:
+            raise ValueError(f"up-sampled map is {height}x{width}, the encoder's {skip.shape[1]}x{skip.shape[2]}; "
+                             f"the image's sides must be multiples of {STRIDES[-1]}")
+        return {task: self.fuse[task](torch.cat((feat, skip), dim=-1)) for task, feat in fine.items()}

@@ -25,9 +25,8 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
-from models.blocks.init import INIT_STD, init_linear
-from models.blocks.multi_scale_sum import MultiScaleSum
+from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, up_embedding
+from models.blocks.layers import INIT_STD, conv_bn_relu, init_linear
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions

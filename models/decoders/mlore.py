@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
 from models.blocks.autocast import without_autocast
-from models.blocks.init import INIT_STD
+from models.blocks.layers import INIT_STD
 from models.blocks.low_rank import LowRankExperts
 from models.blocks.upsampled_conv import UpsampledConv
 from models.decoder import BuildContext, Decoder, DecoderOutput

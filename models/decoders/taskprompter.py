@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks.heads import LiteHead
-from models.blocks.init import INIT_STD
+from models.blocks.layers import INIT_STD
 from models.blocks.prompting import PromptedMap, Prompting, scale_groups, scale_windows
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
