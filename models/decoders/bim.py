@@ -70,10 +70,10 @@ class MSScan(nn.Module):
         if not self.pooled or size == 1:
             return ss2d_core(feat, group.weights, window=0 if self.pooled else size)
         # Border cells are means over the pixels that exist.
-        coarse = F.avg_pool2d(_channels_first(feat), size, ceil_mode=True, count_include_pad=False)
-        coarse = ss2d_core(_channels_last(coarse), group.weights)  # (B, ceil(H / size), ceil(W / size), D_g)
-        fine = F.interpolate(_channels_first(coarse), size=feat.shape[1:3], mode="bilinear", align_corners=False)
-        return _channels_last(fine)
+        coarse = F.avg_pool2d(feat.movedim(-1, 1), size, ceil_mode=True, count_include_pad=False)
+        coarse = ss2d_core(coarse.movedim(1, -1), group.weights)  # (B, ceil(H / size), ceil(W / size), D_g)
+        fine = F.interpolate(coarse.movedim(-1, 1), size=feat.shape[1:3], mode="bilinear", align_corners=False)
+        return fine.movedim(1, -1)
 
 
 class BIScan(nn.Module):
@@ -115,7 +115,8 @@ class MSSTLayer(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         inner, gate = self.in_proj(self.norm(feat)).chunk(2, dim=-1)  # (B, H, W, D) each
-        scanned = self.scan(F.silu(_convolve(self.conv, inner)))
+        inner = self.conv(inner.movedim(-1, 1)).movedim(1, -1)  # seen in PyTorch's channels_last format; nothing moves
+        scanned = self.scan(F.silu(inner))
         return feat + self.drop_path(self.out_proj(self.out_norm(scanned) * F.silu(gate)))
 
 
@@ -138,7 +139,7 @@ class BCFRBlock(nn.Module):
         for task, feat in feats.items():
             projected = self.in_proj[task](self.norm[task](feat))  # (B, H, W, 2 D)
             task_inner, gates[task] = projected.chunk(2, dim=-1)
-            inner.append(F.silu(_convolve(self.conv[task], task_inner)))
+            inner.append(F.silu(self.conv[task](task_inner.movedim(-1, 1)).movedim(1, -1)))
         scanned = self.scan(torch.stack(inner, dim=1))  # (B, T, H, W, D)
         out = {}
         for (task, feat), task_scanned in zip(feats.items(), scanned.unbind(1), strict=True):
@@ -188,17 +189,3 @@ class BIMDecoder(CoarseToFineDecoder):
 
     def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         return self.stages[index](feats, skip)
-
-
-def _convolve(conv: nn.Conv2d, feat: Tensor) -> Tensor:
-    """(B, H, W, D) -> (B, H, W, D)."""
-    return _channels_last(conv(_channels_first(feat)))
-
-
-def _channels_first(feat: Tensor) -> Tensor:
-    """(B, H, W, D) seen as (B, D, H, W), PyTorch's channels_last memory format; nothing moves."""
-    return feat.movedim(-1, 1)
-
-
-def _channels_last(feat: Tensor) -> Tensor:
-    return feat.movedim(1, -1)

@@ -282,7 +282,3 @@ class BridgeNetDecoder(Decoder):
             begin = feat if self.refine_from == "preliminary" else refined
             mixed[task] = self.mix[task](torch.cat((begin, intermediate[task]), dim=1))
         return mixed, intermediate
-
-    def make_head(self, num_outputs: int) -> nn.Conv2d:
-        """The head that belongs to this decoder: one linear layer per pixel."""
-        return nn.Conv2d(self.channels, num_outputs, kernel_size=1)

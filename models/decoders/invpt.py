@@ -191,7 +191,3 @@ class InvPTDecoder(Decoder):
             outputs.append(maps)
         total = self.aggregate(outputs, (8 * height, 8 * width))
         return DecoderOutput({task: self.project[task](feat) for task, feat in total.items()}, intermediate)
-
-    def make_head(self, num_outputs: int) -> nn.Conv2d:
-        """The head that belongs to this decoder: one linear layer per pixel."""
-        return nn.Conv2d(self.channels, num_outputs, kernel_size=1)
