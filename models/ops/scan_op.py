@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from models.ops import SCAN_BACKENDS
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import Kernels
+from models.ops.scan_choice import Kernels
 
 _INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? delta_weight, "
            "int[] routes, bool delta_softplus")

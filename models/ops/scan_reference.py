@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.ops.routes import from_sequences, to_sequences
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import ScanBackend
+from models.ops.scan_choice import ScanBackend
 
 
 def reference_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import Kernels, ScanBackend
+from models.ops.scan_choice import Kernels, ScanBackend
 
 # Tokens of a chunk: on a CPU three chunks of states should fit its cache, a GPU wants few launches.
 CHUNK_TOKENS, CHUNK_TOKENS_ON_CUDA = 32, 256

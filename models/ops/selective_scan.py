@@ -15,8 +15,7 @@ from torch import Tensor
 
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs, check_scan, check_tensor
-from models.ops.scan_backend import ScanNeeds
-from models.ops.scan_choice import choose_backend
+from models.ops.scan_choice import ScanNeeds, choose_backend
 from models.ops.scan_op import scan_flops, scan_op
 
 _counters: list["ScanCounter"] = []
