@@ -1,5 +1,9 @@
-"""Small layers of which decoders, necks and backbones are made, and their initial weights."""
+"""Small layers of which decoders, necks and backbones are made, their initial weights, their precision."""
 
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -28,6 +32,24 @@ def logit_layer(in_channels: int, num_outputs: int) -> nn.Conv2d:
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def lite_head(in_channels: int, hidden_channels: int, num_outputs: int, activation: type[nn.Module] = nn.ReLU,
+              ) -> nn.Sequential:
+    """Head of MTMamba++ (and, with GELU, of TaskPrompter): 3 x 3 convolution, batch norm, ReLU, linear per pixel.
+
+    (B, C, H, W) -> (B, num_outputs, H, W), without activation; the model resizes. Under several CUDA
+    processes the batch statistics are synchronised.
+    """
+    conv = nn.Conv2d(in_channels, hidden_channels, kernel_size=3, padding=1)
+    nn.init.trunc_normal_(conv.weight, std=INIT_STD)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(hidden_channels), activation=activation(),
+                                     proj=nn.Conv2d(hidden_channels, num_outputs, kernel_size=1)))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Mixed precision off on the tensor's device. The meta device, which has only shapes, knows no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class ChannelLayerNorm(nn.LayerNorm):

@@ -174,7 +174,7 @@ class MFRStage(TaskStage):
 class BIMDecoder(CoarseToFineDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    The order of the tasks is that of the scans. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is that of the scans.
     """
 
     Config = BIMConfig

@@ -6,9 +6,8 @@ one rough prediction each. Then three stages, each of half the width and twice t
 bridge, into a stack of dilated convolutions of every task. The maps of all stages are summed.
 Reference: Zhang et al., "BridgeNet: Comprehensive and Effective Feature Interactions via Bridge Feature for
 Multi-Task Dense Predictions", IEEE TPAMI 2025.
-Details follow the published models, so that released weights give the same numbers; the options of
-`BridgeNetConfig` say where that is surprising. Layers that no output depends on (a convolution of the finest
-backbone map, one norm, one set of projections) are left out: the finest map is not used at all.
+The options of `BridgeNetConfig` say where the published models are surprising. Layers of theirs that no output depends
+on (a convolution of the finest backbone map, one norm, one set of projections) are left out: that map is not used.
 
 Axes: B batch, T tasks (their order matters), D preliminary width, C stage width, h w first grid, H W grid of the
 stage's task maps, H' W' that of its bridge, N heads, Q queries, L keys.
@@ -222,8 +221,7 @@ class BridgeNetDecoder(Decoder):
     """Four maps of a plain ViT or of a pyramid to one map per task, and preliminary predictions.
 
     The order of the tasks is part of the model. A backbone with a layer of its own for the finest map (Swin's output
-    norm) has parameters without gradient: several processes then need `find_unused_parameters: true`. Raises
-    ValueError when the backbone's maps do not fit.
+    norm) has parameters without gradient: several processes then need `find_unused_parameters: true`.
     """
 
     Config = BridgeNetConfig

@@ -12,17 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.heads import PatchExpand, PatchExpandHead
 from models.decoder import BuildContext, Decoder, DecoderOutput
 
 STRIDES = (4, 8, 16, 32)
 
 
 class CoarseToFineDecoder(Decoder):
-    """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task, in three stages.
-
-    Raises ValueError when the encoder's maps do not fit.
-    """
+    """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task, in three stages."""
 
     def __init__(self, context: BuildContext):
         super().__init__()
@@ -46,6 +42,39 @@ class CoarseToFineDecoder(Decoder):
         """The head of MTMamba and of BIM (Psi and P there): four-fold patch expansion to full resolution, then a linear
         layer per pixel."""
         return PatchExpandHead(self.channels, num_outputs)
+
+
+class PatchExpand(nn.Module):
+    """(B, H, W, in_channels) -> (B, scale H, scale W, out_channels), layer-normed: a linear layer predicts finer pixels
+    as channels. Reference: Lin et al., "MTMamba", ECCV 2024; the idea is Swin-Unet's (Cao et al., 2022).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int):
+        super().__init__()
+        self.scale = scale
+        self.proj = nn.Linear(in_channels, scale * scale * out_channels, bias=False)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        fine = self.proj(feat)
+        fine = rearrange(fine, "b h w (p1 p2 c) -> b (h p1) (w p2) c", p1=self.scale, p2=self.scale)
+        return self.norm(fine)
+
+
+class PatchExpandHead(nn.Module):
+    """Psi and P of BIM: four-fold patch expansion to full resolution, then a linear layer per pixel.
+
+    (B, C, H, W) -> (B, num_outputs, 4 H, 4 W), without activation.
+    """
+
+    def __init__(self, in_channels: int, num_outputs: int):
+        super().__init__()
+        self.expand = PatchExpand(in_channels, in_channels, scale=4)
+        self.proj = nn.Conv2d(in_channels, num_outputs, kernel_size=1)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        fine = self.expand(rearrange(feat, "b c h w -> b h w c"))  # (B, 4 H, 4 W, C)
+        return self.proj(rearrange(fine, "b h w c -> b c h w"))
 
 
 def stage_rates(largest: float, blocks: int) -> list[list[float]]:

@@ -5,10 +5,8 @@ ViT. Three stages then refine the maps of all tasks jointly; the width halves an
 to stage, and each stage hands its attention scores, before the softmax, to the next one. The maps of all stages
 are summed.
 Reference: Ye and Xu, "Inverted Pyramid Multi-task Transformer for Dense Scene Understanding", ECCV 2022.
-Details follow the published models, not the text, wherever the two differ, so that released weights give the
-same numbers; the options of `InvPTConfig` say where that is surprising. Layers of the published models that
-no output depends on (a third skip map, in the first stage a fusion of scores and a projection, a last norm)
-are left out.
+The options of `InvPTConfig` say where the published models are surprising. Layers of theirs that no output depends on
+(a third skip map, in the first stage a fusion of scores and a projection, a last norm) are left out.
 
 Axes: B batch, T tasks (their order matters), C stage width, H W grid of the stage, h w that of the first one,
 N heads, Q = T H W / 4 queries, L = T h w / 4 keys (the same number in every stage).
@@ -149,8 +147,7 @@ class InvPTStage(nn.Module):
 class InvPTDecoder(Decoder):
     """Four maps of a plain ViT to one map per task at a quarter of its stride, and preliminary predictions.
 
-    The order of the tasks is part of the model. The sides of the image must be multiples of `input_multiple`. Raises
-    ValueError when the encoder's maps do not fit.
+    The order of the tasks is part of the model.
     """
 
     Config = InvPTConfig

@@ -152,8 +152,7 @@ class CTMBlock(nn.Module):
 class MTMambaDecoder(CoarseToFineDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    In every stage each task's own blocks, then a cross-task block, whose channels are in the order of the tasks. Raises
-    ValueError when the encoder's maps do not fit.
+    In every stage each task's own blocks, then a cross-task block, whose channels are in the order of the tasks.
     """
 
     Config = MTMambaConfig

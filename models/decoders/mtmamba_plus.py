@@ -19,7 +19,7 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.heads import LiteHead
+from models.blocks.layers import lite_head
 from models.decoder import BuildContext
 from models.decoders.coarse_to_fine import per_task
 from models.decoders.mtmamba import GatedSS2D, MTMambaConfig, MTMambaDecoder, STMLayer
@@ -70,7 +70,7 @@ class SCTMBlock(nn.Module):
 class MTMambaPlusDecoder(MTMambaDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    The order of the tasks is that of the fused channels. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is that of the fused channels.
     """
 
     Config = MTMambaPlusConfig
@@ -81,6 +81,6 @@ class MTMambaPlusDecoder(MTMambaDecoder):
         super().__init__(context, config)
         self.head_channels = config.head_channels
 
-    def make_head(self, num_outputs: int) -> LiteHead:
+    def make_head(self, num_outputs: int) -> nn.Module:
         """The paper's head: one 3 x 3 convolution and a projection, at the decoder's resolution."""
-        return LiteHead(self.channels, self.head_channels, num_outputs)
+        return lite_head(self.channels, self.head_channels, num_outputs)

@@ -2,8 +2,6 @@
 
 Routes are applied by explicit permutation, before and after. This is the twin every fast backend is compared with, so
 it stays free of tricks.
-
-Axes: B batch, P positions of a route, K routes, E channels, N state.
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, algorithm 2.
 """
 

@@ -217,15 +217,13 @@ def _choose_blocks(args: ScanArgs) -> Blocks:
     if torch.are_deterministic_algorithms_enabled():
         return CANDIDATES[0]
     device = args.u.device
-    return _fastest_blocks(device.index or 0, *args.A.shape, args.shared, args.u.dtype, args.scan_dtype)
+    return _fastest_blocks(device.index or 0, (*args.A.shape, args.shared, args.u.dtype, args.scan_dtype))
 
 
 @functools.cache
-def _fastest_blocks(device: int, num_routes: int, channels: int, state: int, shared: bool, dtype: torch.dtype,
-                    scan_dtype: torch.dtype) -> Blocks:
+def _fastest_blocks(device: int, kind: tuple) -> Blocks:
     from triton.testing import do_bench
-    args = _example(torch.device("cuda", device), num_routes, channels, state, shared, dtype, scan_dtype)
-
+    args = _example(torch.device("cuda", device), *kind)
     return min(CANDIDATES, key=lambda blocks: do_bench(lambda: _both_ways(args, blocks), warmup=5, rep=20))
 
 
