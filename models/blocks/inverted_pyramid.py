@@ -6,6 +6,7 @@ Reference: Ye and Xu, "Inverted Pyramid Multi-task Transformer", ECCV 2022, sect
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks.layers import ChannelLayerNorm, conv_bn_relu
@@ -24,6 +25,11 @@ def query_reduction(channels: int) -> nn.Sequential:
     """Queries at half the side, (B, C, H, W) -> (B, C, H / 2, W / 2): depthwise convolution, batch norm."""
     conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1, groups=channels, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, L, C) -> (B, N, L, C / N)."""
+    return rearrange(tokens, "b l (n d) -> b n l d", n=num_heads)
 
 
 class MultiScaleSum(nn.Module):

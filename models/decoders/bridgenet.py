@@ -24,7 +24,7 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, up_embedding
+from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, split_heads, up_embedding
 from models.blocks.layers import INIT_STD, ChannelLayerNorm, ChannelMlp, conv_bn_relu
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
@@ -85,10 +85,6 @@ def _tokens(feat: Tensor) -> Tensor:
     return rearrange(feat, "b c h w -> b (h w) c")
 
 
-def _split_heads(tokens: Tensor, num_heads: int) -> Tensor:
-    return rearrange(tokens, "b l (n d) -> b n l d", n=num_heads)
-
-
 class PatternProduction(nn.Module):
     """TPP, first half, of one task: (B, D, h, w) -> scores (B, N, Q, L) before the softmax, values (B, N, L, D / N).
 
@@ -106,7 +102,7 @@ class PatternProduction(nn.Module):
         feat = self.norm(feat)
         query = _tokens(self.query(feat))  # (B, Q, D)
         keys = _tokens(F.avg_pool2d(feat, kernel_size=3, stride=2, padding=1, ceil_mode=True))  # (B, L, D)
-        q, k, v = (_split_heads(x, self.num_heads) for x in (self.to_q(query), self.to_k(keys), self.to_v(keys)))
+        q, k, v = (split_heads(x, self.num_heads) for x in (self.to_q(query), self.to_k(keys), self.to_v(keys)))
         return q @ k.transpose(-2, -1) * self.scale, v
 
 
@@ -150,7 +146,7 @@ class BridgeExtraction(nn.Module):
         pooled = [F.avg_pool2d(self.norm1(feat), self.pool, ceil_mode=True) for feat in maps.values()]
         keys = rearrange(pooled, "t b c h w -> b (t h w) c")  # (B, L, C): all of task 0, then task 1, ...
         reduced = self.query(query)  # (B, C, H'/2, W'/2)
-        q, k, v = (_split_heads(x, self.num_heads)
+        q, k, v = (split_heads(x, self.num_heads)
                    for x in (self.to_q(_tokens(reduced)), self.to_k(keys), self.to_v(keys)))
         score = q @ k.transpose(-2, -1) * self.scale  # (B, N, Q, L)
         out = self.proj(rearrange(score.softmax(dim=-1) @ v, "b n q d -> b q (n d)"))

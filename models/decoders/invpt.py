@@ -23,7 +23,7 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, up_embedding
+from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, split_heads, up_embedding
 from models.blocks.layers import INIT_STD, conv_bn_relu, init_linear
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
@@ -90,8 +90,8 @@ class CrossTaskAttention(nn.Module):
         queries = rearrange(queries, "t b c h w -> b (t h w) c")  # (B, Q, C): all of task 0, then task 1, ...
         pooled = F.avg_pool2d(rearrange(feat, "b t h w c -> (b t) c h w"), self.pool)  # (B T, C, h/2, w/2)
         keys = rearrange(pooled, "(b t) c h w -> b (t h w) c", t=tasks)  # (B, L, C), in the same order
-        q = self._heads(self.to_q(queries))  # (B, N, Q, C / N)
-        k, v = self._heads(self.to_k(keys)), self._heads(self.to_v(keys))  # (B, N, L, C / N)
+        tokens = (self.to_q(queries), self.to_k(keys), self.to_v(keys))
+        q, k, v = (split_heads(x, self.num_heads) for x in tokens)  # (B, N, Q, C / N), twice (B, N, L, C / N)
         score = q @ k.transpose(-2, -1) * self.scale  # (B, N, Q, L)
         if self.fuse is not None:
             message = _refine_queries(message, tasks, (height // 4, width // 4))
@@ -99,9 +99,6 @@ class CrossTaskAttention(nn.Module):
         out = self.proj(rearrange(score.softmax(dim=-1) @ v, "b n q d -> b q (n d)"))  # (B, Q, C)
         out = rearrange(out, "b (t h w) c -> (b t) c h w", t=tasks, h=height // 2)
         return rearrange(resize(out, (height, width)), "(b t) c h w -> b t h w c", t=tasks), score
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b l (n d) -> b n l d", n=self.num_heads)
 
 
 def _refine_queries(score: Tensor, tasks: int, grid: tuple[int, int]) -> Tensor:
