@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
 from models.blocks.layers import INIT_STD, without_autocast
-from models.blocks.low_rank import LowRankExperts
-from models.blocks.upsampled_conv import UpsampledConv
+from models.blocks.mlore import LowRankExperts, UpsampledConv
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
 
