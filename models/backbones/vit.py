@@ -105,11 +105,9 @@ class ViTBackbone(VisionTransformer):
 
     def check_size(self, image: Tensor) -> None:
         """Raises ValueError unless the image has the size that the module was built for."""
-        height, width = image.shape[-2:]
-        if (height, width) != self.image_size:
-            built_h, built_w = self.image_size
-            raise ValueError(f"ViT was built for images of {built_h}x{built_w} (height x width; its position "
-                             f"embedding has that grid) but got {height}x{width}")
+        if tuple(image.shape[-2:]) != self.image_size:
+            raise ValueError("ViT was built for images of {}x{} (height x width; its position embedding has that grid) "
+                             "but got {}x{}".format(*self.image_size, *image.shape[-2:]))
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """timm weights -> the same with the position embedding resized to this module's grid.

@@ -186,6 +186,3 @@ class BIMDecoder(CoarseToFineDecoder):
         self.stages = nn.ModuleList(
             MFRStage(self.tasks, width, rates[stage], config)
             for stage, width in enumerate(reversed(context.channels[:-1])))
-
-    def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
-        return self.stages[index](feats, skip)

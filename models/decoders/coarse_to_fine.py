@@ -29,7 +29,7 @@ class CoarseToFineDecoder(Decoder):
 
     def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         """Task maps (B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (B, H, W, C)."""
-        raise NotImplementedError
+        return self.stages[index](feats, skip)
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
