@@ -57,8 +57,7 @@ class Decoder(nn.Module):
     A decoder has to have
         Config: the dataclass of its options, derived from `DecoderOptions`;
         __init__(context, config): a `BuildContext` and an instance of `Config`. ValueError says why they do not fit;
-        forward(feats): maps (B, C_i, h_i, w_i), finest first -> `DecoderOutput`;
-        make_head(num_outputs): a task's head, from its feats to raw outputs of any size.
+        forward(feats): maps (B, C_i, h_i, w_i), finest first -> `DecoderOutput`.
     The rest has a usual answer, given here; what depends on options or maps is set by __init__.
     """
 
@@ -77,7 +76,8 @@ class Decoder(nn.Module):
         return {}
 
     def make_head(self, num_outputs: int) -> nn.Module:
-        raise NotImplementedError(f"{type(self).__name__} has no head")
+        """A task's head, from its feats to raw outputs of any size: one linear layer per pixel, on `self.channels`."""
+        return nn.Conv2d(self.channels, num_outputs, kernel_size=1)
 
     def reparameterise(self) -> None:
         """Merges what can be merged for inference, in eval mode; nothing by default."""

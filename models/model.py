@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.blocks.autocast import without_autocast
+from models.blocks.layers import without_autocast
 from models.blocks.resize import resize
 from models.decoder import Decoder
 
@@ -47,7 +47,8 @@ class MultiTaskModel(nn.Module):
         # Heads run in float32: bfloat16 has 8 significant bits, too few for a depth in metres; the losses would differ
         # from those of float32 (docs/training_speed.md).
         with without_autocast(image):
-            final = {task: _fit(head(_float32(out.feats[task])), size) for task, head in self.heads.items()}
+            feats = {task: feat.to(torch.promote_types(feat.dtype, torch.float32)) for task, feat in out.feats.items()}
+            final = {task: _fit(head(feats[task]), size) for task, head in self.heads.items()}
         intermediate = {task: _fit(logits, size) for task, logits in out.intermediate.items()}
         return Predictions(final, intermediate, out.extra)
 
@@ -61,8 +62,3 @@ class MultiTaskModel(nn.Module):
 def _fit(output: Any, size: tuple[int, int]) -> Any:
     is_map = isinstance(output, Tensor) and output.ndim == 4
     return resize(output, size) if is_map else output
-
-
-def _float32(feat: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
-    return feat.to(torch.promote_types(feat.dtype, torch.float32))

@@ -18,8 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.blocks.low_rank import LowRankExperts
-from models.blocks.upsampled_conv import UpsampledConv
+from models.blocks.mlore import LowRankExperts, UpsampledConv
 from models.decoders.mlore import MLoREDecoder
 from models.model import MultiTaskModel
 from scripts.benchmark import seconds

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from models.blocks.heads import PatchExpandHead
-from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6
 from models.decoders.bim import BIMConfig, BIMDecoder, MSScan
+from models.decoders.coarse_to_fine import PatchExpand, PatchExpandHead
 from models.ops.scan_cpp import find_cpp_kernel
 from models.ops.selective_scan import count_scan_flops
 from models.ops.ss2d import ss2d_core, window_positions

@@ -13,7 +13,7 @@ from evaluation.evaluator import TaskContext
 from models.build import build_model
 from models.decoders.bridgenet import BridgeNetConfig
 from models.released import describe, recognise
-from models.released.bridgenet import is_dead
+from models.released.bridgenet import BRIDGENET
 from scripts.check_parity import main as check_parity
 from scripts.convert_checkpoint import main as convert_checkpoint
 from tests.shared import ROOT, golden
@@ -129,7 +129,7 @@ def test_a_released_checkpoint_loads_as_it_is(released, tmp_path, caplog, capsys
     assert recognise(state) == "BridgeNet"
     with caplog.at_level(logging.INFO):
         model = trained_model(config, path, torch.device("cpu"))
-    dead = [key for key in state if is_dead(key)]
+    dead = [key for key in state if BRIDGENET.is_dead(key)]
     assert f"missing 0 / unexpected 0 / ignored {len(dead)} without effect in the released BridgeNet" in caplog.text
     io = load_file(golden("bridgenet") / "nyud_vit.io.safetensors")
     with torch.no_grad():

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.blocks.low_rank import LowRankExperts
-from models.blocks.upsampled_conv import UpsampledConv
+from models.blocks.mlore import LowRankExperts, UpsampledConv
 from models.build import build_backbone, build_model
 from models.decoders.mlore import MLoREConfig
 from scripts.bench_mlore import differences, measure

@@ -10,12 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.blocks.ss2d import CrossSS2D, GatedSS2D, PlainSS2D
 from models.build import build_model
 from models.decoders.coarse_to_fine import stage_rates
-from models.decoders.mtmamba import CTMBlock, MTMambaConfig
+from models.decoders.mtmamba import CTMBlock, GatedSS2D, MTMambaConfig, PlainSS2D
 from models.decoders.mtmamba_plus import MTMambaPlusConfig, SCTMBlock
-from models.decoders.stm import STMConfig
 from models.released.mtmamba import convert, recognises
 from scripts.check_parity import main
 from scripts.parity.base import Folder, Options, scaled_error
@@ -106,7 +104,7 @@ BLOCKS = {
     "ss2d_stm_1x6_dtrank2": GatedSS2D,
     "ss2d_fctm_3x5": lambda channels: PlainSS2D(channels, channels),
     "ss2d_fctm_4x6_rate3": lambda channels: PlainSS2D(3 * channels, channels),
-    "ss2d_sctm_4x7": CrossSS2D,
+    "ss2d_sctm_4x7": lambda channels: GatedSS2D(channels, steered=True),
 }
 
 
@@ -174,7 +172,7 @@ def test_recipes_are_the_published_ones(name, lr, decay, steps):
 
 def test_stochastic_depth_falls_from_the_first_branch_to_none():
     rates = [[0.2, 0.175, 0.15], [0.125, 0.1, 0.075], [0.05, 0.025, 0]]
-    for got, want in zip(stage_rates(STMConfig().drop_path_rate, STMConfig().stm_depth), rates, strict=True):
+    for got, want in zip(stage_rates(MTMambaConfig().drop_path_rate, MTMambaConfig().stm_depth), rates, strict=True):
         assert got == pytest.approx(want, abs=1e-7)
     model = tiny_model("mtmamba_plus")
     stage = model.decoder.stm[0].stm["semseg"]

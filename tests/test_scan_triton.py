@@ -13,7 +13,7 @@ import torch
 
 from models.ops import scan_triton
 from models.ops.routes import Route, four_routes
-from models.ops.scan_backend import ScanNeeds
+from models.ops.scan_choice import ScanNeeds
 from models.ops.scan_triton import CANDIDATES, Blocks, find_triton, triton_refusal
 from models.ops.selective_scan import scan_routes, selective_scan
 from tests.scan_backends import draw, relative_error

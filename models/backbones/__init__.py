@@ -21,6 +21,8 @@ HRNET = "models.backbones.hrnet:HRNetBackbone"
 INTERNIMAGE = "models.backbones.internimage:InternImageBackbone"
 SWIN = "models.backbones.swin:SwinBackbone"
 VIT = "models.backbones.vit:ViTBackbone"
+SIZES = {SWIN: ("embed_dim", "depths", "num_heads", "window_size"), VIT: ("embed_dim", "depth", "num_heads"),
+         HRNET: ("width", "num_blocks", "num_modules", "stem_blocks")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +35,8 @@ class BackboneEntry:
     pretrained_file: str | None = None  # file name of the original release
 
 
-def _swin(embed_dim: int, depths: tuple, num_heads: tuple, window_size: int, tag: str, file: str) -> BackboneEntry:
-    sizes = {"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads, "window_size": window_size}
-    return BackboneEntry(SWIN, sizes, tag, file)
-
-
-def _hrnet(width: int, num_blocks: int, num_modules: tuple, stem_blocks: int, tag: str, file: str) -> BackboneEntry:
-    sizes = {"width": width, "num_blocks": num_blocks, "num_modules": num_modules, "stem_blocks": stem_blocks}
-    return BackboneEntry(HRNET, sizes, tag, file)
-
-
-def _vit(embed_dim: int, depth: int, num_heads: int, tag: str, file: str) -> BackboneEntry:
-    return BackboneEntry(VIT, {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}, tag, file)
+def _sized(target: str, sizes: tuple, tag: str, file: str) -> BackboneEntry:
+    return BackboneEntry(target, dict(zip(SIZES[target], sizes, strict=True)), tag, file)
 
 
 def _internimage(embed_dim: int, depths: tuple, file: str, **others: Any) -> BackboneEntry:
@@ -55,32 +47,32 @@ def _internimage(embed_dim: int, depths: tuple, file: str, **others: Any) -> Bac
 
 BACKBONES = Table("backbone", {
     "swin": BackboneEntry(SWIN),  # sizes from the YAML
-    "swin_tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, "swin_tiny_patch4_window7_224.ms_in1k",
-                       "swin_tiny_patch4_window7_224.pth"),
-    "swin_small": _swin(96, (2, 2, 18, 2), (3, 6, 12, 24), 7, "swin_small_patch4_window7_224.ms_in1k",
-                        "swin_small_patch4_window7_224.pth"),
-    "swin_base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32), 12,
-                       "swin_base_patch4_window12_384.ms_in22k_ft_in1k",
-                       "swin_base_patch4_window12_384_22kto1k.pth"),
-    "swin_large": _swin(192, (2, 2, 18, 2), (6, 12, 24, 48), 12,
-                        "swin_large_patch4_window12_384.ms_in22k_ft_in1k",
-                        "swin_large_patch4_window12_384_22kto1k.pth"),
+    "swin_tiny": _sized(SWIN, (96, (2, 2, 6, 2), (3, 6, 12, 24), 7), "swin_tiny_patch4_window7_224.ms_in1k",
+                        "swin_tiny_patch4_window7_224.pth"),
+    "swin_small": _sized(SWIN, (96, (2, 2, 18, 2), (3, 6, 12, 24), 7), "swin_small_patch4_window7_224.ms_in1k",
+                         "swin_small_patch4_window7_224.pth"),
+    "swin_base": _sized(SWIN, (128, (2, 2, 18, 2), (4, 8, 16, 32), 12),
+                        "swin_base_patch4_window12_384.ms_in22k_ft_in1k",
+                        "swin_base_patch4_window12_384_22kto1k.pth"),
+    "swin_large": _sized(SWIN, (192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+                         "swin_large_patch4_window12_384.ms_in22k_ft_in1k",
+                         "swin_large_patch4_window12_384_22kto1k.pth"),
     "hrnet": BackboneEntry(HRNET),  # sizes from the YAML
     # The "HRNet-18" of ATRC and DeMT, a quarter of the full W18's depth; OpenMMLab's name lacks the "v2".
-    "hrnet_w18_small_v2": _hrnet(18, 2, (1, 3, 2), 2, "hrnet_w18_small_v2.ms_in1k",
+    "hrnet_w18_small_v2": _sized(HRNET, (18, 2, (1, 3, 2), 2), "hrnet_w18_small_v2.ms_in1k",
                                  "hrnetv2_w18_small-b5a04e21.pth"),
-    "hrnet_w18": _hrnet(18, 4, (1, 4, 3), 4, "hrnet_w18.ms_in1k", "hrnetv2_w18-00eb2006.pth"),
-    "hrnet_w48": _hrnet(48, 4, (1, 4, 3), 4, "hrnet_w48.ms_in1k", "hrnetv2_w48-d2186c55.pth"),
+    "hrnet_w18": _sized(HRNET, (18, 4, (1, 4, 3), 4), "hrnet_w18.ms_in1k", "hrnetv2_w18-00eb2006.pth"),
+    "hrnet_w48": _sized(HRNET, (48, 4, (1, 4, 3), 4), "hrnet_w48.ms_in1k", "hrnetv2_w48-d2186c55.pth"),
     "vit": BackboneEntry(VIT),  # sizes from the YAML
-    "vit_small": _vit(384, 12, 6, "vit_small_patch16_384.augreg_in21k_ft_in1k",
-                      "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
-                      "--imagenet2012-steps_20k-lr_0.03-res_384.npz"),
-    "vit_base": _vit(768, 12, 12, "vit_base_patch16_384.augreg_in21k_ft_in1k",
-                     "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
-                     "--imagenet2012-steps_20k-lr_0.01-res_384.npz"),
-    "vit_large": _vit(1024, 24, 16, "vit_large_patch16_384.augreg_in21k_ft_in1k",
-                      "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1"
-                      "--imagenet2012-steps_20k-lr_0.01-res_384.npz"),
+    "vit_small": _sized(VIT, (384, 12, 6), "vit_small_patch16_384.augreg_in21k_ft_in1k",
+                        "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0"
+                        "--imagenet2012-steps_20k-lr_0.03-res_384.npz"),
+    "vit_base": _sized(VIT, (768, 12, 12), "vit_base_patch16_384.augreg_in21k_ft_in1k",
+                       "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0"
+                       "--imagenet2012-steps_20k-lr_0.01-res_384.npz"),
+    "vit_large": _sized(VIT, (1024, 24, 16), "vit_large_patch16_384.augreg_in21k_ft_in1k",
+                        "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1"
+                        "--imagenet2012-steps_20k-lr_0.01-res_384.npz"),
     "internimage": BackboneEntry(INTERNIMAGE),  # sizes from the YAML
     "internimage_t": _internimage(64, (4, 4, 18, 4), "internimage_t_1k_224.pth", post_norm=False,
                                   drop_path_rate=0.2),

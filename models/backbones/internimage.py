@@ -8,6 +8,7 @@ Letters: B batch, H W grid of the level, C channels, G groups, K points of a ker
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from models.blocks.init import init_linear
+from models.blocks.layers import ChannelLayerNorm, init_linear
 from models.ops.dcnv3 import Kernel, dcnv3
 from utils.options import Options
 
@@ -160,18 +161,6 @@ class InternImageBlock(nn.Module):
         return out if gamma is None else gamma * out
 
 
-class ConvNorm(nn.Module):
-    """3 x 3 convolution of stride 2 and LayerNorm, (B, H, W, C) -> (B, H / 2, W / 2, C')."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
-        self.norm = nn.LayerNorm(out_channels, eps=EPS)
-
-    def forward(self, feat: Tensor) -> Tensor:
-        return self.norm(rearrange(self.conv(rearrange(feat, "b h w c -> b c h w")), "b c h w -> b h w c"))
-
-
 class Stem(nn.Module):
     """Image (B, 3, H, W) -> (B, H / 4, W / 4, C)."""
 
@@ -189,13 +178,15 @@ class Stem(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; `forward` gives the level's map, `downsample` is applied by the backbone."""
+    """The blocks of one resolution, (B, H, W, C) -> the same shape; the backbone applies `downsample`, to NCHW maps."""
 
     def __init__(self, channels: int, drop_path: Sequence[float], last: bool, has_norm: bool, **block):
         super().__init__()
         self.blocks = nn.Sequential(*(InternImageBlock(channels, drop_path=rate, **block) for rate in drop_path))
         self.norm = nn.LayerNorm(channels, eps=EPS) if has_norm else nn.Identity()
-        self.downsample = nn.Identity() if last else ConvNorm(channels, 2 * channels)
+        self.downsample = nn.Identity() if last else nn.Sequential(OrderedDict(
+            conv=nn.Conv2d(channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False),
+            norm=ChannelLayerNorm(2 * channels, eps=EPS)))
 
     def forward(self, feat: Tensor) -> Tensor:
         return self.norm(self.blocks(feat))
@@ -231,9 +222,9 @@ class InternImageBackbone(nn.Module):
         """Normalised image (B, 3, H, W) -> four maps (B, C_i, ceil(H/s_i), ceil(W/s_i)), finest first."""
         feat, maps = self.patch_embed(image), []
         for level in self.levels:
-            feat = level(feat)  # (B, H, W, C)
-            maps.append(rearrange(feat, "b h w c -> b c h w").contiguous())
-            feat = level.downsample(feat)
+            feat = rearrange(level(feat), "b h w c -> b c h w")
+            maps.append(feat.contiguous())
+            feat = rearrange(level.downsample(feat), "b c h w -> b h w c")
         return maps
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.backbones.swin import SwinBackbone, SwinBlock, SwinConfig
-from models.blocks.init import init_linear
+from models.blocks.layers import init_linear
 from models.blocks.prompting import PromptedMap, Prompting, channel_attention, channel_scores, new_prompts
 
 NUM_STAGES = 4

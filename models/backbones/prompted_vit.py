@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, cat, nn
 
 from models.backbones.vit import ViTBackbone, ViTConfig
-from models.blocks.init import init_linear
+from models.blocks.layers import init_linear
 from models.blocks.prompting import PromptedMap, Prompting, channel_attention, channel_scores, new_prompts
 
 

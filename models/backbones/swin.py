@@ -8,6 +8,7 @@ Letters: B batch, H W token grid of the stage, C channels, w window side.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resize_rel_pos_bias_table_simple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
-from models.blocks.init import init_linear
+from models.blocks.layers import init_linear
 from utils.options import Options
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ class SwinBackbone(nn.Module):
         resized = [key for key, value in state.items() if key.endswith("relative_position_bias_table")
                    and key in own and value.shape[0] != own[key].shape[0]]
         for key in resized:
-            state[key] = resize_bias_table(state[key], own[key].shape[0])
+            side = (math.isqrt(len(own[key])) + 1) // 2  # of the window, whose table has (2 side - 1)^2 rows
+            state[key] = resize_rel_pos_bias_table_simple(state[key], (side, side), own[key].shape)
         if resized:
             logger.info(f"relative position tables resized to another window (bicubic): {len(resized)}")
         return state
@@ -196,13 +198,3 @@ def merging_from_unfold_order(value: Tensor) -> Tensor:
     """
     pixels = rearrange(value, "... (c r) -> ... r c", r=4)[..., [0, 2, 1, 3], :]
     return rearrange(pixels, "... p c -> ... (p c)")
-
-
-def resize_bias_table(table: Tensor, num_entries: int) -> Tensor:
-    """Relative position table ((2w-1)^2, heads) for another window: bicubic, as the official code does."""
-    old_side, new_side = round(table.shape[0] ** 0.5), round(num_entries**0.5)
-    if old_side**2 != table.shape[0]:
-        raise ValueError(f"relative position table of {table.shape[0]} rows belongs to no square window")
-    grid = rearrange(table, "(h w) n -> 1 n h w", h=old_side)
-    grid = F.interpolate(grid.float(), size=(new_side, new_side), mode="bicubic", align_corners=False)
-    return rearrange(grid, "1 n h w -> (h w) n").to(table.dtype)

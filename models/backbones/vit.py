@@ -7,14 +7,15 @@ Letters: B batch, C channels, H W token grid, N = H * W.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
@@ -104,11 +105,9 @@ class ViTBackbone(VisionTransformer):
 
     def check_size(self, image: Tensor) -> None:
         """Raises ValueError unless the image has the size that the module was built for."""
-        height, width = image.shape[-2:]
-        if (height, width) != self.image_size:
-            built_h, built_w = self.image_size
-            raise ValueError(f"ViT was built for images of {built_h}x{built_w} (height x width; its position "
-                             f"embedding has that grid) but got {height}x{width}")
+        if tuple(image.shape[-2:]) != self.image_size:
+            raise ValueError("ViT was built for images of {}x{} (height x width; its position embedding has that grid) "
+                             "but got {}x{}".format(*self.image_size, *image.shape[-2:]))
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """timm weights -> the same with the position embedding resized to this module's grid.
@@ -145,21 +144,19 @@ class ViTBackbone(VisionTransformer):
 def resize_position_embedding(embedding: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """(1, 1+n, C) -> (1, 1+H*W, C): class entry kept, grid bicubic, no antialiasing, align_corners False.
 
-    timm's own helper antialiases, and that kernel differs even when enlarging (cubic coefficient -0.5, not
-    -0.75). The source grid is taken as square; only an n that is no square number but equal to H * W is taken
-    as the grid of this model already.
+    Antialiasing, timm's default, is another kernel even when enlarging (cubic coefficient -0.5, not -0.75). The source
+    grid is taken as square; only an n that is no square number but equal to H * W is taken as the grid of this model
+    already.
     """
     height, width = grid_size
     num_patches = embedding.shape[1] - 1
-    side = round(num_patches**0.5)
-    is_square = side**2 == num_patches
-    if num_patches == height * width and (height == width or not is_square):
-        return embedding
-    if not is_square:
+    side = math.isqrt(num_patches)
+    if side**2 != num_patches:
+        if num_patches == height * width:
+            return embedding
         raise ValueError(f"position embedding of {num_patches} patches is not a square grid and not the "
                          f"{height}x{width} grid of this model; use a checkpoint of the same image size")
-    logger.info(f"position embedding resized from {side}x{side} to {height}x{width} (bicubic)")
-    class_entry, grid = embedding[:, :1], rearrange(embedding[:, 1:], "1 (h w) c -> 1 c h w", h=side)
-    grid = F.interpolate(grid.float(), size=(height, width), mode="bicubic", align_corners=False)
-    grid = rearrange(grid, "1 c h w -> 1 (h w) c").to(embedding.dtype)
-    return torch.cat([class_entry, grid], dim=1)
+    resized = resample_abs_pos_embed(embedding, grid_size, antialias=False)
+    if resized is not embedding:
+        logger.info(f"position embedding resized from {side}x{side} to {height}x{width} (bicubic)")
+    return resized

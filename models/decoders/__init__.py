@@ -1,6 +1,7 @@
 """The decoders that an experiment file may name. A new one is one file and one row here.
 
-The contract is the class `Decoder` in `models.decoder`.
+The contract is the class `Decoder` in `models.decoder`. Where a paper and its published models differ, a decoder
+follows the models, so that released weights give the same numbers.
 """
 
 from utils.table import Table

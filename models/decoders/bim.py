@@ -21,11 +21,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.heads import PatchExpandHead
-from models.blocks.patch_expand import PatchExpand
 from models.blocks.s6 import S6, scan_together
 from models.decoder import BuildContext
-from models.decoders.coarse_to_fine import CoarseToFineDecoder, join, per_task, stage_rates
+from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, per_task, stage_rates
 from models.decoders.options import DecoderOptions
 from models.ops.routes import Route
 from models.ops.ss2d import ss2d_core
@@ -72,10 +70,10 @@ class MSScan(nn.Module):
         if not self.pooled or size == 1:
             return ss2d_core(feat, group.weights, window=0 if self.pooled else size)
         # Border cells are means over the pixels that exist.
-        coarse = F.avg_pool2d(_channels_first(feat), size, ceil_mode=True, count_include_pad=False)
-        coarse = ss2d_core(_channels_last(coarse), group.weights)  # (B, ceil(H / size), ceil(W / size), D_g)
-        fine = F.interpolate(_channels_first(coarse), size=feat.shape[1:3], mode="bilinear", align_corners=False)
-        return _channels_last(fine)
+        coarse = F.avg_pool2d(feat.movedim(-1, 1), size, ceil_mode=True, count_include_pad=False)
+        coarse = ss2d_core(coarse.movedim(1, -1), group.weights)  # (B, ceil(H / size), ceil(W / size), D_g)
+        fine = F.interpolate(coarse.movedim(-1, 1), size=feat.shape[1:3], mode="bilinear", align_corners=False)
+        return fine.movedim(1, -1)
 
 
 class BIScan(nn.Module):
@@ -117,7 +115,8 @@ class MSSTLayer(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         inner, gate = self.in_proj(self.norm(feat)).chunk(2, dim=-1)  # (B, H, W, D) each
-        scanned = self.scan(F.silu(_convolve(self.conv, inner)))
+        inner = self.conv(inner.movedim(-1, 1)).movedim(1, -1)  # seen in PyTorch's channels_last format; nothing moves
+        scanned = self.scan(F.silu(inner))
         return feat + self.drop_path(self.out_proj(self.out_norm(scanned) * F.silu(gate)))
 
 
@@ -140,7 +139,7 @@ class BCFRBlock(nn.Module):
         for task, feat in feats.items():
             projected = self.in_proj[task](self.norm[task](feat))  # (B, H, W, 2 D)
             task_inner, gates[task] = projected.chunk(2, dim=-1)
-            inner.append(F.silu(_convolve(self.conv[task], task_inner)))
+            inner.append(F.silu(self.conv[task](task_inner.movedim(-1, 1)).movedim(1, -1)))
         scanned = self.scan(torch.stack(inner, dim=1))  # (B, T, H, W, D)
         out = {}
         for (task, feat), task_scanned in zip(feats.items(), scanned.unbind(1), strict=True):
@@ -149,26 +148,21 @@ class BCFRBlock(nn.Module):
         return out
 
 
-class MFRStage(nn.Module):
+class MFRStage(TaskStage):
     """Mamba feature refinement: up-sample, fuse the encoder's map, refine each task, let tasks interact."""
 
     def __init__(self, tasks: Sequence[str], channels: int, rates: Iterable[float], config: BIMConfig):
-        super().__init__()
+        super().__init__(tasks, channels)
         rates = list(rates)  # one per residual branch, in the order they run
         bcfr_rate = rates.pop(0 if config.order == "bcfr_first" else -1)
         self.interact_first = config.order == "bcfr_first"
-        self.expand = per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
-        self.fuse = per_task(tasks, lambda: nn.Linear(2 * channels, channels))
         self.msst = per_task(
             tasks, lambda: nn.Sequential(*(MSSTLayer(channels, rate, config) for rate in rates)))
         self.bcfr = BCFRBlock(tasks, channels, bcfr_rate, config)
 
     def forward(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         """Task maps (B, H / 2, W / 2, 2 C) and the skip map (B, H, W, C) to task maps (B, H, W, C)."""
-        fused = {}
-        for task, feat in feats.items():
-            fine = self.expand[task](feat)  # (B, H, W, C)
-            fused[task] = self.fuse[task](join(fine, skip))
+        fused = self.join(feats, skip)
         if self.interact_first:
             return self._refine(self.bcfr(fused))
         return self.bcfr(self._refine(fused))
@@ -180,7 +174,7 @@ class MFRStage(nn.Module):
 class BIMDecoder(CoarseToFineDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    The order of the tasks is that of the scans. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is that of the scans.
     """
 
     Config = BIMConfig
@@ -192,24 +186,3 @@ class BIMDecoder(CoarseToFineDecoder):
         self.stages = nn.ModuleList(
             MFRStage(self.tasks, width, rates[stage], config)
             for stage, width in enumerate(reversed(context.channels[:-1])))
-
-    def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
-        return self.stages[index](feats, skip)
-
-    def make_head(self, num_outputs: int) -> PatchExpandHead:
-        """The head that belongs to this decoder: Psi and P of the paper, up to full resolution."""
-        return PatchExpandHead(self.channels, num_outputs)
-
-
-def _convolve(conv: nn.Conv2d, feat: Tensor) -> Tensor:
-    """(B, H, W, D) -> (B, H, W, D)."""
-    return _channels_last(conv(_channels_first(feat)))
-
-
-def _channels_first(feat: Tensor) -> Tensor:
-    """(B, H, W, D) seen as (B, D, H, W), PyTorch's channels_last memory format; nothing moves."""
-    return feat.movedim(-1, 1)
-
-
-def _channels_last(feat: Tensor) -> Tensor:
-    return feat.movedim(1, -1)

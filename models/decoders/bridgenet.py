@@ -6,9 +6,8 @@ one rough prediction each. Then three stages, each of half the width and twice t
 bridge, into a stack of dilated convolutions of every task. The maps of all stages are summed.
 Reference: Zhang et al., "BridgeNet: Comprehensive and Effective Feature Interactions via Bridge Feature for
 Multi-Task Dense Predictions", IEEE TPAMI 2025.
-Details follow the published models, so that released weights give the same numbers; the options of
-`BridgeNetConfig` say where that is surprising. Layers that no output depends on (a convolution of the finest
-backbone map, one norm, one set of projections) are left out: the finest map is not used at all.
+The options of `BridgeNetConfig` say where the published models are surprising. Layers of theirs that no output depends
+on (a convolution of the finest backbone map, one norm, one set of projections) are left out: that map is not used.
 
 Axes: B batch, T tasks (their order matters), D preliminary width, C stage width, h w first grid, H W grid of the
 stage's task maps, H' W' that of its bridge, N heads, Q queries, L keys.
@@ -25,10 +24,8 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.channels import ChannelLayerNorm, ChannelMlp
-from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
-from models.blocks.init import INIT_STD
-from models.blocks.multi_scale_sum import MultiScaleSum
+from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, split_heads, up_embedding
+from models.blocks.layers import INIT_STD, ChannelLayerNorm, ChannelMlp, conv_bn_relu
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
@@ -88,10 +85,6 @@ def _tokens(feat: Tensor) -> Tensor:
     return rearrange(feat, "b c h w -> b (h w) c")
 
 
-def _split_heads(tokens: Tensor, num_heads: int) -> Tensor:
-    return rearrange(tokens, "b l (n d) -> b n l d", n=num_heads)
-
-
 class PatternProduction(nn.Module):
     """TPP, first half, of one task: (B, D, h, w) -> scores (B, N, Q, L) before the softmax, values (B, N, L, D / N).
 
@@ -109,7 +102,7 @@ class PatternProduction(nn.Module):
         feat = self.norm(feat)
         query = _tokens(self.query(feat))  # (B, Q, D)
         keys = _tokens(F.avg_pool2d(feat, kernel_size=3, stride=2, padding=1, ceil_mode=True))  # (B, L, D)
-        q, k, v = (_split_heads(x, self.num_heads) for x in (self.to_q(query), self.to_k(keys), self.to_v(keys)))
+        q, k, v = (split_heads(x, self.num_heads) for x in (self.to_q(query), self.to_k(keys), self.to_v(keys)))
         return q @ k.transpose(-2, -1) * self.scale, v
 
 
@@ -153,7 +146,7 @@ class BridgeExtraction(nn.Module):
         pooled = [F.avg_pool2d(self.norm1(feat), self.pool, ceil_mode=True) for feat in maps.values()]
         keys = rearrange(pooled, "t b c h w -> b (t h w) c")  # (B, L, C): all of task 0, then task 1, ...
         reduced = self.query(query)  # (B, C, H'/2, W'/2)
-        q, k, v = (_split_heads(x, self.num_heads)
+        q, k, v = (split_heads(x, self.num_heads)
                    for x in (self.to_q(_tokens(reduced)), self.to_k(keys), self.to_v(keys)))
         score = q @ k.transpose(-2, -1) * self.scale  # (B, N, Q, L)
         out = self.proj(rearrange(score.softmax(dim=-1) @ v, "b n q d -> b q (n d)"))
@@ -224,8 +217,7 @@ class BridgeNetDecoder(Decoder):
     """Four maps of a plain ViT or of a pyramid to one map per task, and preliminary predictions.
 
     The order of the tasks is part of the model. A backbone with a layer of its own for the finest map (Swin's output
-    norm) has parameters without gradient: several processes then need `find_unused_parameters: true`. Raises
-    ValueError when the backbone's maps do not fit.
+    norm) has parameters without gradient: several processes then need `find_unused_parameters: true`.
     """
 
     Config = BridgeNetConfig
@@ -284,7 +276,3 @@ class BridgeNetDecoder(Decoder):
             begin = feat if self.refine_from == "preliminary" else refined
             mixed[task] = self.mix[task](torch.cat((begin, intermediate[task]), dim=1))
         return mixed, intermediate
-
-    def make_head(self, num_outputs: int) -> nn.Conv2d:
-        """The head that belongs to this decoder: one linear layer per pixel."""
-        return nn.Conv2d(self.channels, num_outputs, kernel_size=1)

@@ -18,10 +18,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class CoarseToFineDecoder(Decoder):
-    """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task, in three stages.
-
-    Raises ValueError when the encoder's maps do not fit.
-    """
+    """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task, in three stages."""
 
     def __init__(self, context: BuildContext):
         super().__init__()
@@ -32,7 +29,7 @@ class CoarseToFineDecoder(Decoder):
 
     def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
         """Task maps (B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (B, H, W, C)."""
-        raise NotImplementedError
+        return self.stages[index](feats, skip)
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
@@ -40,6 +37,44 @@ class CoarseToFineDecoder(Decoder):
         for index, skip in enumerate(reversed(skips)):
             refined = self.run_stage(index, refined, skip)
         return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
+
+    def make_head(self, num_outputs: int) -> nn.Module:
+        """The head of MTMamba and of BIM (Psi and P there): four-fold patch expansion to full resolution, then a linear
+        layer per pixel."""
+        return PatchExpandHead(self.channels, num_outputs)
+
+
+class PatchExpand(nn.Module):
+    """(B, H, W, in_channels) -> (B, scale H, scale W, out_channels), layer-normed: a linear layer predicts finer pixels
+    as channels. Reference: Lin et al., "MTMamba", ECCV 2024; the idea is Swin-Unet's (Cao et al., 2022).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int):
+        super().__init__()
+        self.scale = scale
+        self.proj = nn.Linear(in_channels, scale * scale * out_channels, bias=False)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        fine = self.proj(feat)
+        fine = rearrange(fine, "b h w (p1 p2 c) -> b (h p1) (w p2) c", p1=self.scale, p2=self.scale)
+        return self.norm(fine)
+
+
+class PatchExpandHead(nn.Module):
+    """Psi and P of BIM: four-fold patch expansion to full resolution, then a linear layer per pixel.
+
+    (B, C, H, W) -> (B, num_outputs, 4 H, 4 W), without activation.
+    """
+
+    def __init__(self, in_channels: int, num_outputs: int):
+        super().__init__()
+        self.expand = PatchExpand(in_channels, in_channels, scale=4)
+        self.proj = nn.Conv2d(in_channels, num_outputs, kernel_size=1)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        fine = self.expand(rearrange(feat, "b c h w -> b h w c"))  # (B, 4 H, 4 W, C)
+        return self.proj(rearrange(fine, "b h w c -> b c h w"))
 
 
 def stage_rates(largest: float, blocks: int) -> list[list[float]]:
@@ -52,14 +87,24 @@ def stage_rates(largest: float, blocks: int) -> list[list[float]]:
     return [rates[first:first + per_stage] for first in range(0, 3 * per_stage, per_stage)]
 
 
-def join(fine: Tensor, skip: Tensor) -> Tensor:
-    """Up-sampled map and the encoder's map of that stage, (B, H, W, C) each -> (B, H, W, 2 C)."""
-    if fine.shape[:3] != skip.shape[:3]:
-        raise ValueError(f"up-sampled map is {fine.shape[1]}x{fine.shape[2]}, the encoder's {skip.shape[1]}x"
-                         f"{skip.shape[2]}; the image's sides must be multiples of {STRIDES[-1]}")
-    return torch.cat((fine, skip), dim=-1)
-
-
 def per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
     """One module with weights of its own for each task."""
     return nn.ModuleDict({task: build() for task in tasks})
+
+
+class TaskStage(nn.Module):
+    """How every stage begins, for each task alone: up-sample, join the encoder's map."""
+
+    def __init__(self, tasks: Sequence[str], channels: int):
+        super().__init__()
+        self.expand = per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
+        self.fuse = per_task(tasks, lambda: nn.Linear(2 * channels, channels))
+
+    def join(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+        """Task maps (B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (B, H, W, C)."""
+        fine = {task: self.expand[task](feat) for task, feat in feats.items()}  # (B, H, W, C)
+        height, width = next(iter(fine.values())).shape[1:3]
+        if (height, width) != skip.shape[1:3]:
+            raise ValueError(f"up-sampled map is {height}x{width}, the encoder's {skip.shape[1]}x{skip.shape[2]}; "
+                             f"the image's sides must be multiples of {STRIDES[-1]}")
+        return {task: self.fuse[task](torch.cat((feat, skip), dim=-1)) for task, feat in fine.items()}

@@ -4,8 +4,7 @@ All maps of the backbone are brought to the finest size and reduced to C channel
 resamples every channel at displacements of its own. A task interaction block joins the tasks' tokens, and each
 task queries the joined tokens, pixel by pixel, for what the other tasks know there.
 Reference: Xu, Yang and Zhang, "DeMT: Deformable Mixer Transformer for Multi-Task Learning of Dense Prediction",
-AAAI 2023. Where the published program differs from the text this file follows the program, so that released
-weights give the same numbers:
+AAAI 2023. The published program differs from the text:
 
 - No attention runs between pixels. As published it runs over the images of the batch (see
   `DeMTConfig.attention`), which no reader of the paper expects.
@@ -28,9 +27,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from models.blocks.autocast import without_autocast
-from models.blocks.conv import conv_bn_relu
-from models.blocks.dense import concat_at_finest, logit_layer
+from models.blocks.layers import conv_bn_relu, logit_layer, without_autocast
+from models.blocks.resize import concat_at_finest
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
 

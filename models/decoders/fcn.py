@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.blocks.conv import conv_bn_relu
-from models.blocks.dense import concat_at_finest, logit_layer
+from models.blocks.layers import conv_bn_relu, logit_layer
+from models.blocks.resize import concat_at_finest
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
 

@@ -5,10 +5,8 @@ ViT. Three stages then refine the maps of all tasks jointly; the width halves an
 to stage, and each stage hands its attention scores, before the softmax, to the next one. The maps of all stages
 are summed.
 Reference: Ye and Xu, "Inverted Pyramid Multi-task Transformer for Dense Scene Understanding", ECCV 2022.
-Details follow the published models, not the text, wherever the two differ, so that released weights give the
-same numbers; the options of `InvPTConfig` say where that is surprising. Layers of the published models that
-no output depends on (a third skip map, in the first stage a fusion of scores and a projection, a last norm)
-are left out.
+The options of `InvPTConfig` say where the published models are surprising. Layers of theirs that no output depends on
+(a third skip map, in the first stage a fusion of scores and a projection, a last norm) are left out.
 
 Axes: B batch, T tasks (their order matters), C stage width, H W grid of the stage, h w that of the first one,
 N heads, Q = T H W / 4 queries, L = T h w / 4 keys (the same number in every stage).
@@ -25,9 +23,8 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from models.blocks.conv import conv_bn_relu, query_reduction, up_embedding
-from models.blocks.init import INIT_STD, init_linear
-from models.blocks.multi_scale_sum import MultiScaleSum
+from models.blocks.inverted_pyramid import MultiScaleSum, query_reduction, split_heads, up_embedding
+from models.blocks.layers import INIT_STD, conv_bn_relu, init_linear
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
@@ -93,8 +90,8 @@ class CrossTaskAttention(nn.Module):
         queries = rearrange(queries, "t b c h w -> b (t h w) c")  # (B, Q, C): all of task 0, then task 1, ...
         pooled = F.avg_pool2d(rearrange(feat, "b t h w c -> (b t) c h w"), self.pool)  # (B T, C, h/2, w/2)
         keys = rearrange(pooled, "(b t) c h w -> b (t h w) c", t=tasks)  # (B, L, C), in the same order
-        q = self._heads(self.to_q(queries))  # (B, N, Q, C / N)
-        k, v = self._heads(self.to_k(keys)), self._heads(self.to_v(keys))  # (B, N, L, C / N)
+        tokens = (self.to_q(queries), self.to_k(keys), self.to_v(keys))
+        q, k, v = (split_heads(x, self.num_heads) for x in tokens)  # (B, N, Q, C / N), twice (B, N, L, C / N)
         score = q @ k.transpose(-2, -1) * self.scale  # (B, N, Q, L)
         if self.fuse is not None:
             message = _refine_queries(message, tasks, (height // 4, width // 4))
@@ -102,9 +99,6 @@ class CrossTaskAttention(nn.Module):
         out = self.proj(rearrange(score.softmax(dim=-1) @ v, "b n q d -> b q (n d)"))  # (B, Q, C)
         out = rearrange(out, "b (t h w) c -> (b t) c h w", t=tasks, h=height // 2)
         return rearrange(resize(out, (height, width)), "(b t) c h w -> b t h w c", t=tasks), score
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b l (n d) -> b n l d", n=self.num_heads)
 
 
 def _refine_queries(score: Tensor, tasks: int, grid: tuple[int, int]) -> Tensor:
@@ -150,8 +144,7 @@ class InvPTStage(nn.Module):
 class InvPTDecoder(Decoder):
     """Four maps of a plain ViT to one map per task at a quarter of its stride, and preliminary predictions.
 
-    The order of the tasks is part of the model. The sides of the image must be multiples of `input_multiple`. Raises
-    ValueError when the encoder's maps do not fit.
+    The order of the tasks is part of the model.
     """
 
     Config = InvPTConfig
@@ -192,7 +185,3 @@ class InvPTDecoder(Decoder):
             outputs.append(maps)
         total = self.aggregate(outputs, (8 * height, 8 * width))
         return DecoderOutput({task: self.project[task](feat) for task, feat in total.items()}, intermediate)
-
-    def make_head(self, num_outputs: int) -> nn.Conv2d:
-        """The head that belongs to this decoder: one linear layer per pixel."""
-        return nn.Conv2d(self.channels, num_outputs, kernel_size=1)

@@ -6,13 +6,14 @@ common to all tasks, which models their global relation. As all of it is linear 
 activation, the three paths and two norms fold into one 3 x 3 convolution per image and task for inference
 (`reparameterise`). The maps of the taps are then mixed per pixel.
 Reference: Yang et al., "Multi-Task Dense Prediction via Mixture of Low-Rank Experts", CVPR 2024.
-Where the published models differ from the text (a learned, unbounded factor of the task's own expert; order of norm,
-GELU and 1 x 1 convolution) this follows the models, so that released weights give the same numbers.
+The published models differ from the text in a learned, unbounded factor of the task's own expert and in the order of
+norm, GELU and 1 x 1 convolution.
 
 Axes: B batch, T tasks, C `final_embed_dim`, h w grid of the ViT, N = h w, E experts, k kept ones.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
-from models.blocks.autocast import without_autocast
-from models.blocks.init import INIT_STD
-from models.blocks.low_rank import LowRankExperts
-from models.blocks.upsampled_conv import UpsampledConv
+from models.blocks.layers import INIT_STD, without_autocast
+from models.blocks.mlore import LowRankExperts, UpsampledConv
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
 
@@ -220,26 +219,10 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-class MLoREHead(nn.Module):
-    """(B, C, h, w) -> (B, num_outputs, 4 h, 4 w), without activation; the model resizes."""
-
-    def __init__(self, channels: int, num_outputs: int):
-        super().__init__()
-        self.conv = UpsampledConv(channels, channels, HEAD_SCALE)
-        self.norm = nn.BatchNorm2d(channels)
-        self.proj = nn.Conv2d(channels, num_outputs, kernel_size=1)
-        nn.init.trunc_normal_(self.conv.weight, std=INIT_STD)
-        nn.init.normal_(self.proj.bias, std=INIT_STD)
-
-    def forward(self, feat: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.norm(self.conv(feat))))
-
-
 class MLoREDecoder(Decoder):
     """Maps of one stride, one per tap, to one map (B, C, h, w) per task.
 
-    The routers weigh every position, so that the module belongs to images of one size. Raises ValueError when the
-    encoder's maps do not fit.
+    The routers weigh every position, so that the module belongs to images of one size.
     """
 
     Config = MLoREConfig
@@ -291,6 +274,11 @@ class MLoREDecoder(Decoder):
         for module in (*self.first, *self.second) if self.fold else ():
             module.folded = FoldedPaths(module)
 
-    def make_head(self, num_outputs: int) -> MLoREHead:
-        """The head that belongs to this decoder: convolution, norm, GELU, linear layer at a quarter of the stride."""
-        return MLoREHead(self.channels, num_outputs)
+    def make_head(self, num_outputs: int) -> nn.Module:
+        """Convolution, norm, GELU, linear layer at a quarter of the stride: (B, C, h, w) -> (B, n, 4 h, 4 w)."""
+        head = nn.Sequential(OrderedDict(
+            conv=UpsampledConv(self.channels, self.channels, HEAD_SCALE), norm=nn.BatchNorm2d(self.channels),
+            activation=nn.GELU(), proj=nn.Conv2d(self.channels, num_outputs, kernel_size=1)))
+        nn.init.trunc_normal_(head.conv.weight, std=INIT_STD)
+        nn.init.normal_(head.proj.bias, std=INIT_STD)
+        return head

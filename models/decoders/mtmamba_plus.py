@@ -19,16 +19,15 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.heads import LiteHead
-from models.blocks.ss2d import CrossSS2D
+from models.blocks.layers import lite_head
 from models.decoder import BuildContext
 from models.decoders.coarse_to_fine import per_task
-from models.decoders.stm import STMConfig, STMDecoder, STMLayer
+from models.decoders.mtmamba import GatedSS2D, MTMambaConfig, MTMambaDecoder, STMLayer
 
 
 @dataclass(frozen=True)
-class MTMambaPlusConfig(STMConfig):
-    """Options of the decoder: `STMConfig` and its heads'."""
+class MTMambaPlusConfig(MTMambaConfig):
+    """Options of the decoder: `MTMambaConfig` and its heads'."""
 
     head_channels: int = 96  # width of the heads' 3 x 3 convolution
 
@@ -59,7 +58,7 @@ class SCTMBlock(nn.Module):
         super().__init__()
         self.shared = TaskFusion(len(tasks), channels)
         self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
-        self.ss2d = per_task(tasks, lambda: CrossSS2D(channels, config.expand, config.d_state))
+        self.ss2d = per_task(tasks, lambda: GatedSS2D(channels, config.expand, config.d_state, steered=True))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,10 +67,10 @@ class SCTMBlock(nn.Module):
                 for task, feat in feats.items()}
 
 
-class MTMambaPlusDecoder(STMDecoder):
+class MTMambaPlusDecoder(MTMambaDecoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task.
 
-    The order of the tasks is that of the fused channels. Raises ValueError when the encoder's maps do not fit.
+    The order of the tasks is that of the fused channels.
     """
 
     Config = MTMambaPlusConfig
@@ -82,6 +81,6 @@ class MTMambaPlusDecoder(STMDecoder):
         super().__init__(context, config)
         self.head_channels = config.head_channels
 
-    def make_head(self, num_outputs: int) -> LiteHead:
+    def make_head(self, num_outputs: int) -> nn.Module:
         """The paper's head: one 3 x 3 convolution and a projection, at the decoder's resolution."""
-        return LiteHead(self.channels, self.head_channels, num_outputs)
+        return lite_head(self.channels, self.head_channels, num_outputs)

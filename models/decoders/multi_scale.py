@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.blocks.conv import conv_bn_relu
-from models.blocks.dense import logit_layer
+from models.blocks.layers import conv_bn_relu, logit_layer
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions

@@ -4,26 +4,24 @@ One prompt per task runs through the backbone among the patches. Its raw attenti
 multiply the backbone's map in groups of channels, its scores towards the channels multiply it window by window,
 and both products are fused to a feature of that task. Four levels are summed.
 Reference: Ye and Xu, "TaskPrompter: Spatial-Channel Multi-Task Prompting for Dense Scene Understanding", ICLR
-2023. Details follow the published models, not the text, wherever the two differ, so that released weights give
-the same numbers. The prompts live in `models.backbones.prompted_vit` and `prompted_swin`, which `build_model`
-takes in place of the plain backbone: the decoder runs on no other.
+2023. The prompts live in `models.backbones.prompted_vit` and `prompted_swin`, which `build_model` takes in place of the
+plain backbone: the decoder runs on no other.
 
 Axes: B batch, T prompts (in the order of the tasks), C channels of the level, M heads of its attention, E
 branch width, F feature width, H W grid, n windows per side.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.heads import LiteHead
-from models.blocks.init import INIT_STD
+from models.blocks.layers import INIT_STD, lite_head
 from models.blocks.prompting import PromptedMap, Prompting, scale_groups, scale_windows
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
@@ -128,26 +126,20 @@ class Reweighting(nn.Module):
         return out
 
 
-class DeconvHead(nn.Module):
+def deconv_head(in_channels: int, num_outputs: int) -> nn.Sequential:
     """The `deconv` head: the grid doubled by a transposed convolution, half the width, one more 3 x 3 convolution.
 
     (B, F, H, W) -> (B, num_outputs, 2 H, 2 W), without activation; the model resizes.
     """
-
-    def __init__(self, in_channels: int, num_outputs: int):
-        super().__init__()
-        width = in_channels // 2
-        self.conv = nn.ConvTranspose2d(in_channels, width, kernel_size=2, stride=2)
-        self.norm = nn.BatchNorm2d(width)
-        self.refine = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.refine_norm = nn.BatchNorm2d(width)
-        self.proj = nn.Conv2d(width, num_outputs, kernel_size=1)
-        for layer in (self.conv, self.refine, self.proj):
-            nn.init.trunc_normal_(layer.weight, std=INIT_STD)
-
-    def forward(self, feat: Tensor) -> Tensor:
-        fine = F.gelu(self.norm(self.conv(feat)))  # (B, F / 2, 2 H, 2 W)
-        return self.proj(F.gelu(self.refine_norm(self.refine(fine))))
+    width = in_channels // 2
+    head = nn.Sequential(OrderedDict(
+        conv=nn.ConvTranspose2d(in_channels, width, kernel_size=2, stride=2), norm=nn.BatchNorm2d(width),
+        activation=nn.GELU(), refine=nn.Conv2d(width, width, kernel_size=3, padding=1),
+        refine_norm=nn.BatchNorm2d(width), refine_activation=nn.GELU(),
+        proj=nn.Conv2d(width, num_outputs, kernel_size=1)))
+    for layer in (head.conv, head.refine, head.proj):
+        nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+    return head
 
 
 class TaskPrompterDecoder(Decoder):
@@ -202,5 +194,5 @@ class TaskPrompterDecoder(Decoder):
     def make_head(self, num_outputs: int) -> nn.Module:
         """The head that the option `head` names."""
         if self.head == "deconv":
-            return DeconvHead(self.channels, num_outputs)
-        return LiteHead(self.channels, self.channels, num_outputs, activation=F.gelu)
+            return deconv_head(self.channels, num_outputs)
+        return lite_head(self.channels, self.channels, num_outputs, activation=nn.GELU)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.blocks.channels import ChannelLayerNorm
+from models.blocks.layers import ChannelLayerNorm
 from utils.options import Options
 
 

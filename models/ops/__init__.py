@@ -1,6 +1,6 @@
 """The numerical operators. This file holds the table of the scan's backends and imports none of them, nor PyTorch.
 
-A new backend is a file that defines a `models.ops.scan_backend.ScanBackend`, and a row here.
+A new backend is a file that defines a `models.ops.scan_choice.ScanBackend`, and a row here.
 """
 
 from utils.table import Table

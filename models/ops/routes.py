@@ -4,8 +4,6 @@ Features are never reordered to be scanned. They stay rows of channels in spatia
 form where the next row is: two nested strides and a direction. Rows, columns and their reverses of a map are routes,
 and so are the orders of several tasks' maps: with the T tasks' tokens as a (T, L) grid, row by row is "task-first"
 and column by column is "position-first".
-
-Axes: B batch, P tokens or the positions of a route, K routes, C columns of a row.
 """
 
 from collections.abc import Sequence
@@ -58,7 +56,7 @@ def four_routes(height: int, width: int) -> tuple[Route, Route, Route, Route]:
 
 
 def to_sequences(x: Tensor, routes: Sequence[Route]) -> Tensor:
-    """(B, P, K, C), or (B, P, 1, C) shared by all routes, to (B, K, C, P): a copy of every route in its own order."""
+    """Rows of C columns, (B, P, K, C) or (B, P, 1, C) for all routes, to (B, K, C, P): a copy of each in its order."""
     parts = []
     for k, route in enumerate(routes):
         rows = x[:, :, k if x.shape[2] > 1 else 0]  # (B, P, C)
@@ -67,7 +65,7 @@ def to_sequences(x: Tensor, routes: Sequence[Route]) -> Tensor:
 
 
 def from_sequences(y: Tensor, routes: Sequence[Route], shared: bool) -> Tensor:
-    """(B, K, C, P) back to spatial order: (B, P, K, C), or the sum of the routes (B, P, 1, C)."""
+    """Sequences (B, K, C, P) back to spatial order: (B, P, K, C), or the sum of the routes (B, P, 1, C)."""
     parts = [y[:, k].mT if route.is_raster else y[:, k].mT[:, route.tokens(y.device).argsort()]
              for k, route in enumerate(routes)]
     return sum(parts[1:], start=parts[0]).unsqueeze(2) if shared else torch.stack(parts, dim=2)

@@ -1,7 +1,7 @@
 """The arguments of one scan call: checked once, in one canonical form that every backend reads.
 
-Axes: B batch, P tokens, K routes, each with parameters of its own, E channels of a route, N state, R rank of the step
-size. (B, C and D are also the names of parameters, as in the literature.)
+Axes, in all files of the scan: B batch, P tokens or positions of a route, K routes, each with parameters of its own, E
+channels of a route, N state, R rank of the step size. (B, C and D are also names of parameters, as in the literature.)
 """
 
 from typing import NamedTuple

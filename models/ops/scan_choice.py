@@ -1,4 +1,4 @@
-"""Which backend runs a scan, and one line in the log that says which and why.
+"""What a backend of the scan says about itself, which one runs a scan, and one line in the log that says why.
 
 A request counts in this order: the argument of the call, the variable SCAN_BACKEND, `set_scan_backend` (the key
 `scan_backend` of an experiment). A backend asked for by name runs, or the call raises. Without a request it is the
@@ -7,13 +7,50 @@ first of the table that is meant for the device and can run: triton, then mamba_
 
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from models.ops import SCAN_BACKENDS
-from models.ops.scan_backend import ScanBackend, ScanNeeds
+from models.ops.scan_args import ScanArgs
 
 logger = logging.getLogger(__name__)
+
+
+class ScanNeeds(NamedTuple):
+    """What decides whether a backend can run a call."""
+
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype  # of the arithmetic
+    num_states: int  # N
+    state_gradient: bool  # will a gradient flow through the last state?
+
+
+class Kernels(NamedTuple):
+    """The two directions of the scan, for the operator `mtdp::scan`.
+
+    forward(args, keep_chunk_states): y like u, the last state (B, K, E, N), and the states (chunks, B, K, N, E) before
+        each chunk of tokens, or (0,) where they are not to be kept.
+    backward(args, chunk_states, grad_y, grad_last): the gradients of u, delta, A, B, C, D, delta_bias.
+    """
+
+    forward: Callable[[ScanArgs, bool], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[ScanArgs, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+    chunk_tokens: Callable[[torch.device], int]  # tokens between two states that are kept for the backward pass
+
+
+@dataclass(frozen=True)
+class ScanBackend:
+    """Either `kernels` for our operator, or a differentiable `scan` of its own: ScanArgs to y and the last state."""
+
+    refusal: Callable[[ScanNeeds], str | None]  # why it cannot run such a call, or None
+    kernels: Kernels | None = None
+    scan: Callable[[ScanArgs], tuple[Tensor, Tensor]] | None = None
+    fastest_on: tuple[str, ...] = ()  # devices on which "auto" tries it
+
 
 _configured = "auto"
 _logged: set[tuple[str, str]] = set()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import Kernels, ScanBackend, ScanNeeds
+from models.ops.scan_choice import Kernels, ScanBackend, ScanNeeds
 from utils.extension import load_extension
 
 SOURCES = tuple(Path(__file__).parent / "csrc" / name

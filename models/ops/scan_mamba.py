@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.ops.routes import from_sequences, to_sequences
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import ScanBackend, ScanNeeds
+from models.ops.scan_choice import ScanBackend, ScanNeeds
 from utils.extension import first_line
 
 

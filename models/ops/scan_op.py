@@ -4,8 +4,6 @@ Registered with shapes for fake and meta tensors, a gradient formula and a cost,
 meta-device counting and torch.utils.flop_counter all see one node where a scan runs. Step sizes of low rank are brought
 to the channels inside, so that only the former are kept for the backward pass. Which backend's kernels run ("cpp",
 "triton" or "torch") is an argument, decided by the caller. Routes travel as a flat list, four integers each.
-
-Axes: B batch, P tokens, K routes, E channels, N state, R rank of the step size.
 """
 
 import torch
@@ -15,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from models.ops import SCAN_BACKENDS
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import Kernels
+from models.ops.scan_choice import Kernels
 
 _INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? delta_weight, "
            "int[] routes, bool delta_softplus")

@@ -2,8 +2,6 @@
 
 Routes are applied by explicit permutation, before and after. This is the twin every fast backend is compared with, so
 it stays free of tricks.
-
-Axes: B batch, P positions of a route, K routes, E channels, N state.
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, algorithm 2.
 """
 
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from models.ops.routes import from_sequences, to_sequences
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import ScanBackend
+from models.ops.scan_choice import ScanBackend
 
 
 def reference_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,8 @@ the backward pass computes the states of one chunk at a time again from there an
 back through it. Rows are gathered and scattered along the routes chunk by chunk. Nothing is ever divided by a product
 of decays exp(step * A): those underflow (step * A reaches hundreds).
 
-Axes: S steps of a chunk, B batch, P tokens, K routes, N state, E channels, kept last so that every elementwise
-operation runs along contiguous channels. Inside, u, step and y are (S, B, K, 1, E), states (S, B, K, N, E), the
-parameters B and C (S, B, K, N, 1).
+Axes: S steps of a chunk; channels E are kept last so that every elementwise operation runs along contiguous channels.
+Inside, u, step and y are (S, B, K, 1, E), states (S, B, K, N, E), the parameters B and C (S, B, K, N, 1).
 
 Reference: Gu and Dao, "Mamba", 2023, section 3.3 (keep boundary states, recompute inside).
 """
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import Kernels, ScanBackend
+from models.ops.scan_choice import Kernels, ScanBackend
 
 # Tokens of a chunk: on a CPU three chunks of states should fit its cache, a GPU wants few launches.
 CHUNK_TOKENS, CHUNK_TOKENS_ON_CUDA = 32, 256

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_backend import Kernels, ScanBackend, ScanNeeds
+from models.ops.scan_choice import Kernels, ScanBackend, ScanNeeds
 from models.ops.scan_torch import torch_backward, torch_forward
 from utils.extension import first_line
 
@@ -111,16 +111,6 @@ def triton_refusal(needs: ScanNeeds) -> str | None:
     return find_triton(needs.device)
 
 
-def triton_forward(args: ScanArgs, keep_chunk_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y like u, last state (B, K, E, N), and the states (chunks, B, K, N, E) before each chunk, or (0,)."""
-    return _forward(_Call(args, _choose_blocks(args)), keep_chunk_states)
-
-
-def triton_backward(args: ScanArgs, chunk_states: Tensor, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, delta_bias; those without a token axis in the scan's dtype."""
-    return _backward(_Call(args, _choose_blocks(args)), chunk_states, grad_y, grad_last)
-
-
 class _Call:
     """One call as the kernels see it, cut into spans of whole chunks and blocks of channels."""
 
@@ -154,17 +144,12 @@ class _Call:
         """Zeros (.., B, K, N, E)."""
         return self.A.new_zeros(*leading, self.batch, self.num_routes, self.states, self.channels)
 
-    def first_states(self, initial: Tensor) -> Tensor:
-        """The state before each span (spans, B, K, N, E), from that before the first one."""
-        return self._scan_over_spans(initial, self.inputs.u, back=False)
-
-    def grad_last_states(self, last: Tensor, grad_y: Rows) -> Tensor:
-        """The gradient of the state behind each span (spans, B, K, N, E), from that behind the last one."""
-        return self._scan_over_spans(last, grad_y, back=True)
-
-    def _scan_over_spans(self, initial: Tensor, grad_y: Rows, back: bool) -> Tensor:
+    def scan_over_spans(self, initial: Tensor, grad_y: Rows | None = None) -> Tensor:
+        """The state before each span (spans, B, K, N, E), from that before the first one; with `grad_y` the gradient of
+        the state behind each span, from that behind the last one."""
         if self.spans <= 1:
             return initial.unsqueeze(0)
+        back, grad_y = (False, self.inputs.u) if grad_y is None else (True, grad_y)
         kernels, sequences = _kernels(), self.batch * self.num_routes
         states = self.A.new_empty(self.spans, *initial.shape)
         step_sums = self.A.new_empty(self.spans, self.batch, self.num_routes, self.channels)
@@ -181,13 +166,15 @@ class _Call:
         return [(grid, first, first > 0) for first in range(0, self.num_routes, self.launched_routes)]
 
 
-def _forward(call: _Call, keep_chunk_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-    args = call.args
+def triton_forward(args: ScanArgs, keep_chunk_states: bool, blocks: Blocks | None = None,
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """y like u, last state (B, K, E, N), and the states (chunks, B, K, N, E) before each chunk, or (0,)."""
+    call = _Call(args, blocks or _choose_blocks(args))
     y = args.u.new_empty(args.u.shape, dtype=call.dtype if args.shared else args.u.dtype)
     last_state = call.new_states()
     chunk_states = call.A.new_empty((call.chunks, *last_state.shape) if keep_chunk_states else 0)
     if call.batch and call.tokens:
-        first_states = call.first_states(call.new_states())
+        first_states = call.scan_over_spans(call.new_states())
         for grid, first_route, add in call.launches():
             _kernels().forward_kernel[grid](
                 call.inputs, first_states, _rows(y), chunk_states, last_state, call.widths, call.tokens, call.span,
@@ -196,8 +183,11 @@ def _forward(call: _Call, keep_chunk_states: bool) -> tuple[Tensor, Tensor, Tens
     return y.to(args.u.dtype), last_state.mT.contiguous(), chunk_states
 
 
-def _backward(call: _Call, chunk_states: Tensor, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
-    args, tile = call.args, call.tile
+def triton_backward(args: ScanArgs, chunk_states: Tensor, grad_y: Tensor, grad_last: Tensor,
+                    blocks: Blocks | None = None) -> tuple[Tensor, ...]:
+    """Gradients of u, delta, A, B, C, D, delta_bias; those without a token axis in the scan's dtype."""
+    call = _Call(args, blocks or _choose_blocks(args))
+    tile = call.tile
     grad_u = args.u.new_empty(args.u.shape, dtype=call.dtype if args.shared else args.u.dtype)
     grad_delta = args.delta.new_empty(args.delta.shape)
     # one part of the gradients of B and C from each block of channels, one of A, D and the bias from each span
@@ -208,7 +198,7 @@ def _backward(call: _Call, chunk_states: Tensor, grad_y: Tensor, grad_last: Tens
     if call.batch and call.tokens:
         grad_y = _rows(grad_y)
         grads = Gradients(_rows(grad_u), _rows(grad_delta), grad_B_C, grad_A, grad_D, grad_bias)
-        grad_last_states = call.grad_last_states(grad_last.to(call.dtype).mT.contiguous(), grad_y)
+        grad_last_states = call.scan_over_spans(grad_last.to(call.dtype).mT.contiguous(), grad_y)
         for grid, first_route, add in call.launches():
             scratch = call.A.new_empty(math.prod(grid) * CHUNK_TOKENS * tile["N"] * tile["E"])
             _kernels().backward_kernel[grid](
@@ -227,20 +217,14 @@ def _choose_blocks(args: ScanArgs) -> Blocks:
     if torch.are_deterministic_algorithms_enabled():
         return CANDIDATES[0]
     device = args.u.device
-    return _fastest_blocks(device.index or 0, *args.A.shape, args.shared, args.u.dtype, args.scan_dtype)
+    return _fastest_blocks(device.index or 0, (*args.A.shape, args.shared, args.u.dtype, args.scan_dtype))
 
 
 @functools.cache
-def _fastest_blocks(device: int, num_routes: int, channels: int, state: int, shared: bool, dtype: torch.dtype,
-                    scan_dtype: torch.dtype) -> Blocks:
+def _fastest_blocks(device: int, kind: tuple) -> Blocks:
     from triton.testing import do_bench
-    args = _example(torch.device("cuda", device), num_routes, channels, state, shared, dtype, scan_dtype)
-
-    def both_ways(call: _Call) -> None:
-        y, last_state, chunk_states = _forward(call, True)
-        _backward(call, chunk_states, y, last_state)
-
-    return min(CANDIDATES, key=lambda blocks: do_bench(lambda: both_ways(_Call(args, blocks)), warmup=5, rep=20))
+    args = _example(torch.device("cuda", device), *kind)
+    return min(CANDIDATES, key=lambda blocks: do_bench(lambda: _both_ways(args, blocks), warmup=5, rep=20))
 
 
 def _example(device: torch.device, num_routes: int, channels: int, state: int, shared: bool, dtype: torch.dtype,
@@ -253,15 +237,18 @@ def _example(device: torch.device, num_routes: int, channels: int, state: int, s
     return ScanArgs(u, delta, A, B, C, D, bias, None, (Route(1, tokens),) * num_routes, True)
 
 
+def _both_ways(args: ScanArgs, blocks: Blocks) -> tuple[Tensor, ...]:
+    """y, the last state, and the gradients where these two stand for their own gradients."""
+    y, last_state, chunk_states = triton_forward(args, True, blocks)
+    return y, last_state, *triton_backward(args, chunk_states, y, last_state, blocks)
+
+
 def _probe() -> str | None:
     """Runs a small scan with gradients on the GPU; why its results are wrong, or None."""
     args = _example(torch.device("cuda"), 2, 40, 16, True, torch.float32, torch.float32, tokens=100)
-    call = _Call(args, CANDIDATES[0])
-    y, last_state, chunk_states = _forward(call, True)
-    grads = _backward(call, chunk_states, y, last_state)
     expected, expected_state, chunk_states = torch_forward(args, True)
     truth = (expected, expected_state, *torch_backward(args, chunk_states, expected, expected_state))
-    for found, right in zip((y, last_state, *grads), truth, strict=True):
+    for found, right in zip(_both_ways(args, CANDIDATES[0]), truth, strict=True):
         if not torch.allclose(found, right, rtol=1e-3, atol=1e-3 * float(right.abs().max())):
             return "the triton probe call gave wrong results"
     return None

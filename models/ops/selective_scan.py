@@ -15,8 +15,7 @@ from torch import Tensor
 
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs, check_scan, check_tensor
-from models.ops.scan_backend import ScanNeeds
-from models.ops.scan_choice import choose_backend
+from models.ops.scan_choice import ScanNeeds, choose_backend
 from models.ops.scan_op import scan_flops, scan_op
 
 _counters: list["ScanCounter"] = []
@@ -50,7 +49,9 @@ def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, route
     args = ScanArgs(u, delta, A, B, C, D, delta_bias, delta_weight, tuple(routes), delta_softplus)
     check_scan(args)
     for counter in _counters:
-        counter.add(delta.shape[0], A.shape[0] * A.shape[1], delta.shape[1], A.shape[2])
+        counter.calls += 1
+        counter.elements += delta.shape[0] * delta.shape[1] * A.shape[0] * A.shape[1]
+        counter.flops += scan_flops(delta.shape[0], delta.shape[1], A.shape[0] * A.shape[1], A.shape[2])
     y, last_state = _run(args, return_last_state, backend)
     return (y, last_state) if return_last_state else y
 
@@ -138,11 +139,6 @@ class ScanCounter:
     calls: int = 0
     elements: int = 0
     flops: int = 0
-
-    def add(self, batch: int, channels: int, length: int, state: int) -> None:
-        self.calls += 1
-        self.elements += batch * channels * length
-        self.flops += scan_flops(batch, length, channels, state)
 
 
 @contextmanager

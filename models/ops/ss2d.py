@@ -3,8 +3,7 @@
 The functions hold no parameters, so every block of the Mamba family can use them with its own names.
 References: Gu and Dao, "Mamba", 2023 (S6); Liu et al., "VMamba", 2024 (the four routes).
 
-Axes: B batch, P tokens in spatial order, K routes with weights of their own, E channels of a route, N state, R rank of
-the step size, H W grid of a map, D its channels.
+Axes: those of `models.ops.scan_args`; H W grid of a map, D its channels.
 """
 
 from collections.abc import Sequence

@@ -1,43 +1,29 @@
 """Checkpoints that authors released, recognised by their keys and renamed to ours.
 
-A new kind is a module with these functions and a row of RELEASED. State dicts come without `module.` prefix.
+A new kind is a file with a `models.released.kind.Released` and a row of RELEASED.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from models.released import bridgenet, demt, invpt, mlore, mtmamba, taskprompter
+from models.released.kind import Released
 
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+)"
                          r"|head\.final_logits\.(?P<c>\w+))\.weight")
 
 
-class Released(NamedTuple):
-    """One kind. `convert(state, tasks)`: the weights under our keys, `tasks` in the order of the task table.
-
-    `is_dead(key)`: whether the layer never influenced an output of the original, so that `convert` leaves it
-    out; `dead_keys(keys)`: those among all keys, where one key alone does not tell. A key that is neither known
-    nor dead keeps its name, and the strict load reports it.
-    """
-
-    recognises: Callable[[Iterable[str]], bool]
-    convert: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
-    is_dead: Callable[[str], bool] = lambda key: False
-    dead_keys: Callable[[Collection[str]], Collection[str]] = lambda keys: ()
-
-
 RELEASED: dict[str, Released] = {
-    "InvPT": Released(invpt.recognises, invpt.convert, invpt.is_dead),
-    "MLoRE": Released(mlore.recognises, mlore.convert, mlore.is_dead),
-    "BridgeNet": Released(bridgenet.recognises, bridgenet.convert, bridgenet.is_dead),
-    "MTMamba": Released(mtmamba.recognises, mtmamba.convert),     # and MTMamba++
-    "DeMT": Released(demt.recognises, demt.convert_demt, demt.is_dead),
-    "FCN": Released(demt.recognises_baseline, demt.convert),      # the baselines of ATRC and DeMT
-    "TaskPrompter": Released(taskprompter.recognises, taskprompter.convert, dead_keys=taskprompter.dead_keys),
+    "InvPT": invpt.INVPT,
+    "MLoRE": mlore.MLORE,
+    "BridgeNet": bridgenet.BRIDGENET,
+    "MTMamba": mtmamba.MTMAMBA,  # and MTMamba++
+    "DeMT": demt.DEMT,
+    "FCN": demt.BASELINE,  # the baselines of ATRC and DeMT
+    "TaskPrompter": taskprompter.TASKPROMPTER,
 }
 
 

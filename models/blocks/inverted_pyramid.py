@@ -1,4 +1,4 @@
-"""Sum of the task maps of several stages at one size, the exit of InvPT's decoder and of its successors.
+"""What InvPT and BridgeNet share: stages of doubling grids, and the sum of their task maps at one size.
 
 Reference: Ye and Xu, "Inverted Pyramid Multi-task Transformer", ECCV 2022, section 3.5.
 """
@@ -6,10 +6,30 @@ Reference: Ye and Xu, "Inverted Pyramid Multi-task Transformer", ECCV 2022, sect
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.channels import ChannelLayerNorm
+from models.blocks.layers import ChannelLayerNorm, conv_bn_relu
 from models.blocks.resize import resize
+
+
+def up_embedding(in_channels: int, out_channels: int) -> nn.Sequential:
+    """To the next finer stage, (B, in, H, W) -> (B, out, 2 H, 2 W): bilinear, then two dilated blocks."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+        conv_bn_relu(in_channels, out_channels, dilation=2),
+        conv_bn_relu(out_channels, out_channels, dilation=2))
+
+
+def query_reduction(channels: int) -> nn.Sequential:
+    """Queries at half the side, (B, C, H, W) -> (B, C, H / 2, W / 2): depthwise convolution, batch norm."""
+    conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1, groups=channels, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, L, C) -> (B, N, L, C / N)."""
+    return rearrange(tokens, "b l (n d) -> b n l d", n=num_heads)
 
 
 class MultiScaleSum(nn.Module):

@@ -1,0 +1,66 @@
+"""Small layers of which decoders, necks and backbones are made, their initial weights, their precision."""
+
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # of initial weights, as usual for the transformers in this field
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal, std 0.02, zero bias, for every linear layer inside."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = False) -> nn.Sequential:
+    """3 x 3 convolution that keeps the size, batch norm, ReLU: (B, in, H, W) -> (B, out, H, W)."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def logit_layer(in_channels: int, num_outputs: int) -> nn.Conv2d:
+    """The last layer of the baselines and of DeMT, one linear map per pixel, which starts near zero."""
+    layer = nn.Conv2d(in_channels, num_outputs, kernel_size=1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def lite_head(in_channels: int, hidden_channels: int, num_outputs: int, activation: type[nn.Module] = nn.ReLU,
+              ) -> nn.Sequential:
+    """Head of MTMamba++ (and, with GELU, of TaskPrompter): 3 x 3 convolution, batch norm, ReLU, linear per pixel.
+
+    (B, C, H, W) -> (B, num_outputs, H, W), without activation; the model resizes. Under several CUDA
+    processes the batch statistics are synchronised.
+    """
+    conv = nn.Conv2d(in_channels, hidden_channels, kernel_size=3, padding=1)
+    nn.init.trunc_normal_(conv.weight, std=INIT_STD)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(hidden_channels), activation=activation(),
+                                     proj=nn.Conv2d(hidden_channels, num_outputs, kernel_size=1)))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Mixed precision off on the tensor's device. The meta device, which has only shapes, knows no autocast."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of every pixel, eps 1e-5 unless given: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, feat: Tensor) -> Tensor:
+        return rearrange(super().forward(rearrange(feat, "b c h w -> b h w c")), "b h w c -> b c h w")
+
+
+class ChannelMlp(Mlp):
+    """Two linear layers with GELU between, pixel by pixel: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, feat: Tensor) -> Tensor:
+        return rearrange(super().forward(rearrange(feat, "b c h w -> b h w c")), "b h w c -> b c h w")
