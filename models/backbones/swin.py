@@ -151,7 +151,7 @@ class SwinBackbone(nn.Module):
         state = to_timm_layout(state)
         own = self.state_dict()
         resized = [key for key, value in state.items() if key.endswith("relative_position_bias_table")
-                   and key in own and value.shape[0] != own[key].shape[0]]
+                   and key in own and len(value) != len(own[key]) and math.isqrt(len(value))**2 == len(value)]
         for key in resized:
             side = (math.isqrt(len(own[key])) + 1) // 2  # of the window, whose table has (2 side - 1)^2 rows
             state[key] = resize_rel_pos_bias_table_simple(state[key], (side, side), own[key].shape)
