@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 
-import torch
-
 from models.model import MultiTaskModel
 from models.released.invpt import rename
 from scripts.parity import compare
 from scripts.parity.base import Measure, NotCovered
 from scripts.parity.case import MODEL, NO_EFFECT, System
-from scripts.parity.program import build, flops, parameters
+from scripts.parity.program import build, flops, shipped
 
 
 def _build(config: dict) -> MultiTaskModel:
@@ -27,22 +25,9 @@ def _build(config: dict) -> MultiTaskModel:
 TOKENS = "b c h w -> b (h w) c"
 
 
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry without memory, with the sizes that its shapes tell."""
-    shapes, first = entry["state_dict"], entry["tasks"][0]
-    tasks = {task: entry["num_output"][task] for task in entry["tasks"]}
-    coarse, mixed, *_ = shapes[f"multi_task_decoder.invpt.mix_proj.{first}.0.weight"]
-    embed = mixed - tasks[first]
-    with torch.device("meta"):
-        return build("InvPT", "vit", tasks, entry["image_size"], compare.vit_sizes(shapes),
-                     {"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
-
-
 def _full_size(entry: dict) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["state_dict"]
-    yield from compare.keys(model, shapes, entry["tasks"])
-    dead = compare.count(shapes, compare.dead_keys(shapes))
-    yield compare.difference("parameters", parameters(model) + dead, entry["total_parameters"])
+    model = shipped("invpt", entry["tasks"], entry["image_size"], entry["total_parameters"])
+    yield from compare.keys(model, entry["state_dict"], entry["tasks"], entry["total_parameters"])
     operators = entry["gmacs_batch1"]["by_operator"]
     want = sum(operators[name] for name in ("conv", "linear", "matmul", "einsum"))
     macs = flops(model, entry["image_size"]).get_total_flops() / 2e9
