@@ -17,7 +17,7 @@ from scripts.convert_checkpoint import main as convert_checkpoint
 from tests.shared import ROOT, golden
 from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
-from utils.engine.checkpoint import convert_released, read_checkpoint
+from utils.engine.checkpoint import read_checkpoint
 from utils.engine.config import load_config
 from utils.engine.train import train
 from utils.options import parse
