@@ -15,8 +15,8 @@ from models.released.bridgenet import rename
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, NotCovered, absolute_error, stored_error, stored_share
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
-from scripts.parity.program import build, criterion, flops, meter, parameters, shipped
-from scripts.parity.scores import SCORE, compare_losses, filled
+from scripts.parity.program import build, filled, flops, losses_and_gradients, meter, parameters, shipped
+from scripts.parity.scores import SCORE, compare_losses
 
 # Sizes of a backbone: the reference's name -> ours.
 VIT_SIZES = {"embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "patch_size": "patch_size"}
@@ -60,12 +60,13 @@ def _outputs(case: Case) -> Iterator[Measure]:
 
 def _scores(case: Case) -> Iterator[Measure]:
     """Losses and meters on the stored outputs."""
-    table, size, dtype = case.table("metrics"), tuple(case.config["image_size"]), case.options.dtype
-    final = {task: logits.to(dtype) for task, logits in case.below("eval.out.").items()}
-    inter = {task: resize(low.to(dtype), size) for task, low in case.below("eval.mid.inter_low.").items()}
+    table, size, final = case.table("metrics"), tuple(case.config["image_size"]), case.below("eval.out.")
+    inter = {task: resize(low.to(case.options.dtype), size)
+             for task, low in case.below("eval.mid.inter_low.").items()}
     labels = {task: label.float() for task, label in case.below("target.").items()}
-    losses = criterion(final, table["loss_weights"], intermediate_weight=table["intermediate_weight"])
-    yield from compare_losses(losses(final, labels, inter), table["losses"], case.options, "loss ")
+    losses, _ = losses_and_gradients(final, labels, table["loss_weights"], case.options, inter,
+                                     intermediate_weight=table["intermediate_weight"])
+    yield from compare_losses(losses, table["losses"], case.options, "loss ")
     for task, scores in table["metrics"].items():
         scored = filled(meter(task, final[task].shape[1]), task, [(final[task], labels[task])], case.options)
         for name, want in scores.items():

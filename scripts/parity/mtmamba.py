@@ -19,9 +19,9 @@ from models.model import MultiTaskModel
 from models.ops.selective_scan import count_scan_flops, selective_scan
 from models.released.mtmamba import convert
 from scripts.parity import compare
-from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
+from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, absolute_error, below, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
-from scripts.parity.program import build, criterion, experiment, flops, parameters
+from scripts.parity.program import build, experiment, flops, losses_and_gradients, parameters
 from utils.engine.tasks import TASKS
 
 SIZES = {"model", "tasks", "num_output", "image_size", "output_size", "backbone", "decoder"}
@@ -125,15 +125,14 @@ def _losses(path: Path, options: Options) -> Iterator[Measure]:
                    if torch.isclose(total, data["loss.total"][0], rtol=1e-6)), None)
     if scheme is None:
         raise NotCovered("the total is neither the sum of logarithms nor the weighted sum 1, 1, 10, 50")
-    preds = {task: data[f"pred.{task}"].to(options.dtype).requires_grad_() for task in tasks}
-    labels = {task: data[f"label.{task}"] for task in tasks}
-    labels = {task: (x.unsqueeze(1) if x.ndim == 3 else x).to(options.dtype) for task, x in labels.items()}
-    out = criterion(preds, weights[scheme], scheme)(preds, labels)
-    out["total"].backward()
+    labels = {task: (x.unsqueeze(1) if x.ndim == 3 else x).to(options.dtype)
+              for task, x in below(data, "label.").items()}
+    preds = {task: data[f"pred.{task}"] for task in tasks}
+    out, gradients = losses_and_gradients(preds, labels, weights[scheme], options, scheme=scheme)
     for name in (*tasks, "total"):
         yield VALUE.measure(f"loss.{name}", out[name], data[f"loss.{name}"][0], options)
-    for task in tasks:
-        yield GRADIENT.measure(f"grad.{task}", preds[task].grad, data[f"grad_total.pred.{task}"], options)
+    for task, grad in gradients.items():
+        yield GRADIENT.measure(f"grad.{task}", grad, data[f"grad_total.pred.{task}"], options)
 
 
 def _full_size(entry: dict) -> Iterator[Measure]:

@@ -1,6 +1,6 @@
 """Where the checks meet the program: how its models, losses and meters are made. Nothing else here asks for that."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.evaluator import Evaluator, TaskContext
+from evaluation.meter import Meter
 from losses.balancing import build_balancing
 from losses.multi_task import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel
-from scripts.parity.base import NotCovered
+from scripts.parity.base import NotCovered, Options
 from utils.engine.build import model_from_config
 from utils.engine.checkpoint import load_model
 from utils.engine.config import load_config
@@ -66,6 +67,24 @@ def criterion(preds: Maps, weights: Mapping[str, float], scheme: str = "weighted
     """All losses of a training step on predictions like these; it takes predictions, labels and more."""
     losses = {task: TASKS.load(task).loss(context(logits.shape[1], **options)) for task, logits in preds.items()}
     return MultiTaskLoss(losses, build_balancing(scheme, tuple(preds), weights), intermediate_weight)
+
+
+def losses_and_gradients(preds: Maps, labels: Maps, weights: Mapping[str, float], options: Options,
+                         inter: Maps | None = None, **settings) -> tuple[Maps, Maps]:
+    """Losses of a training step, and the gradients of their total; a preliminary prediction is "inter/<task>"."""
+    final, inter = ({task: logits.to(options.dtype).detach().requires_grad_() for task, logits in maps.items()}
+                    for maps in (preds, inter or {}))
+    losses = criterion(final, weights, **settings)(final, labels, inter)
+    losses["total"].backward()
+    leaves = final | {f"inter/{task}": leaf for task, leaf in inter.items()}
+    return losses, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def filled(scored: Meter, task: str, batches: Iterable[tuple[Tensor, Tensor]], options: Options) -> Meter:
+    """The meter after batches of logits and labels."""
+    for logits, label in batches:
+        scored.update(decode(task, logits.to(options.dtype)), label)
+    return scored
 
 
 def meter(task: str, channels: int, **options) -> Evaluator:
