@@ -17,7 +17,7 @@ from evaluation.boundary.protocol import Protocol, image_counts
 from evaluation.boundary.scores import BoundaryTotals, precision_recall_f
 from evaluation.boundary.suppression import suppress
 from evaluation.boundary.truth import connected_components, region_outline, truth_boundary
-from scripts.parity.base import Arrays, Check, Folder, Measure, NotCovered, Options, absolute_error
+from scripts.parity.base import Arrays, Check, Folder, Measure, Options, absolute_error
 
 KINDS = {"labelmap": "regions", "seg_list": "regions", "edge_png": "nyud"}
 SCORES = {"ods": "odsF", "ois": "oisF", "ap": "ap", "ods_threshold": "threshold"}
@@ -138,7 +138,4 @@ def _group(folder: Folder, group: dict, options: Options) -> Iterator[Measure]:
 
 
 def _file(folder: Folder, name: str) -> Path:
-    found = next((path for path in folder.arrays if path.stem == name), None)
-    if found is None:
-        raise NotCovered(f"the case {name} is not in this folder")
-    return found
+    return next(path for path in folder.arrays if path.stem == name)

@@ -13,41 +13,30 @@ from models.blocks.resize import resize
 from models.model import MultiTaskModel
 from models.released.bridgenet import rename
 from scripts.parity import compare
-from scripts.parity.base import Bound, Measure, NotCovered, absolute_error, stored_error, stored_share
+from scripts.parity.base import Bound, Measure, absolute_error, stored_error, stored_share
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
 from scripts.parity.program import build, filled, flops, losses_and_gradients, meter, parameters, shipped
 from scripts.parity.scores import SCORE, compare_losses
 
-# Sizes of a backbone: the reference's name -> ours.
-VIT_SIZES = {"embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "patch_size": "patch_size"}
-INTERN_SIZES = {"channels": "embed_dim", "depths": "depths", "groups": "groups", "offset_scale": "offset_scale",
-                "mlp_ratio": "mlp_ratio", "layer_scale": "layer_scale", "post_norm": "post_norm",
-                "core_kernel": "kernel_size", "center_feature_scale": "center_feature_scale"}
+VIT_SIZES = ("embed_dim", "depth", "num_heads", "patch_size")
+INTERN_SIZES = {"channels": "embed_dim", "core_kernel": "kernel_size",      # the reference's name -> ours
+                **{name: name for name in ("depths", "groups", "offset_scale", "mlp_ratio", "layer_scale", "post_norm",
+                                           "center_feature_scale")}}
 TRAINED = Bound(stored_error, 1e-9, 5e-5)
 
 
 def _build(config: dict) -> MultiTaskModel:
     c, sizes = config, config["backbone"]
     if sizes["type"] == "vit":
-        name, kwargs = "vit", {ours: sizes[key] for key, ours in VIT_SIZES.items()}
+        name, kwargs = "vit", {key: sizes[key] for key in VIT_SIZES}
         kwargs["taps"] = [*sizes["select_list"], sizes["depth"]]
-    elif sizes["type"] == "intern":
-        name, kwargs = "internimage", {ours: sizes[key] for key, ours in INTERN_SIZES.items() if key in sizes}
     else:
-        raise NotCovered(f"no backbone of type '{sizes['type']}'")
+        name, kwargs = "internimage", {ours: sizes[key] for key, ours in INTERN_SIZES.items() if key in sizes}
     return build("BridgeNet", name, c["tasks"], c["image_size"], {**kwargs, "drop_path_rate": 0.0}, {
         "embed_dim": c["embed_dim"], "PRED_OUT_NUM_CONSTANT": c["pred_out_num_constant"],
         "mtt_resolution_downsample_rate": c["mtt_resolution_downsample_rate"],
-        "refine_depth": tuple(c["refine_depth"]), "dilations": _repeated(c["dilated_ratio"], 3),
-        "squeeze_ratio": _repeated(c["squeeze_ratio"], 1)[0], "drop_path_rate": 0.0})
-
-
-def _repeated(per_stage: list[list[int]], length: int) -> tuple[int, ...]:
-    """The pattern of this length that all stages repeat."""
-    pattern = per_stage[0][:length]
-    if any(value != pattern[index % length] for stage in per_stage for index, value in enumerate(stage)):
-        raise NotCovered(f"stages that do not repeat one pattern of {length}")
-    return tuple(pattern)
+        "refine_depth": tuple(c["refine_depth"]), "dilations": tuple(c["dilated_ratio"][0][:3]),
+        "squeeze_ratio": c["squeeze_ratio"][0][0], "drop_path_rate": 0.0})
 
 
 def _outputs(case: Case) -> Iterator[Measure]:

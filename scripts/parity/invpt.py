@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from models.model import MultiTaskModel
 from models.released.invpt import rename
 from scripts.parity import compare
-from scripts.parity.base import Measure, NotCovered
+from scripts.parity.base import Measure
 from scripts.parity.case import MODEL, NO_EFFECT, System
 from scripts.parity.program import build, flops, shipped
 
 
 def _build(config: dict) -> MultiTaskModel:
     c, vit = config, config["backbone"]
-    if vit["type"] != "vit" or len(set(c["decoder_num_heads"])) != 1:
-        raise NotCovered("only a ViT and one number of heads in all stages exist here")
     sizes = {key: vit[key] for key in ("embed_dim", "depth", "num_heads", "patch_size")}
     return build("InvPT", "vit", dict(zip(c["tasks"], c["num_output"], strict=True)), c["image_size"],
                  {**sizes, "taps": vit["tap_after_blocks"], "drop_path_rate": 0.0},
