@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torchvision  # noqa: F401  torch knows its operators from the import on
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -118,25 +119,10 @@ def profiled(config: Config, steps: int = 3) -> str:
     return found.key_averages().table(sort_by=f"self_{step.device.type}_time_total", row_limit=20)
 
 
-# GMACs of the original systems: as their authors publish them (MTMamba++, InvPT, DeMT), or as counted on them.
-ORIGINAL_GMACS = {
-    "bim_nyud": 452.9, "bim_pascal": 522.5, "mtmamba_plus_nyud": 524, "mtmamba_plus_pascal": 609,
-    "mtmamba_nyud": 537.7, "mtmamba_pascal": 627.6, "mtmamba_cityscapes": 754.3, "mtmamba_plus_cityscapes": 745.1,
-    "invpt_nyud": 597.5, "invpt_pascal": 668.1, "invpt_nyud_vit_base": 341, "invpt_pascal_vit_base": 405,
-    "taskprompter_nyud": 839.7, "taskprompter_pascal": 496.6, "taskprompter_pascal_vit_base": 1153.4,
-    "taskprompter_cityscapes": 1943.6, "mlore_nyud": 1405.8, "mlore_pascal": 826.6, "mlore_pascal_vit_base": 909.5,
-    "mlore_pascal_vit_small": 122.2, "bridgenet_nyud": 463.5, "bridgenet_nyud_vit_large": 627.6,
-    "bridgenet_nyud_vit_base": 369.2, "bridgenet_nyud_internimage_b": 346.7, "bridgenet_pascal": 692.0,
-    "bridgenet_pascal_vit_base": 427.7, "bridgenet_pascal_internimage_l": 526.2,
-    "bridgenet_pascal_internimage_b": 405.1, "demt_nyud": 100.7, "demt_nyud_swin_small": 121.05,
-    "demt_nyud_swin_base": 153.65, "demt_nyud_hrnet18": 22.07, "demt_pascal": 94.5, "demt_pascal_swin_small": 112.3,
-    "demt_pascal_swin_base": 143.0,
-}
-
-
 def compared(entries: list[str], overrides: list[str], repeats: int, count_only: bool) -> str:
     """A markdown table: size and cost of each experiment beside the original's, time and memory of its step."""
     table: list[dict[str, str]] = []
+    originals = yaml.safe_load(Path(__file__).with_name("original_gmacs.yml").read_text(encoding="ascii"))
     first: dict[str, measuring.Cost] = {}
     for entry in entries:
         name, _, own = entry.partition("@")
@@ -144,7 +130,7 @@ def compared(entries: list[str], overrides: list[str], repeats: int, count_only:
         config = load_config(path, options)
         cost = dict(count(config))
         official = path.resolve().parent in (CONFIGS, CONFIGS / "backbones") and not options
-        original = ORIGINAL_GMACS.get(path.stem, "") if official else ""
+        original = originals.get(path.stem, "") if official else ""
         row = {"experiment": f"{path.stem} {own}".strip(), "backbone": config.backbone,
                "parameters": cost["parameters, total"], "GMACs": cost["GMACs, total"], "the original": str(original)}
         if not count_only:
