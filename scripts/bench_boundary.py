@@ -1,33 +1,28 @@
 """How fast the boundary score is, and against what: one core per image, all thresholds, everything included.
 
-    python scripts/bench_boundary.py [--repeat 3] [--set 654 --workers 2] [--twin_limit 60]
+    python scripts/bench_boundary.py [--repeat 3] [--twin_limit 60]
 
 The images are rendered: contours of a smooth field crossed with the borders of cells as ground truth; as prediction
 the same lines, blurred, displaced and of varying strength, with false lines and noise. Three densities. Columns: the
 compiled backend, the SciPy backend (maximum flow), and the plain twin (scikit-image's `thin` and SciPy's
 `maximum_bipartite_matching`), which is stopped after --twin_limit seconds per image because its time varies by orders
-of magnitude. --set then scores so many PNG files with worker processes, and reports the largest memory of a process.
+of magnitude.
 """
 
 import multiprocessing
-import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.morphology import thin as skimage_thin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.boundary.__main__ import score_pairs, summary, table
-from evaluation.boundary.files import find_pairs
 from evaluation.boundary.matching import candidates, pick_backend, thin
 from evaluation.boundary.protocol import Protocol, image_counts
 from evaluation.boundary.truth import region_outline, truth_boundary
@@ -101,7 +96,8 @@ def timed_in_child(limit: float, *arguments: object) -> tuple[float, object] | N
             return None
 
 
-def bench_images(repeat: int, twin_limit: float) -> None:
+def bench(repeat: int, twin_limit: float) -> None:
+    """Prints the table."""
     print("| image | sumR | compiled s | SciPy s | plain twin s | SciPy / compiled |\n|" + " --- |" * 6)
     for density in DENSITIES:
         images = [render(seed, density) for seed in range(repeat)]
@@ -118,33 +114,9 @@ def bench_images(repeat: int, twin_limit: float) -> None:
               f"| {seconds[1] / seconds[0]:.0f} |{'' if same else '  COUNTS DIFFER'}", flush=True)
 
 
-def bench_set(number: int, workers: int) -> None:
-    """Scores `number` files of 24 different rendered images, 8 of each density."""
-    with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / name for name in ("pred", "gt")]
-        for place in places:
-            place.mkdir()
-        distinct = [render(seed, density) for density in DENSITIES for seed in range(8)]
-        for i in range(number):
-            for place, picture in zip(places, distinct[i % len(distinct)], strict=True):
-                Image.fromarray(picture).save(place / f"{i:04d}.png")
-        seconds, totals = timed(score_pairs, find_pairs(*places), "nyud", PROTOCOL, workers)
-    peaks = [resource.getrusage(who).ru_maxrss / 2**10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"\n{number} images, {workers} workers: {seconds:.0f} s, {seconds / number:.3f} s per image; largest memory "
-          f"{peaks[0]:.0f} MiB here, {peaks[1]:.0f} MiB in a worker\n{table(summary(totals, PROTOCOL))}")
-
-
-def bench(repeat: int, twin_limit: float, set: int, workers: int) -> None:
-    bench_images(repeat, twin_limit)
-    if set:
-        bench_set(set, workers)
-
-
 main = Command(__doc__, bench, {
     "--repeat": dict(type=int, default=3, metavar="N", help="images per density; the median is shown"),
     "--twin_limit": dict(type=float, default=60, metavar="S", help="seconds; 0: without the plain twin"),
-    "--set": dict(type=int, default=0, metavar="N", help="also score a set of so many files"),
-    "--workers": dict(type=int, default=2, metavar="N", help="processes for --set"),
 })
 
 if __name__ == "__main__":

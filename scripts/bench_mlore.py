@@ -8,7 +8,6 @@ them alike, and processor time (of all threads) leaves out the waiting for them:
 The difference is the largest one of any output from the first row's, in float64, relative to the largest entry.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.blocks.mlore import LowRankExperts, UpsampledConv
 from models.decoders.mlore import MLoREDecoder
 from models.model import MultiTaskModel
-from scripts.benchmark import seconds
 from scripts.command_line import Command
+from scripts.measuring import medians, seconds
 from utils.distributed import pick_device
 from utils.engine.build import model_from_config
 from utils.engine.config import Config, load_config
@@ -63,7 +62,7 @@ def measure(config: Config, repeats: int) -> dict[str, tuple[float, float]]:
         for name, change in FORMS.items():
             change(model)
             times[name].append(seconds(lambda: model(image), device))
-    return {name: tuple(map(statistics.median, zip(*values[1:], strict=True))) for name, values in times.items()}
+    return {name: medians(values[1:]) for name, values in times.items()}
 
 
 @torch.inference_mode()

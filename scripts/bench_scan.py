@@ -9,19 +9,13 @@ results included, inputs not. "usual" is the formulation of SS2D in the literatu
 scan kernels, copies included on both sides.
 """
 
-import argparse
 import datetime
 import gc
-import itertools
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -33,40 +27,9 @@ from models.decoders.bim import BIScan
 from models.ops.scan_choice import set_scan_backend
 from models.ops.ss2d import ss2d_core
 from scripts import scan_contenders as scans
-from scripts.scan_contenders import CHANNELS, PASSES, STATE, Row
-
-
-class Cost(NamedTuple):
-    ms: float
-    cpu_ms: float
-    mib: float
-
-
-def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Cost]:
-    """Median times and peak memory of each run."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    peaks = {}
-    for name, run in runs.items():
-        run()
-        peaks[name] = peak_memory(run)
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter(), time.process_time()
-            run()
-            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    return {name: Cost(*(statistics.median(t) * 1e3 for t in zip(*times[name], strict=True)), peaks[name])
-            for name in runs}
-
-
-def peak_memory(run: Callable[[], object]) -> float:
-    """MiB of tensors alive at once during the call, beyond those alive before, as PyTorch's allocator counts them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(alive, default=0) / 2**20
-
+from scripts.command_line import Command
+from scripts.measuring import Cost, Row, markdown, measure
+from scripts.scan_contenders import CHANNELS, PASSES, STATE
 
 # ---- one scan ----
 
@@ -197,44 +160,32 @@ def machine() -> dict[str, str | int | float]:
             "load": round(os.getloadavg()[0], 2)}
 
 
-def _table(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in cells])
-
-
-def _cell(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.1e}" if abs(value) < 1e-2 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", metavar="PART", help="one part of the benchmark")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args()
+def bench(json_file: Path | None, repeats: int, only: str | None, device: str) -> None:
+    """Prints a table per part, and writes their numbers."""
     parts, about = PARTS, machine()
-    if args.device == "cuda":
+    if device == "cuda":
         from scripts import bench_scan_cuda
         parts, about = bench_scan_cuda.PARTS, about | bench_scan_cuda.machine()
-    if args.only not in (None, *parts):
-        parser.error(f"--only {args.only}: on {args.device} the parts are {', '.join(parts)}")
+    if only not in (None, *parts):
+        raise ValueError(f"--only {only}: on {device} the parts are {', '.join(parts)}")
     torch.set_num_threads(1)
     report: dict[str, object] = {"machine": about}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for name, part in parts.items():
-        if args.only in (None, name):
+        if only in (None, name):
             gc.collect()
-            rows = part(args.repeats)
-            report[name] = rows
-            print(f"\n{part.__doc__}\n{_table(rows)}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+            report[name] = part(repeats)
+            print(f"\n{part.__doc__}\n{markdown(report[name])}", flush=True)
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1))
 
+
+main = Command(__doc__, bench, {
+    "--json": dict(type=Path, metavar="FILE", dest="json_file", help="also write the numbers there"),
+    "--repeats": dict(type=int, default=10),
+    "--only": dict(metavar="PART", help="one part of the benchmark"),
+    "--device": dict(choices=("cpu", "cuda"), default="cpu"),
+})
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,13 +2,12 @@
 
     python scripts/bench_scan.py --device cuda [--json FILE] [--repeats 20] [--only PART]
 
-Times are medians between CUDA events, memory is the peak of the allocator beyond what was held before. mamba-ssm's
+Times are medians by the clock, memory is the peak of the allocator beyond what was held before. mamba-ssm's
 users stack, transpose and flip the map, scan, and undo it; that belongs to their time, as our index rules do to ours.
 A contender that is not installed is left out and named.
 """
 
 import functools
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -24,32 +23,13 @@ from models.ops.scan_mamba import find_mamba_kernel
 from models.ops.scan_triton import find_triton
 from models.ops.ss2d import ss2d_core
 from scripts import scan_contenders as scans
-from scripts.scan_contenders import CHANNELS, PASSES, STATE, Row
+from scripts.measuring import Row, measure
+from scripts.scan_contenders import CHANNELS, PASSES, STATE
 
 HEIGHT, WIDTH, TASKS = 112, 144, 4  # the finest maps of BIM on NYUD
 EXP_ROUNDS = 512
+GPU = torch.device("cuda")
 Contenders = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
-
-
-def measure(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median milliseconds and peak MiB of a call."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - held) / 2**20
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), peak
 
 
 @triton.jit
@@ -65,10 +45,10 @@ def _exponentials(out, ROUNDS: tl.constexpr, SIZE: tl.constexpr):
 def ceilings() -> dict[str, float]:
     """What the card reaches: bytes per second of a copy (read and written), exponentials per second in registers."""
     source = torch.zeros(2**28, device="cuda")
-    copy_ms, _ = measure(source.clone, 10)
     out = torch.empty(2**22, device="cuda")
-    exp_ms, _ = measure(lambda: _exponentials[out.numel() // 256,](out, ROUNDS=EXP_ROUNDS, SIZE=256), 10)
-    return {"TB/s copied": 2 * 4 * source.numel() / copy_ms / 1e9, "T exp/s": out.numel() * EXP_ROUNDS / exp_ms / 1e9}
+    copy, exp = measure({"copy": source.clone, "exp": lambda: _exponentials[out.numel() // 256,](
+        out, ROUNDS=EXP_ROUNDS, SIZE=256)}, 10, GPU).values()
+    return {"TB/s copied": 2 * 4 * source.numel() / copy.ms / 1e9, "T exp/s": out.numel() * EXP_ROUNDS / exp.ms / 1e9}
 
 
 def bench_ceilings(_: int) -> list[Row]:
@@ -123,11 +103,12 @@ def _compare(what: str, contenders: Contenders, repeats: int, exponentials: int,
     exponentials of the recurrence once (three times with gradients), at the card's measured rates."""
     rows = []
     for (name, prepare), passes in zip(PASSES.items(), (1, 3), strict=True):
-        found = {key: measure(prepare(f, inputs), repeats) for key, (f, inputs) in contenders.items()}
+        found = measure({key: prepare(f, inputs) for key, (f, inputs) in contenders.items()}, repeats, GPU)
         ours = found[next(iter(found))]
         floor = max(passes * moved / ceilings()["TB/s copied"], passes * exponentials / ceilings()["T exp/s"]) / 1e9
-        rows += [{"what": f"{what}, {name}", "contender": key, "ms": ms, "MiB": mib, "times our time": ms / ours[0],
-                  "our memory": ours[1] / mib, "times the floor": ms / floor} for key, (ms, mib) in found.items()]
+        rows += [{"what": f"{what}, {name}", "contender": key, "ms": cost.ms, "MiB": cost.mib,
+                  "times our time": cost.ms / ours.ms, "our memory": ours.mib / cost.mib,
+                  "times the floor": cost.ms / floor} for key, cost in found.items()]
     return rows
 
 

@@ -14,20 +14,18 @@ memory is the peak beyond the weights.
 
 import gc
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torchvision  # noqa: F401  torch knows its operators from the import on
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.ops.selective_scan import count_scan_flops
-from scripts import bench_scan
+from scripts import measuring
 from scripts.command_line import Command
 from utils.distributed import pick_device
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
@@ -87,31 +85,9 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-
-def costs(step: Step, repeats: int) -> dict[str, bench_scan.Cost]:
-    """Median times and peak memory of a forward pass and a training step; on a CPU memory beyond the weights."""
-    runs = {"forward": step.forward, "step": step.train}
-    if step.device.type != "cuda":
-        return bench_scan.measure(runs, repeats)
-    found = {}
-    for name, run in runs.items():
-        times = []
-        for _ in range(repeats + 2):                                    # the first two are not counted
-            torch.cuda.reset_peak_memory_stats(step.device)
-            times.append(seconds(run, step.device))
-        wall, processor = (statistics.median(kind) * 1e3 for kind in zip(*times[2:], strict=True))
-        found[name] = bench_scan.Cost(wall, processor, torch.cuda.max_memory_allocated(step.device) / 2**20)
-    return found
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Wall and processor time of a call, including what it leaves to the GPU."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter(), time.process_time()
-    run()
-    wait()
-    return time.perf_counter() - start[0], time.process_time() - start[1]
+    def costs(self, repeats: int) -> dict[str, measuring.Cost]:
+        """Median times and peak memory of a forward pass and a training step."""
+        return measuring.measure({"forward": self.forward, "step": self.train}, repeats, self.device)
 
 
 def measure(config: Config, repeats: int) -> list[tuple[str, str]]:
@@ -123,10 +99,10 @@ def measure(config: Config, repeats: int) -> list[tuple[str, str]]:
     used = ", ".join([config.precision, *(name for name, on in options.items() if on)])
     rows = [("device", f"{torch.cuda.get_device_name(step.device) if on_gpu else 'CPU'}, {used}, {config.trBatch} "
              f"image(s) of {config.input_size[0]} x {config.input_size[1]}, {torch.get_num_threads()} thread(s)")]
-    for name, cost in costs(step, repeats).items():
+    for name, cost in step.costs(repeats).items():
         rows += [(f"{name}, ms (median of {repeats})", f"{cost.ms:.1f}"),
                  (f"{name}, images/s", f"{config.trBatch / cost.ms * 1e3:.2f}"),
-                 (f"{name}, peak memory GiB" + ("" if on_gpu else " (beyond weights)"), f"{cost.mib / 2**10:.2f}")]
+                 (f"{name}, peak memory GiB (beyond weights)", f"{cost.mib / 2**10:.2f}")]
     return rows
 
 
@@ -143,38 +119,23 @@ def profiled(config: Config, steps: int = 3) -> str:
     return found.key_averages().table(sort_by=f"self_{step.device.type}_time_total", row_limit=20)
 
 
-# GMACs of the original systems: as their authors publish them (MTMamba++, InvPT, DeMT), or as counted on them.
-ORIGINAL_GMACS = {
-    "bim_nyud": 452.9, "bim_pascal": 522.5, "mtmamba_plus_nyud": 524, "mtmamba_plus_pascal": 609,
-    "mtmamba_nyud": 537.7, "mtmamba_pascal": 627.6, "mtmamba_cityscapes": 754.3, "mtmamba_plus_cityscapes": 745.1,
-    "invpt_nyud": 597.5, "invpt_pascal": 668.1, "invpt_nyud_vit_base": 341, "invpt_pascal_vit_base": 405,
-    "taskprompter_nyud": 839.7, "taskprompter_pascal": 496.6, "taskprompter_pascal_vit_base": 1153.4,
-    "taskprompter_cityscapes": 1943.6, "mlore_nyud": 1405.8, "mlore_pascal": 826.6, "mlore_pascal_vit_base": 909.5,
-    "mlore_pascal_vit_small": 122.2, "bridgenet_nyud": 463.5, "bridgenet_nyud_vit_large": 627.6,
-    "bridgenet_nyud_vit_base": 369.2, "bridgenet_nyud_internimage_b": 346.7, "bridgenet_pascal": 692.0,
-    "bridgenet_pascal_vit_base": 427.7, "bridgenet_pascal_internimage_l": 526.2,
-    "bridgenet_pascal_internimage_b": 405.1, "demt_nyud": 100.7, "demt_nyud_swin_small": 121.05,
-    "demt_nyud_swin_base": 153.65, "demt_nyud_hrnet18": 22.07, "demt_pascal": 94.5, "demt_pascal_swin_small": 112.3,
-    "demt_pascal_swin_base": 143.0,
-}
-
-
 def compared(entries: list[str], overrides: list[str], repeats: int, count_only: bool) -> str:
     """A markdown table: size and cost of each experiment beside the original's, time and memory of its step."""
     table: list[dict[str, str]] = []
-    first: dict[str, bench_scan.Cost] = {}
+    originals = yaml.safe_load(Path(__file__).with_name("original_gmacs.yml").read_text(encoding="ascii"))
+    first: dict[str, measuring.Cost] = {}
     for entry in entries:
         name, _, own = entry.partition("@")
         path, options = Path(name), [*overrides, *filter(None, own.split(","))]
         config = load_config(path, options)
         cost = dict(count(config))
         official = path.resolve().parent in (CONFIGS, CONFIGS / "backbones") and not options
-        original = ORIGINAL_GMACS.get(path.stem, "") if official else ""
+        original = originals.get(path.stem, "") if official else ""
         row = {"experiment": f"{path.stem} {own}".strip(), "backbone": config.backbone,
                "parameters": cost["parameters, total"], "GMACs": cost["GMACs, total"], "the original": str(original)}
         if not count_only:
             step = Step(config)
-            found = costs(step, repeats)
+            found = step.costs(repeats)
             first = first or found
             for name, spent in found.items():
                 row |= ({f"{name}, ms": f"{spent.ms:.1f}"} if step.device.type == "cuda" else
@@ -183,8 +144,7 @@ def compared(entries: list[str], overrides: list[str], repeats: int, count_only:
             del step
             gc.collect()
         table.append(row)
-    lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return measuring.markdown(table)
 
 
 def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:

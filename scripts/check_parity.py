@@ -6,7 +6,6 @@ DIR is searched with all its sub-folders. One row per case; the exit status is 1
 found. Reference files that no check reads are listed as "not covered", never as passed.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))    # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.parity import FAMILIES  # noqa: E402
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Options  # noqa: E402
+from scripts.command_line import Command
+from scripts.parity import FAMILIES
+from scripts.parity.base import Check, Folder, NotCovered, Options
 
 PASS, FAIL, NOT_COVERED = "pass", "FAIL", "not covered"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -75,20 +73,12 @@ def _rows(family: str, case: str, check: Check, options: Options) -> Iterator[Ro
     except Exception as error:       # a failure of the code under test is a result; the other cases go on
         yield Row(family, case, FAIL, note=f"{type(error).__name__}: {error}".splitlines()[0][:160])
         return
-    compared = [m for m in measures if not m.uncovered]
-    if compared:
+    if compared := [m for m in measures if not m.uncovered]:
         worst = max(compared, key=lambda m: m.severity)
         yield Row(family, case, PASS if worst.passed else FAIL, worst.error, worst.tolerance, worst.name)
-    for reason, names in _grouped(measures).items():
-        yield Row(family, case, NOT_COVERED, note=f"{', '.join(names)}: {reason}")
-
-
-def _grouped(measures: list[Measure]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for measure in measures:
-        if measure.uncovered:
-            groups.setdefault(measure.uncovered, []).append(measure.name)
-    return groups
+    for reason in dict.fromkeys(m.uncovered for m in measures if m.uncovered):
+        names = ", ".join(m.name for m in measures if m.uncovered == reason)
+        yield Row(family, case, NOT_COVERED, note=f"{names}: {reason}")
 
 
 def _unread(folder: Folder, used: set[Path], only: str) -> Iterator[Row]:
@@ -99,28 +89,29 @@ def _unread(folder: Folder, used: set[Path], only: str) -> Iterator[Row]:
             yield Row(folder.path.name, stem, NOT_COVERED, note="no check reads these files")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--golden", type=Path, required=True, metavar="DIR", help="folder of reference numbers")
-    add("--dtype", choices=DTYPES, default="float64", help="arithmetic of losses, predictions and scans")
-    add("--only", default="", metavar="SUBSTR", help="only cases whose family/case contains this")
-    add("--scan_backend", default="auto", metavar="NAME", help="backend of the selective scan")
-    add("--device", default="cpu", help="device of the scans, e.g. cuda")
-    args = parser.parse_args(arguments)
-    if not args.golden.is_dir():
-        parser.error(f"--golden {args.golden}: no such folder")
+def check(golden: Path, dtype: str, only: str, scan_backend: str, device: str) -> int:
+    """0 if something was compared and everything agrees."""
+    if not golden.is_dir():
+        main.parser.error(f"--golden {golden}: no such folder")
     counts = dict.fromkeys((PASS, FAIL, NOT_COVERED), 0)
     print(f"{'family':<16}{'case':<50} {'error':>9} {'tolerance':>9}  status")
-    for row in compare(args.golden, Options(DTYPES[args.dtype], args.scan_backend, args.device), args.only):
+    for row in compare(golden, Options(DTYPES[dtype], scan_backend, device), only):
         counts[row.status] += 1
         print(row, flush=True)
-    print(f"{counts[PASS]} passed, {counts[FAIL]} failed, {counts[NOT_COVERED]} not covered ({args.dtype})")
+    print(f"{counts[PASS]} passed, {counts[FAIL]} failed, {counts[NOT_COVERED]} not covered ({dtype})")
     if counts[PASS] + counts[FAIL] == 0:
-        print(f"nothing was compared: no reference numbers of a known kind below {args.golden}"
-              + (f" match '{args.only}'" if args.only else ""))
+        print(f"nothing was compared: no reference numbers of a known kind below {golden}"
+              + (f" match '{only}'" if only else ""))
     return 0 if counts[PASS] and not counts[FAIL] else 1
 
+
+main = Command(__doc__, check, {
+    "--golden": dict(type=Path, required=True, metavar="DIR", help="folder of reference numbers"),
+    "--dtype": dict(choices=DTYPES, default="float64", help="arithmetic of losses, predictions and scans"),
+    "--only": dict(default="", metavar="SUBSTR", help="only cases whose family/case contains this"),
+    "--scan_backend": dict(default="auto", metavar="NAME", help="backend of the selective scan"),
+    "--device": dict(default="cpu", help="device of the scans, e.g. cuda"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())

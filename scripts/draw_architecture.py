@@ -1,15 +1,14 @@
 """Draws the floors of this program, docs/architecture.svg, from its own imports.
 
-    python scripts/draw_architecture.py [--check]
+    python scripts/draw_architecture.py
 
 Every band is a floor of the contract in pyproject.toml, its boxes are the folder's files and sub-folders; an arrow says
-how many imports run from one floor to a lower one. `--check` compares with the file that is there (exit status 1 where
-it differs). Needs grimp, which requirements-dev.txt installs with import-linter.
+how many imports run from one floor to a lower one. Needs grimp, which requirements-dev.txt installs with import-linter.
 """
 
-import argparse
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -56,14 +55,9 @@ def contents(name: str) -> list[str]:
 
 def boxes(name: str, top: int) -> list[str]:
     """The names on one floor as rows of small text."""
-    rows, line = [], ""
-    for word in contents(name):
-        if len(line) + len(word) > ROW:
-            rows.append(line)
-            line = ""
-        line += f"{word}   "
-    return [f'<text x="{LEFT}" y="{top + 26 + 17 * i}" font-size="12.5" {TEXT} fill="#333">{row.strip()}</text>'
-            for i, row in enumerate([*rows, line])]
+    rows = textwrap.wrap("   ".join(contents(name)), ROW)
+    return [f'<text x="{LEFT}" y="{top + 26 + 17 * i}" font-size="12.5" {TEXT} fill="#333">{row}</text>'
+            for i, row in enumerate(rows)]
 
 
 def draw() -> str:
@@ -91,16 +85,6 @@ def draw() -> str:
             f'height="{height}">\n{tip}\n' + "\n".join(parts) + "\n</svg>\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare only")
-    args = parser.parse_args()
-    if args.check:
-        return int(not SVG.is_file() or SVG.read_text(encoding="utf-8") != draw())
+if __name__ == "__main__":
     SVG.write_text(draw(), encoding="utf-8")
     print(f"wrote {SVG}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

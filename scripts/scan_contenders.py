@@ -16,7 +16,6 @@ from models.ops.selective_scan import scan_routes, selective_scan
 from models.ops.ss2d import S6Weights
 
 LENGTH, CHANNELS, STATE = 4032, 384, 16  # a map of 56 x 72 cells, or four of 28 x 36
-Row = dict[str, str | float]
 
 
 def with_gradients(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:

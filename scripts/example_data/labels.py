@@ -1,10 +1,12 @@
 """Which class a thing has in each data set, how much it draws the eye, and the parts of a figure."""
 
+import csv
+from pathlib import Path
 from typing import NamedTuple
 
 
 class Label(NamedTuple):
-    """One row of the table below."""
+    """One row of labels.csv."""
 
     nyud: int           # 1..40
     pascal: int         # 0..20
@@ -14,44 +16,9 @@ class Label(NamedTuple):
 
 # "glass" is what is seen through a window (sky): like "plant" its context id is outside the list of ids whose
 # normals are valid, so that the mask of the PASCAL normals has something to remove.
-LABELS = {
-    "wall": Label(1, 0, 440, 0.0),
-    "floor": Label(2, 0, 158, 0.0),
-    "ceiling": Label(22, 0, 68, 0.0),
-    "cabinet": Label(3, 0, 46, 0.2),
-    "bed": Label(4, 0, 18, 0.45),
-    "chair": Label(5, 9, 72, 0.5),
-    "sofa": Label(6, 18, 368, 0.5),
-    "table": Label(7, 11, 397, 0.45),
-    "door": Label(8, 0, 115, 0.1),
-    "window": Label(9, 0, 454, 0.0),
-    "glass": Label(9, 0, 360, 0.0),
-    "bookshelf": Label(10, 0, 349, 0.2),
-    "picture": Label(11, 0, 287, 0.2),
-    "counter": Label(12, 0, 101, 0.2),
-    "blinds": Label(13, 0, 29, 0.0),
-    "desk": Label(14, 0, 111, 0.3),
-    "curtain": Label(16, 0, 105, 0.0),
-    "dresser": Label(17, 0, 122, 0.25),
-    "pillow": Label(18, 0, 290, 0.3),
-    "mat": Label(20, 0, 250, 0.0),
-    "books": Label(23, 0, 33, 0.1),
-    "fridge": Label(24, 0, 319, 0.25),
-    "tv": Label(25, 20, 427, 0.45),
-    "paper": Label(26, 0, 275, 0.05),
-    "box": Label(29, 0, 37, 0.4),
-    "whiteboard": Label(30, 0, 30, 0.1),
-    "person": Label(31, 15, 284, 1.0),
-    "nightstand": Label(32, 0, 269, 0.2),
-    "lamp": Label(35, 0, 232, 0.25),
-    "bag": Label(37, 0, 9, 0.4),
-    "bottle": Label(40, 5, 34, 0.5),
-    "plant": Label(40, 16, 308, 0.55),
-    "cat": Label(40, 8, 65, 0.9),
-    "dog": Label(40, 12, 113, 0.9),
-    "ball": Label(40, 0, 10, 0.5),
-    "vase": Label(40, 0, 432, 0.3),
-}
+with Path(__file__).with_suffix(".csv").open(newline="", encoding="ascii") as table:
+    LABELS = {name: Label(int(nyud), int(pascal), int(context), float(salience))
+              for name, nyud, pascal, context, salience in list(csv.reader(table))[1:]}
 VOC_NAMES = {5: "bottle", 8: "cat", 9: "chair", 11: "diningtable", 12: "dog", 15: "person", 16: "pottedplant",
              18: "sofa", 20: "tvmonitor"}
 

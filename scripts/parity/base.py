@@ -14,6 +14,7 @@ from torch import Tensor
 
 HALF_ULP = 2.0**-24                      # of float32, relative to the value
 SMALLEST = 2.0**-149                     # float32 above 0
+Arrays = Mapping[str, np.ndarray]        # such as an .npz file
 
 
 class NotCovered(Exception):
@@ -133,25 +134,6 @@ class Folder:
         for path, content in self.tables.items():
             if isinstance(content, list):
                 yield from ((path, entry) for entry in content if isinstance(entry, dict) and "name" in entry)
-
-
-class Npz:
-    """Arrays of one .npz file, each read when it is asked for; iterates over their names."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        with np.load(self.path, allow_pickle=False) as content:
-            return content[key]
-
-    def tensor(self, key: str) -> Tensor:
-        return torch.from_numpy(self[key])
-
-    def __iter__(self) -> Iterator[str]:
-        with np.load(self.path, allow_pickle=False) as content:
-            names = list(content.files)
-        return iter(names)
 
 
 def stem(path: Path) -> str:

@@ -17,7 +17,7 @@ from evaluation.boundary.protocol import Protocol, image_counts
 from evaluation.boundary.scores import BoundaryTotals, precision_recall_f
 from evaluation.boundary.suppression import suppress
 from evaluation.boundary.truth import connected_components, region_outline, truth_boundary
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error
+from scripts.parity.base import Arrays, Check, Folder, Measure, Options, absolute_error
 
 KINDS = {"labelmap": "regions", "seg_list": "regions", "edge_png": "nyud"}
 SCORES = {"ods": "odsF", "ois": "oisF", "ap": "ap", "ods_threshold": "threshold"}
@@ -30,11 +30,11 @@ CASE = {"pred", "gt_raw", "gt_kind", "max_dist", "nms", "counts_lo", "counts_hi"
 def checks(folder: Folder) -> Iterator[Check]:
     for path, keys in folder.arrays.items():
         if keys >= CASE:
-            yield Check(path.stem, frozenset({path}), partial(_case, Npz(path)))
+            yield Check(path.stem, frozenset({path}), partial(_case, np.load(path)))
         elif "thin_in_0" in keys:
-            yield Check(path.stem, frozenset({path}), partial(_steps, Npz(path)))
+            yield Check(path.stem, frozenset({path}), partial(_steps, np.load(path)))
         elif "thresholds" in keys and any(key.endswith("/exact_matches") for key in keys):
-            yield Check(path.stem, frozenset({path}), partial(_plain, folder, Npz(path)))
+            yield Check(path.stem, frozenset({path}), partial(_plain, folder, np.load(path)))
     for table, content in folder.tables.items():
         if isinstance(content, dict) and all(isinstance(g, dict) and {"cases", "run0"} <= g.keys()
                                              for g in content.values()):
@@ -42,16 +42,16 @@ def checks(folder: Folder) -> Iterator[Check]:
                 yield Check(f"{table.stem}/{name}", frozenset({table}), partial(_group, folder, group))
 
 
-def _truths(data: Npz) -> list[np.ndarray]:
+def _truths(data: Arrays) -> list[np.ndarray]:
     raw = data["gt_raw"]
     return [truth_boundary(label, KINDS[str(data["gt_kind"])]) for label in (raw if raw.ndim == 3 else raw[None])]
 
 
-def _counts(data: Npz) -> np.ndarray:
+def _counts(data: Arrays) -> np.ndarray:
     return image_counts(data["pred"], _truths(data), Protocol(float(data["max_dist"])))
 
 
-def _case(data: Npz, options: Options) -> Iterator[Measure]:
+def _case(data: Arrays, options: Options) -> Iterator[Measure]:
     protocol, truths = Protocol(float(data["max_dist"])), _truths(data)
     counts, stored = image_counts(data["pred"], truths, protocol), data["counts"]
     yield Measure("thresholds", absolute_error(protocol.thresholds, data["thresholds"]), 1e-15)
@@ -81,7 +81,7 @@ def _outside(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
     return float(np.maximum(low - values, values - high).max(initial=0))
 
 
-def _one_matching(data: Npz, truth: np.ndarray) -> Iterator[Measure]:
+def _one_matching(data: Arrays, truth: np.ndarray) -> Iterator[Measure]:
     """At one threshold: pairs within the distance, nothing twice, and as many as the maximum."""
     lines, k = data["match_pred_thin"], int(data["match_threshold_index"])
     found = match(lines, truth, float(data["dist_px"]))
@@ -92,7 +92,7 @@ def _one_matching(data: Npz, truth: np.ndarray) -> Iterator[Measure]:
     yield Measure("number of pairs", abs(len(partners) - int(data["exact_matches"][k])), 0.0)
 
 
-def _steps(data: Npz, options: Options) -> Iterator[Measure]:
+def _steps(data: Arrays, options: Options) -> Iterator[Measure]:
     for name in data:
         kind, _, number = name.rpartition("_")
         if kind == "thin_in":
@@ -111,10 +111,10 @@ def _steps(data: Npz, options: Options) -> Iterator[Measure]:
             yield Measure(f"suppressed map {number}, pixels that differ", int(off.sum()), NMS_PIXELS)
 
 
-def _plain(folder: Folder, data: Npz, options: Options) -> Iterator[Measure]:
+def _plain(folder: Folder, data: Arrays, options: Options) -> Iterator[Measure]:
     """The protocol without suppression."""
     for name in {key.rpartition("/")[0] for key in data if "/" in key}:
-        case = Npz(_file(folder, name))
+        case = np.load(_file(folder, name))
         counts = image_counts(case["pred"], _truths(case), Protocol(float(case["max_dist"]), "plain"))
         yield Measure(f"{name} matches", absolute_error(counts[:, 0], data[f"{name}/exact_matches"]), 0.0)
         yield Measure(f"{name} sumR, sumP", absolute_error(counts[:, [1, 3]], data[f"{name}/counts"][:, [1, 3]]), 0.0)
@@ -122,7 +122,7 @@ def _plain(folder: Folder, data: Npz, options: Options) -> Iterator[Measure]:
 
 def _group(folder: Folder, group: dict, options: Options) -> Iterator[Measure]:
     """Scores of a set: the whole chain against exact matching, and against every run of the reference."""
-    cases = [Npz(_file(folder, name)) for name in group["cases"]]
+    cases = [np.load(_file(folder, name)) for name in group["cases"]]
     thresholds = cases[0]["thresholds"]
     totals = BoundaryTotals.empty(len(thresholds))
     for case in cases:
@@ -138,7 +138,4 @@ def _group(folder: Folder, group: dict, options: Options) -> Iterator[Measure]:
 
 
 def _file(folder: Folder, name: str) -> Path:
-    found = next((path for path in folder.arrays if path.stem == name), None)
-    if found is None:
-        raise NotCovered(f"the case {name} is not in this folder")
-    return found
+    return next(path for path in folder.arrays if path.stem == name)

@@ -6,7 +6,6 @@ The evaluation was computed in float32, the training step in float64 and stored 
 import math
 from collections.abc import Iterator
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -14,47 +13,30 @@ from models.blocks.resize import resize
 from models.model import MultiTaskModel
 from models.released.bridgenet import rename
 from scripts.parity import compare
-from scripts.parity.base import Bound, Measure, NotCovered, absolute_error, stored_error, stored_share
+from scripts.parity.base import Bound, Measure, absolute_error, stored_error, stored_share
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
-from scripts.parity.program import build, criterion, flops, meter, parameters
-from scripts.parity.scores import SCORE, compare_losses, filled
+from scripts.parity.program import build, filled, flops, losses_and_gradients, meter, parameters, shipped
+from scripts.parity.scores import SCORE, compare_losses
 
-# Sizes of a backbone: the reference's name -> ours.
-VIT_SIZES = {"embed_dim": "embed_dim", "depth": "depth", "num_heads": "num_heads", "patch_size": "patch_size"}
-INTERN_SIZES = {"channels": "embed_dim", "depths": "depths", "groups": "groups", "offset_scale": "offset_scale",
-                "mlp_ratio": "mlp_ratio", "layer_scale": "layer_scale", "post_norm": "post_norm",
-                "core_kernel": "kernel_size", "center_feature_scale": "center_feature_scale"}
+VIT_SIZES = ("embed_dim", "depth", "num_heads", "patch_size")
+INTERN_SIZES = {"channels": "embed_dim", "core_kernel": "kernel_size",      # the reference's name -> ours
+                **{name: name for name in ("depths", "groups", "offset_scale", "mlp_ratio", "layer_scale", "post_norm",
+                                           "center_feature_scale")}}
 TRAINED = Bound(stored_error, 1e-9, 5e-5)
 
 
 def _build(config: dict) -> MultiTaskModel:
-    c = config
-    return _on_backbone(c, {
+    c, sizes = config, config["backbone"]
+    if sizes["type"] == "vit":
+        name, kwargs = "vit", {key: sizes[key] for key in VIT_SIZES}
+        kwargs["taps"] = [*sizes["select_list"], sizes["depth"]]
+    else:
+        name, kwargs = "internimage", {ours: sizes[key] for key, ours in INTERN_SIZES.items() if key in sizes}
+    return build("BridgeNet", name, c["tasks"], c["image_size"], {**kwargs, "drop_path_rate": 0.0}, {
         "embed_dim": c["embed_dim"], "PRED_OUT_NUM_CONSTANT": c["pred_out_num_constant"],
         "mtt_resolution_downsample_rate": c["mtt_resolution_downsample_rate"],
-        "refine_depth": tuple(c["refine_depth"]), "dilations": _repeated(c["dilated_ratio"], 3),
-        "squeeze_ratio": _repeated(c["squeeze_ratio"], 1)[0], "drop_path_rate": 0.0})
-
-
-def _on_backbone(config: dict, options: dict) -> MultiTaskModel:
-    """BridgeNet on the backbone that a case or an entry of the manifest describes."""
-    sizes = config["backbone"]
-    if sizes["type"] == "vit":
-        name, kwargs = "vit", {ours: sizes[key] for key, ours in VIT_SIZES.items()}
-        kwargs["taps"] = [*sizes["select_list"], sizes["depth"]]
-    elif sizes["type"] == "intern":
-        name, kwargs = "internimage", {ours: sizes[key] for key, ours in INTERN_SIZES.items() if key in sizes}
-    else:
-        raise NotCovered(f"no backbone of type '{sizes['type']}'")
-    return build("BridgeNet", name, config["tasks"], config["image_size"], {**kwargs, "drop_path_rate": 0.0}, options)
-
-
-def _repeated(per_stage: list[list[int]], length: int) -> tuple[int, ...]:
-    """The pattern of this length that all stages repeat."""
-    pattern = per_stage[0][:length]
-    if any(value != pattern[index % length] for stage in per_stage for index, value in enumerate(stage)):
-        raise NotCovered(f"stages that do not repeat one pattern of {length}")
-    return tuple(pattern)
+        "refine_depth": tuple(c["refine_depth"]), "dilations": tuple(c["dilated_ratio"][0][:3]),
+        "squeeze_ratio": c["squeeze_ratio"][0][0], "drop_path_rate": 0.0})
 
 
 def _outputs(case: Case) -> Iterator[Measure]:
@@ -67,12 +49,13 @@ def _outputs(case: Case) -> Iterator[Measure]:
 
 def _scores(case: Case) -> Iterator[Measure]:
     """Losses and meters on the stored outputs."""
-    table, size, dtype = case.table("metrics"), tuple(case.config["image_size"]), case.options.dtype
-    final = {task: logits.to(dtype) for task, logits in case.below("eval.out.").items()}
-    inter = {task: resize(low.to(dtype), size) for task, low in case.below("eval.mid.inter_low.").items()}
+    table, size, final = case.table("metrics"), tuple(case.config["image_size"]), case.below("eval.out.")
+    inter = {task: resize(low.to(case.options.dtype), size)
+             for task, low in case.below("eval.mid.inter_low.").items()}
     labels = {task: label.float() for task, label in case.below("target.").items()}
-    losses = criterion(final, table["loss_weights"], intermediate_weight=table["intermediate_weight"])
-    yield from compare_losses(losses(final, labels, inter), table["losses"], case.options, "loss ")
+    losses, _ = losses_and_gradients(final, labels, table["loss_weights"], case.options, inter,
+                                     intermediate_weight=table["intermediate_weight"])
+    yield from compare_losses(losses, table["losses"], case.options, "loss ")
     for task, scores in table["metrics"].items():
         scored = filled(meter(task, final[task].shape[1]), task, [(final[task], labels[task])], case.options)
         for name, want in scores.items():
@@ -83,23 +66,11 @@ def _as_stored(got: Tensor, want: Tensor) -> Tensor:
     return got if got.ndim == want.ndim else rearrange(got, "b c h w -> b (h w) c")
 
 
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry without memory; widths are told by the shapes, the rest is default."""
-    shapes, tasks = entry["keys"], entry["tasks"]
-    coarse, mixed, *_ = shapes[f"multi_task_decoder.trfl.mix_proj.{next(iter(tasks))}.0.weight"]
-    embed = mixed - next(iter(tasks.values()))
-    with torch.device("meta"):
-        return _on_backbone(entry, {"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
-
-
 def _full_size(entry: dict) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["keys"]
-    yield from compare.keys(model, shapes, entry["tasks"])
-    dead = compare.count(shapes, compare.dead_keys(shapes))
-    yield compare.difference("parameters without effect", dead, entry["params_unused"])
+    model = shipped("bridgenet", entry["tasks"], entry["image_size"], entry["params_total"])
+    yield from compare.keys(model, entry["keys"], entry["tasks"], entry["params_total"], entry["params_unused"])
     yield compare.difference("encoder", parameters(model.encoder), entry["params_backbone"])
     yield compare.difference("heads", parameters(model.heads), entry["params_heads"])
-    yield compare.difference("params_total", parameters(model) + dead, entry["params_total"])
     gmacs = (flops(model.eval(), entry["image_size"]).get_total_flops() / 2 + _dead_macs(entry)) / 1e9
     yield compare.difference("gmacs", gmacs, entry["gmacs"]["total"], 0.006)  # two decimals are given
 

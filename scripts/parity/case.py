@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -69,8 +70,8 @@ class System:
     groups: name -> the comparison, and beginnings of the names that it needs. names: patterns of the original's
     names of arrays, and the names above. places: patterns of the names of features inside and where ours are, see
     `find`. uncovered: why a feature is not compared, or nothing. as_stored: ours in the shape of the reference.
-    record: makes a dict that a forward pass fills, where `record_inside` does not do. uses_scan: whether --device and
-    --scan_backend apply. full_size: the comparison of an entry of a table of models of full size, which has the
+    methods: those that are recorded like modules, see `record_inside`. uses_scan: whether --device and --scan_backend
+    apply. full_size: the comparison of an entry of a table of models of full size, which has the
     original's keys with their shapes below the key `shapes`.
     """
 
@@ -84,7 +85,7 @@ class System:
     bounds: Bounds = field(default_factory=Bounds)
     uncovered: Callable[[dict, str], str] = lambda config, name: ""
     as_stored: Callable[[Tensor, Tensor], Tensor] = lambda got, want: got
-    record: Callable[[MultiTaskModel], dict[str, Tensor]] | None = None
+    methods: Sequence[str] = ()
     uses_scan: bool = False
     shapes: str = "state_dict"
     full_size: Callable[[dict], Iterator[Measure]] | None = None
@@ -171,7 +172,7 @@ class Case:
 
     def record(self, model: MultiTaskModel) -> dict[str, Tensor]:
         """A dict that holds everything inside after a forward pass."""
-        return (self.system.record or record_inside)(model)
+        return record_inside(model, self.system.methods)
 
     def predict(self) -> Predictions:
         with torch.no_grad():
@@ -204,11 +205,11 @@ class Case:
         return [(name, own[name], want) for name, want in ours.items()]
 
 
-def record_inside(model: nn.Module) -> dict[str, Tensor]:
+def record_inside(model: nn.Module, methods: Sequence[str] = ()) -> dict[str, Tensor]:
     """Everything that the modules take and give, filled by forward passes.
 
-    `path` is a module's output, `path<0` its first input; what lies in a list, tuple or dictionary is `path[0]`,
-    `path[1][depth]`, ...
+    `path` is a module's output, `path<0` its first input, `path.method#0` the result of a method's first call; what
+    lies in a list, tuple or dictionary is `path[0]`, `path[1][depth]`, ...
     """
     seen: dict[str, Tensor] = {}
 
@@ -226,4 +227,14 @@ def record_inside(model: nn.Module) -> dict[str, Tensor]:
 
     for path, module in model.named_modules():
         module.register_forward_hook(lambda _, inputs, output, path=path: hook(path, inputs, output))
+    for path in methods:
+        owner, _, name = path.rpartition(".")
+        module, calls = model.get_submodule(owner), count()
+        method = getattr(module, name)
+
+        def watched(*args, path=path, method=method, calls=calls):
+            out = method(*args)
+            keep(f"{path}#{next(calls)}", out)
+            return out
+        setattr(module, name, watched)
     return seen

@@ -1,17 +1,21 @@
 """What is compared of a case and of a model of full size; see `case` for the names of arrays."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.backbones.swin import DERIVED_BUFFERS
 from models.model import MultiTaskModel, Predictions
 from models.released import RELEASED, recognise
 from scripts.parity.base import Measure, absolute_error
 from scripts.parity.case import Case
+from scripts.parity.program import parameters
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked", *DERIVED_BUFFERS)
 
 
 def outputs(case: Case, run: str = "eval.", kinds: Sequence[str] = ("out", "inter")) -> Iterator[Measure]:
@@ -112,14 +116,13 @@ def dead_keys(names: Collection[str]) -> set[str]:
     return {key for key in names if kind.is_dead(key)} | set(kind.dead_keys(names))
 
 
-def count(shapes: Mapping[str, Sequence[int]], names: Iterable[str]) -> int:
-    """Number of entries of these tensors."""
-    return sum(math.prod(shapes[name]) for name in names)
+def keys(model: nn.Module, shapes: Mapping[str, Sequence[int]], tasks: Sequence[str], total: int,
+         unused: int | None = None, joined: int = 0, counted: bool = True) -> Iterator[Measure]:
+    """The model's state dict against the original's keys and shapes, and the number of parameters.
 
-
-def keys(model: nn.Module, shapes: Mapping[str, Sequence[int]], tasks: Sequence[str],
-         joined: int = 0) -> Iterator[Measure]:
-    """The model's state dict against the original's keys and shapes; `joined` of its keys become part of others."""
+    total: the original's, with those without effect where they are `counted`; unused: the number of these, where it
+    says so; joined: keys of the original that become part of others.
+    """
     kind, dead = RELEASED[recognise(shapes)], dead_keys(shapes)
     published = kind.convert({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, tuple(tasks))
     theirs = {key: tuple(value.shape) for key, value in published.items()}
@@ -127,13 +130,10 @@ def keys(model: nn.Module, shapes: Mapping[str, Sequence[int]], tasks: Sequence[
     yield Measure("keys that fall together", abs(len(shapes) - len(dead) - joined - len(theirs)))
     yield Measure("keys only here or only there", len(own.keys() ^ theirs.keys()))
     yield Measure("other shapes", sum(own[key] != theirs[key] for key in own.keys() & theirs.keys()))
-
-
-def vit_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Arguments of the backbone, from the shapes of a published ViT; all of these have 64 channels per head."""
-    width, _, patch, _ = shapes["backbone.patch_embed.proj.weight"]
-    depth = len({key.split(".")[2] for key in shapes if key.startswith("backbone.blocks.")})
-    return {"embed_dim": width, "depth": depth, "num_heads": width // 64, "patch_size": patch}
+    lost = sum(math.prod(shapes[key]) for key in dead if not key.endswith(BUFFERS))
+    yield difference("parameters", parameters(model) + lost * counted, total)
+    if unused is not None:
+        yield difference("parameters without effect", lost, unused)
 
 
 def difference(name: str, got: float, want: float, limit: float = 0.0) -> Measure:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
 from models.build import build_backbone
 from models.ops.dcnv3 import Kernel, dcnv3
-from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, below, stored_error, stored_share
+from scripts.parity.base import Bound, Check, Folder, Measure, Options, below, stored_error, stored_share
 
 OUTPUT, GRADIENT = Bound(stored_error, 1e-9, 2e-5), Bound(stored_share, 1e-9, 5e-5)
 
@@ -39,15 +39,6 @@ def _leaf(value: Tensor, options: Options) -> Tensor:
     return value.to(options.device, options.dtype).detach().clone().requires_grad_()
 
 
-def _gradients(module: nn.Module, ours: Callable[[str], str], data: dict[str, Tensor], image: Tensor,
-               options: Options) -> Iterator[Measure]:
-    """Of the input and of every parameter; `ours` renames those."""
-    yield GRADIENT.measure("grad_input", image.grad, data["grad_input"], options)
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    for key, want in below(data, "grad.").items():
-        yield GRADIENT.measure(f"grad.{key}", gradients[ours(key)], want, options)
-
-
 def _operator(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Measure]:
     kernel = Kernel(*(tuple(c[name]) for name in ("kernel", "stride", "pad", "dilation")), c["offset_scale"])
     leaves = {name: _leaf(data[name], options) for name in ("input", "offset", "mask")}
@@ -61,9 +52,9 @@ def _operator(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Me
 
 def _on_module(build: Callable[[dict], nn.Module], c: dict, data: dict[str, Tensor],
                options: Options) -> Iterator[Measure]:
-    """A module or a block: output, gradients of the input and of every parameter."""
+    """A module, a block or a backbone: what it gives, gradients of the input and of every parameter."""
     module = build(c)
-    prefix = "" if isinstance(module, InternImageBlock) else "dcn."  # its name in a block
+    prefix = "dcn." if isinstance(module, DeformableConv) else ""  # its name in a block
 
     def ours(key: str) -> str:
         return to_own_layout(f"{prefix}{key}").removeprefix(prefix)
@@ -72,14 +63,20 @@ def _on_module(build: Callable[[dict], nn.Module], c: dict, data: dict[str, Tens
     module.to(options.device, options.dtype)
     image = _leaf(data["input"], options)
     out = module(image)
-    yield OUTPUT.measure("output", out, data["output"], options)
-    out.backward(data["grad_output"].to(out))
-    yield from _gradients(module, ours, data, image, options)
+    if isinstance(out, Tensor):
+        yield OUTPUT.measure("output", out, data["output"], options)
+        out.backward(data["grad_output"].to(out))
+    else:                           # maps: the gradients are those of sum_i mean(map_i * R_i)
+        for index, feat in enumerate(out):
+            yield OUTPUT.measure(f"feat{index}", feat, data[f"feat{index}"], options)
+        sum((feat * data[f"R{index}"].to(feat)).mean() for index, feat in enumerate(out)).backward()
+    yield GRADIENT.measure("grad_input", image.grad, data["grad_input"], options)
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    for key, want in below(data, "grad.").items():
+        yield GRADIENT.measure(f"grad.{key}", gradients[ours(key)], want, options)
 
 
 def _module(c: dict) -> nn.Module:
-    if c["act_layer"] != "GELU" or c["norm_layer"] != "LN" or c["stride"] != 1:
-        raise NotCovered("the layers around DCNv3 are GELU and LayerNorm, of stride 1")
     return DeformableConv(c["channels"], c["group"], c["kernel_size"], c["pad"], c["dilation"], c["offset_scale"],
                           c["dw_kernel_size"], c["center_feature_scale"])
 
@@ -91,22 +88,13 @@ def _block(c: dict) -> nn.Module:
                             centre_scale=c.get("center_feature_scale", False))
 
 
-def _backbone(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Measure]:
-    """Maps, and gradients of sum_i mean(map_i * R_i)."""
+def _backbone(c: dict) -> nn.Module:
     names = ("depths", "groups", "offset_scale", "post_norm", "layer_scale", "mlp_ratio", "drop_path_rate")
-    backbone = build_backbone("internimage", tuple(c["input_shape"][-2:]),
-                              {"embed_dim": c["channels"], **{name: c[name] for name in names}})
-    backbone.load_state_dict(backbone.convert_state_dict(below(data, "state.")))
-    backbone.to(options.device, options.dtype)
-    image = _leaf(data["input"], options)
-    maps = backbone(image)
-    for index, feat in enumerate(maps):
-        yield OUTPUT.measure(f"feat{index}", feat, data[f"feat{index}"], options)
-    sum((feat * data[f"R{index}"].to(feat)).mean() for index, feat in enumerate(maps)).backward()
-    yield from _gradients(backbone, to_own_layout, data, image, options)
+    return build_backbone("internimage", tuple(c["input_shape"][-2:]),
+                          {"embed_dim": c["channels"], **{name: c[name] for name in names}})
 
 
 KINDS: dict[str, Callable] = {
     "DCNv3 module": partial(_on_module, _module), "InternImage layer": partial(_on_module, _block),
-    "InternImage backbone": _backbone,
+    "InternImage backbone": partial(_on_module, _backbone),
 }

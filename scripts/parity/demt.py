@@ -13,7 +13,7 @@ import torch
 from models.model import MultiTaskModel
 from models.released.demt import convert
 from scripts.parity import compare
-from scripts.parity.base import Bound, Measure, NotCovered, absolute_error, scaled_error
+from scripts.parity.base import Bound, Measure, absolute_error, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
 from scripts.parity.program import build, parameters
 from utils.engine.tasks import TASKS
@@ -40,19 +40,11 @@ def _build(config: dict, attention: str = "batch") -> MultiTaskModel:
 def _backbone(entry: dict) -> tuple[str, dict]:
     """Name and sizes of a case's backbone here."""
     if entry["type"] == "swin":
-        if (entry.get("patch_size", 4), entry.get("mlp_ratio", 4)) != (4, 4):
-            raise NotCovered("a Swin here has patches of 4 pixels and an MLP ratio of 4")
         return "swin", {"embed_dim": entry["embed_dims"], "drop_path_rate": entry["drop_path_rate"],
                         **{key: entry[key] for key in ("depths", "num_heads", "window_size")}}
-    if entry["type"] != "hrnet":
-        raise NotCovered(f"no backbone of type '{entry['type']}' was published with DeMT")
-    stages = [entry["extra"][f"stage{number}"] for number in (2, 3, 4)]
-    blocks = {count for stage in stages for count in stage["num_blocks"]}
-    width = entry["planes"][0]
-    if len(blocks) > 1 or entry["planes"] != [width * 2**branch for branch in range(4)]:
-        raise NotCovered("an HRNet here has as many blocks in every branch, and widths that double")
-    return "hrnet", {"width": width, "num_blocks": blocks.pop(), "num_modules": [s["num_modules"] for s in stages],
-                     "stem_blocks": entry["extra"]["stage1"]["num_blocks"][0]}
+    first, *stages = (entry["extra"][f"stage{number}"] for number in (1, 2, 3, 4))
+    return "hrnet", {"width": entry["planes"][0], "num_blocks": stages[0]["num_blocks"][0],
+                     "num_modules": [stage["num_modules"] for stage in stages], "stem_blocks": first["num_blocks"][0]}
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -79,23 +71,16 @@ def _training(case: Case) -> Iterator[Measure]:
         yield replace(measure, tolerance=limit)
 
 
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry, without memory."""
-    if entry["backbone"] not in SIZES:
-        raise NotCovered(f"no backbone '{entry['backbone']}' here")
-    backbone = SIZES[entry["backbone"]]
+def _full_size(entry: dict) -> Iterator[Measure]:
+    """Not all of them have an experiment file here."""
+    backbone, shapes = SIZES[entry["backbone"]], entry["keys"]
     options = {key: entry[key] for key in ("dim", "num_heads", "mixer_depth", "mixer_order") if key in entry}
     with torch.device("meta"):
-        return build(HEADS[entry["head"]], backbone, entry["tasks"], entry["input_hw"],
-                     {"window_size": 7} if backbone.startswith("swin") else {}, options)
-
-
-def _full_size(entry: dict) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["keys"]
+        model = build(HEADS[entry["head"]], backbone, entry["tasks"], entry["input_hw"],
+                      {"window_size": 7} if backbone.startswith("swin") else {}, options)
     derived = sum(key.endswith("relative_position_index") for key in shapes)
     added = sum(key.endswith("_extra_state") for key in model.state_dict())  # the order of the mixers
-    yield from compare.keys(model, shapes, entry["tasks"], joined=derived - added)
-    yield compare.difference("parameters", parameters(model), entry["parameters"])
+    yield from compare.keys(model, shapes, entry["tasks"], entry["parameters"], joined=derived - added, counted=False)
     yield compare.difference("parameters of the backbone", parameters(model.encoder), entry["parameters_backbone"])
 
 

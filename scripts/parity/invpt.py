@@ -2,20 +2,16 @@
 
 from collections.abc import Iterator
 
-import torch
-
 from models.model import MultiTaskModel
 from models.released.invpt import rename
 from scripts.parity import compare
-from scripts.parity.base import Measure, NotCovered
+from scripts.parity.base import Measure
 from scripts.parity.case import MODEL, NO_EFFECT, System
-from scripts.parity.program import build, flops, parameters
+from scripts.parity.program import build, flops, shipped
 
 
 def _build(config: dict) -> MultiTaskModel:
     c, vit = config, config["backbone"]
-    if vit["type"] != "vit" or len(set(c["decoder_num_heads"])) != 1:
-        raise NotCovered("only a ViT and one number of heads in all stages exist here")
     sizes = {key: vit[key] for key in ("embed_dim", "depth", "num_heads", "patch_size")}
     return build("InvPT", "vit", dict(zip(c["tasks"], c["num_output"], strict=True)), c["image_size"],
                  {**sizes, "taps": vit["tap_after_blocks"], "drop_path_rate": 0.0},
@@ -27,22 +23,9 @@ def _build(config: dict) -> MultiTaskModel:
 TOKENS = "b c h w -> b (h w) c"
 
 
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry without memory, with the sizes that its shapes tell."""
-    shapes, first = entry["state_dict"], entry["tasks"][0]
-    tasks = {task: entry["num_output"][task] for task in entry["tasks"]}
-    coarse, mixed, *_ = shapes[f"multi_task_decoder.invpt.mix_proj.{first}.0.weight"]
-    embed = mixed - tasks[first]
-    with torch.device("meta"):
-        return build("InvPT", "vit", tasks, entry["image_size"], compare.vit_sizes(shapes),
-                     {"embed_dim": embed, "PRED_OUT_NUM_CONSTANT": coarse - embed})
-
-
 def _full_size(entry: dict) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["state_dict"]
-    yield from compare.keys(model, shapes, entry["tasks"])
-    dead = compare.count(shapes, compare.dead_keys(shapes))
-    yield compare.difference("parameters", parameters(model) + dead, entry["total_parameters"])
+    model = shipped("invpt", entry["tasks"], entry["image_size"], entry["total_parameters"])
+    yield from compare.keys(model, entry["state_dict"], entry["tasks"], entry["total_parameters"])
     operators = entry["gmacs_batch1"]["by_operator"]
     want = sum(operators[name] for name in ("conv", "linear", "matmul", "einsum"))
     macs = flops(model, entry["image_size"]).get_total_flops() / 2e9

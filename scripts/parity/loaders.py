@@ -12,7 +12,7 @@ from data.datasets import DATASETS
 from data.datasets.cityscapes import VOID_DISPARITY
 from data.datasets.pascal_context import NORMALS_IDS, has_people
 from data.transforms import STD, fixed_transform
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error
+from scripts.parity.base import Arrays, Check, Folder, Measure, NotCovered, Options, absolute_error
 from utils.engine.tasks import TASKS, label_rules
 
 GREY_LEVEL = float(1.01 / 255 / STD.min())      # one level of 255 after normalisation
@@ -29,7 +29,7 @@ def checks(folder: Folder) -> Iterator[Check]:
 
 
 def _cases(directory: Path, expected: Path) -> Iterator[Check]:
-    data = Npz(expected)
+    data = np.load(expected)
     for sample in dict.fromkeys(key.rpartition("/")[0] for key in data):
         yield Check(f"{directory.name}/{sample}", frozenset({expected}), partial(_run, directory, data, sample))
 
@@ -48,7 +48,7 @@ def _data_set_of(directory: Path) -> type[MultiTaskDataset]:
     raise NotCovered("not the layout of a data set of this program")
 
 
-def _run(directory: Path, expected: Npz, sample: str, options: Options) -> Iterator[Measure]:
+def _run(directory: Path, expected: Arrays, sample: str, options: Options) -> Iterator[Measure]:
     split, name = sample.split("/")
     want = {key.rpartition("/")[2]: key for key in expected if key.startswith(f"{sample}/")}
     want = {key: expected[path] for key, path in want.items()}

@@ -1,10 +1,11 @@
 """Training losses: value and gradient of every loss, of the combined schemes and of the load balancing."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,10 +13,11 @@ from losses.cross_entropy import BalancedCrossEntropyLoss, CrossEntropyLoss
 from losses.edge import BalancedBCELoss
 from losses.load_balancing import load_balancing_loss
 from losses.regression import L1Loss, NormalsLoss
-from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Npz, Options, entry_error, scaled_error
-from scripts.parity.program import criterion
+from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, entry_error, scaled_error
+from scripts.parity.program import losses_and_gradients
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 def _old_bce(params: dict) -> Loss:
@@ -59,7 +61,9 @@ def checks(folder: Folder) -> Iterator[Check]:
 def _run(run: Callable, entry: dict, path: Path | None, options: Options) -> Iterator[Measure]:
     if path is None:
         raise ValueError("no .npz file beside the table holds the arrays of this case")
-    yield from run(entry, Npz(path), options)
+    with np.load(path) as arrays:
+        data = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    yield from run(entry, data, options)
 
 
 # The references' cross entropies and class shares are rounded to float32 even in float64 runs, hence 2e-7.
@@ -67,43 +71,43 @@ VALUE, GRADIENT = Bound(scaled_error, 2e-7, 2e-6), Bound(entry_error, 2e-7, 1e-4
 LOG_TOTAL = Bound(lambda got, want: scaled_error(got, want) * min(1.0, abs(want)), 2e-7, 2e-6)  # a sum that may vanish
 
 
-def _single(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
+def _single(entry: dict, data: Tensors, options: Options) -> Iterator[Measure]:
     kind = entry["params"]["kind"]
     if kind not in KINDS:
         raise NotCovered(f"no loss of kind '{kind}'")
-    logits = data.tensor(f"logits/{entry['logits']}").to(options.dtype).requires_grad_()
-    value = KINDS[kind](entry["params"])(logits, data.tensor(f"target/{entry['target']}"))
+    logits = data[f"logits/{entry['logits']}"].to(options.dtype).requires_grad_()
+    value = KINDS[kind](entry["params"])(logits, data[f"target/{entry['target']}"])
     want = entry["value_f64" if options.dtype == torch.float64 else "value_f32"]
     yield VALUE.measure("value", value, want, options)
     grad = torch.autograd.grad(value, logits)[0]
     if f"grad/{entry['name']}" in data:
-        yield GRADIENT.measure("grad", grad, data.tensor(f"grad/{entry['name']}"), options)
+        yield GRADIENT.measure("grad", grad, data[f"grad/{entry['name']}"], options)
 
 
-def _scheme(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
+def _scheme(entry: dict, data: Tensors, options: Options) -> Iterator[Measure]:
     tasks, scale = entry["tasks"], entry.get("inter_scale")
-    final = {t: data.tensor(f"logits/{entry['preds'][t]}").to(options.dtype).requires_grad_() for t in tasks}
-    inter = {t: (scale * x.detach()).requires_grad_() for t, x in final.items()} if scale is not None else {}
-    labels = {t: data.tensor(f"target/{entry['targets'][t]}") for t in tasks}
-    losses = criterion(final, entry["weights"], "log" if entry["log"] else "weighted_sum")(final, labels, inter)
-    losses["total"].backward()
+    final = {t: data[f"logits/{entry['preds'][t]}"].to(options.dtype) for t in tasks}
+    inter = {t: scale * x for t, x in final.items()} if scale is not None else {}
+    labels = {t: data[f"target/{entry['targets'][t]}"] for t in tasks}
+    losses, gradients = losses_and_gradients(final, labels, entry["weights"], options, inter,
+                                             scheme="log" if entry["log"] else "weighted_sum")
     for key, want in entry["out"].items():
         bound = LOG_TOTAL if entry["log"] and key == "total" else VALUE
         yield bound.measure(key, losses[key.replace("inter_", "inter/", 1)], want, options)
     prefix = f"scheme/{entry['name'].removeprefix('scheme_')}"
-    for group, leaves in (("grad", final), ("grad_inter", inter)):
-        for task, leaf in leaves.items():
-            yield GRADIENT.measure(f"{group}/{task}", leaf.grad, data.tensor(f"{prefix}/{group}/{task}"), options)
+    for name, grad in gradients.items():
+        place = f"grad_{name}" if name.startswith("inter/") else f"grad/{name}"
+        yield GRADIENT.measure(place, grad, data[f"{prefix}/{place}"], options)
 
 
 _GATES = re.compile(r"[^/]*cv/(?P<layer>.+)/[^/]+$")                   # <..cv>/<router>/<layer>/<task>
 
 
-def _load_balancing(entry: dict, data: Npz, options: Options) -> Iterator[Measure]:
+def _load_balancing(entry: dict, data: Tensors, options: Options) -> Iterator[Measure]:
     layers: dict[str, list[Tensor]] = {}
     for key in data:
         if match := _GATES.match(key):
-            layers.setdefault(match["layer"], []).append(data.tensor(key).to(options.dtype))
+            layers.setdefault(match["layer"], []).append(data[key].to(options.dtype))
     out = entry["out"]
     cv = load_balancing_loss(layers.values())
     others = sum(value for name, value in out.items() if name not in ("cv", "total"))

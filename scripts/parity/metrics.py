@@ -1,7 +1,7 @@
 """Scores and internal counts of every metric, in the convention of each published code base."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.boundary.edge_loss import EdgeLossMeter
+from data.labels import VOID
 from evaluation.delta_m import delta_m
-from evaluation.depth import DepthMeter
 from evaluation.meter import Meter
 from evaluation.normals import NormalsMeter
-from evaluation.saliency import THRESHOLDS, SaliencyMeter
-from evaluation.segmentation import SegmentationMeter
-from scripts.parity.base import Check, Folder, Measure, NotCovered, Npz, Options, absolute_error, scaled_error
+from evaluation.saliency import THRESHOLDS
+from scripts.parity.base import Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
+from scripts.parity.program import decode, meter
 from utils.engine.tasks import TASKS
 
 TOLERANCE = 1e-5                     # the references sum in float32
@@ -44,36 +43,32 @@ def checks(folder: Folder) -> Iterator[Check]:
 
 def _is_scores(content: object) -> bool:
     """family -> metric -> figures, some of them with internal counts."""
-    if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
-        return False
-    figures = [f for metrics in content.values() for f in metrics.values()]
-    return any(isinstance(f, dict) and "_state" in f for f in figures)
+    families = content.values() if isinstance(content, dict) else ()
+    return any(isinstance(figures, dict) and "_state" in figures
+               for metrics in families if isinstance(metrics, dict) for figures in metrics.values())
 
 
 def _input_of(metric: str, inputs: list[Path]) -> Path | None:
     """The file named after the longest beginning of the metric's name: depth_nyud -> ..._depth.npz."""
-    best, length = None, 0
-    for path in inputs:
-        words = path.stem.split("_")
-        for subject in ("_".join(words[i:]) for i in range(len(words))):
-            if f"{metric}_".startswith(f"{subject}_") and len(subject) > length:
-                best, length = path, len(subject)
-    return best
+    words = metric.split("_")
+    beginnings = ("_".join(words[:number]) for number in range(len(words), 0, -1))
+    return next((path for name in beginnings for path in inputs if f"_{path.stem}".endswith(f"_{name}")), None)
 
 
 def _run(family: str, metric: str, want: dict, path: Path | None, options: Options) -> Iterator[Measure]:
     if {"multi", "single", "value"} <= want.keys():
-        yield _gain(want)
+        yield _gain("value", want["multi"], _flatten(want["single"])[0], want["value"], 1e-12)
         return
     if all(isinstance(entry, dict) and {"input", "value"} <= entry.keys() for entry in want.values()):
-        yield from _checkpoint_criterion(want)
+        for dataset, entry in want.items():
+            yield _gain(dataset, entry["input"], BASES[dataset], entry["value"], 1e-6)
         return
     if path is None:
         raise NotCovered("no input file belongs to this name")
     task = next((name for name in TASKS if metric.replace("disparity", "depth").startswith(name)), None)
     if task is None:
         raise NotCovered("not a task of this program")
-    got = _observed(task, _fill(task, family, metric, Npz(path)), family)
+    got = _observed(task, _fill(task, family, metric, np.load(path)), family)
     for key, value in {**want, **want.get("_state", {})}.items():
         if key != "_state":
             yield _compare(key, got.get(key), value, family in PERCENT and key in ("mIoU", "maxF"))
@@ -88,46 +83,38 @@ def _compare(key: str, got: object, want: object, percent: bool) -> Measure:
     return Measure(key, scaled_error(got * 100 if percent else got, want), TOLERANCE)
 
 
-def _fill(task: str, family: str, metric: str, data: Npz) -> Meter:
+def _fill(task: str, family: str, metric: str, data: Mapping[str, np.ndarray]) -> Meter:
     """The meter of this family's convention after all batches of the file."""
-    keys, batch, meter = list(data), 0, None
-    while f"logits_{batch}" in keys:
-        logits = data.tensor(f"logits_{batch}")
-        raw = f"target_raw_{batch}" in keys
-        target = data.tensor(f"target_raw_{batch}" if raw else f"target_{batch}")
-        pred = TASKS.load(task).decode(logits)
-        target, make = LABELS.get(task, _as_stored)(family, metric, target, raw)
-        make = make or METERS[task]
-        meter = meter or make(family, metric, logits.shape[1])
-        batch += 1
+    void, options = _depth(family, metric) if task == "depth" else (None, {"edge_w": _edge_weight(metric)})
+    channels, number = data["logits_0"].shape[1], sum(key.startswith("logits_") for key in data)
+    old_normals = (family, task) == (OLD, "normals")
+    scored = NormalsMeter(convention="arccos") if old_normals else meter(task, channels, **options)
+    for batch in range(number):
+        name = next(name for name in (f"target_raw_{batch}", f"target_{batch}") if name in data)
+        logits, target = torch.from_numpy(data[f"logits_{batch}"]), torch.from_numpy(data[name])
+        if void is not None:                                           # 0: not measured
+            target = torch.where(target == 0, void, target)
         if (family, task) in WITHOUT_VOID:
             target = torch.where(target == 255, 0.0, target)
+        pred = decode(task, logits)
         if (family, task) in BY_SIGMOID:
             if len(logits) == 1:                                       # its meter cannot read a batch of one
                 continue
             pred = torch.sigmoid(logits[:, 1:] - logits[:, :1])
-        meter.update(pred, target)
-    return meter
+        scored.update(pred, target)
+    return scored
 
 
-def _as_stored(family: str, metric: str, target: Tensor, raw: bool) -> tuple[Tensor, None]:
-    return target, None
-
-
-def _depth(family: str, metric: str, target: Tensor, raw: bool) -> tuple[Tensor, Callable[..., Meter]]:
-    """Label with this family's void value, and the meter that reads it. Raw labels: 0 = not measured."""
+def _depth(family: str, metric: str) -> tuple[float, dict]:
+    """This family's void value in labels, and what the meter ignores."""
     if metric.startswith("disparity"):
-        return target, lambda *_: DepthMeter(None, VALID_RANGE)
-    if not raw:
-        return target, lambda *_: DepthMeter()
+        return 0.0, {"depth_range": VALID_RANGE}
     if metric.endswith("ignore0"):
-        return target, lambda *_: DepthMeter(0.0)
+        return 0.0, {"ignore_index": 0}
     if family in PERCENT:
-        void = -1.0 if family == "taskprompter" else 0.0
-        return torch.where(target == 0, void, target), lambda *_: DepthMeter(None, VALID_RANGE)
+        return -1.0 if family == "taskprompter" else 0.0, {"depth_range": VALID_RANGE}
     # "as_run": void is 255 in the label but the score ignores 0, so every void pixel counts as 255 m
-    ignore = 0.0 if metric.endswith("as_run") else 255.0
-    return torch.where(target == 0, 255.0, target), lambda *_: DepthMeter(ignore)
+    return 255.0, {"ignore_index": 0 if metric.endswith("as_run") else VOID}
 
 
 def _edge_weight(metric: str) -> float:
@@ -135,22 +122,12 @@ def _edge_weight(metric: str) -> float:
     return float(found[1]) if found else 0.95
 
 
-METERS: dict[str, Callable[[str, str, int], Meter]] = {
-    "semseg": lambda family, metric, channels: SegmentationMeter(channels),
-    "human_parts": lambda family, metric, channels: SegmentationMeter(channels),
-    "normals": lambda family, metric, channels: NormalsMeter(convention="arccos" if family == OLD else "atan2"),
-    "sal": lambda family, metric, channels: SaliencyMeter(),
-    "edge": lambda family, metric, channels: EdgeLossMeter(_edge_weight(metric)),
-}
 # Figure or count of a reference -> ours.
 SEGMENTATION = {"value": "mIoU", "intersection": "tp"}
 NAMES = {"semseg": SEGMENTATION, "human_parts": SEGMENTATION, "edge": {"n": "num_valid"},
          "normals": {"value": "mean", "sum_deg_diff": "sum_deg", "total": "num_valid"},
          "depth": {"value": "rmse", "n_valid": "num_valid", "total": "num_valid", "total_rmses": "squared",
                    "total_log_rmses": "squared_log", "sum_squared_error": "squared"}}
-
-
-LABELS = {"depth": _depth}
 WITHOUT_VOID = {(OLD, "sal"), (OLD, "edge")}
 BY_SIGMOID = {(OLD, "sal")}         # of the difference of the two logits
 
@@ -183,20 +160,11 @@ def _saliency(figures: dict, state: dict, family: str) -> dict:
             "thresholds": THRESHOLDS}
 
 
-def _gain(want: dict) -> Measure:
+def _gain(name: str, figures: dict, base: Mapping[str, float], want: float, tolerance: float) -> Measure:
     """delta_m of figures given as task -> {figure: value}; the reference is a fraction, ours percent."""
-    (multi, higher), (single, _) = _flatten(want["multi"]), _flatten(want["single"])
-    return Measure("value", scaled_error(delta_m(multi, single, higher) / 100, want["value"]), 1e-12)
-
-
-def _checkpoint_criterion(want: dict) -> Iterator[Measure]:
-    for dataset, entry in want.items():
-        if dataset not in BASES:
-            yield Measure(dataset, uncovered="no base figures are known")
-            continue
-        multi, higher = _flatten(entry["input"])
-        base = {task: BASES[dataset][task] for task in multi}
-        yield Measure(dataset, scaled_error(delta_m(multi, base, higher) / 100, entry["value"]), 1e-6)
+    multi, higher = _flatten(figures)
+    got = delta_m(multi, {task: base[task] for task in multi}, higher) / 100
+    return Measure(name, scaled_error(got, want), tolerance)
 
 
 def _flatten(figures: dict) -> tuple[dict[str, float], dict[str, bool]]:

@@ -4,6 +4,7 @@
 with and without folding. Most references ran in float32; "eval64" and "train64" in float64.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -17,7 +18,7 @@ from models.released.mlore import convert, locate, reshaped
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
-from scripts.parity.program import build, criterion, flops, parameters
+from scripts.parity.program import build, criterion, flops, shipped
 from utils.engine.tasks import tasks_named
 
 OPTIONS = ("final_embed_dim", "rank_list", "topk", "spe_rank", "pre_softmax")
@@ -112,15 +113,6 @@ def _folding(case: Case) -> Iterator[Measure]:
     yield from _mixed_kernels(case)
 
 
-def _folded_or_not(case: Case) -> Iterator[Measure]:
-    """Folded against unfolded, both of this program."""
-    for mode in GATE_MODES:
-        with torch.no_grad():
-            plain, folded = (model(case.image()).final for model in _forms(case, mode).values())
-        for task, want in plain.items():
-            yield Measure(f"{mode} {task}", scaled_error(folded[task], want), case.options.pick(1e-10, VALUE.float32))
-
-
 def _forms(case: Case, mode: str) -> dict[str, MultiTaskModel]:
     plain, folded = (case.model(pre_softmax=GATE_MODES[mode]) for _ in range(2))
     return {"unfolded": plain.eval(), "folded": folded.prepare_for_inference()}
@@ -178,33 +170,25 @@ def _places(stage: str, name: str) -> tuple:
             (name + "bn", here + r".norm.\2"))
 
 
-def full_size(entry: dict) -> MultiTaskModel:
-    """The model of a manifest's entry, without memory."""
-    tasks = {key.split(".")[1]: shape[0] for key, shape in entry["state_dict"].items()
-             if key.startswith("heads.") and key.endswith(".linear_pred.weight")}
-    with torch.device("meta"):
-        return _build(entry["config"], tasks)
-
-
 def _full_size(entry: dict) -> Iterator[Measure]:
-    model, shapes = full_size(entry), entry["state_dict"]
+    shapes, image_size = entry["state_dict"], entry["config"]["img_size"]
+    tasks = [key.split(".")[1] for key in shapes if re.fullmatch(r"heads\.\w+\.linear_pred\.weight", key)]
+    model = shipped("mlore", tasks, image_size, entry["total_params"])
     joined = sum(locate(key)[1] > 0 for key in shapes.keys() - compare.dead_keys(shapes))  # all experts but the first
-    yield from compare.keys(model, shapes, tuple(model.heads), joined)
-    left_out = compare.count(shapes, (key for key in compare.dead_keys(shapes)
-                                      if "running" not in key and "num_batches" not in key))
-    yield compare.difference("parameters without effect", left_out, entry["params_never_used_in_forward"])
     row = shapes["backbone.pos_embed"][-1]  # of the class token
-    yield compare.difference("parameters", parameters(model) + left_out + row, entry["total_params"])
+    yield from compare.keys(model, shapes, tuple(model.heads), entry["total_params"] - row,
+                            entry["params_never_used_in_forward"], joined)
     for form, want in entry["gmacs_batch1"].items():
-        yield compare.difference(f"multiply-adds, {form}", _gmacs(model, entry, form == "folded") / want, 1.0, 0.01)
+        gmacs = _gmacs(model, image_size, form == "folded")
+        yield compare.difference(f"multiply-adds, {form}", gmacs / want, 1.0, 0.01)
 
 
-def _gmacs(model: MultiTaskModel, entry: dict, folded: bool) -> float:
+def _gmacs(model: MultiTaskModel, image_size: tuple[int, int], folded: bool) -> float:
     """With the heads' convolutions on the enlarged maps, as the reference computes them."""
     for head in model.heads.values():
         head.conv.forward = head.conv.plain
     model.prepare_for_inference() if folded else model.train().eval()
-    return flops(model, entry["config"]["img_size"]).get_total_flops() / 2e9
+    return flops(model, image_size).get_total_flops() / 2e9
 
 
 SYSTEM = System(
@@ -217,8 +201,7 @@ SYSTEM = System(
             "features inside": (compare.inside, *MODEL, "eval.mid."),
             **{name: (partial(_training, run=run), *MODEL, run) for name, run in (
                 ("training", "train."), ("training of float64", "train64."), ("training with noise", "train_noise."))},
-            "losses": (_losses, *MODEL, "train.loss."), "folding": (_folding, *MODEL, "folded_kernel."),
-            "folded = unfolded": (_folded_or_not, *MODEL, "folded_kernel.")},
+            "losses": (_losses, *MODEL, "train.loss."), "folding": (_folding, *MODEL, "folded_kernel.")},
     names=((r"input", "image"),
            (r"loss_weight_tensor\.(\w+)", r"train.fixed.\1"),
            (r"eval\.mid\.detail\.(.*)", r"eval.mid.\1"),

@@ -17,11 +17,11 @@ from torch import Tensor
 from losses.balancing import build_balancing
 from models.model import MultiTaskModel
 from models.ops.selective_scan import count_scan_flops, selective_scan
-from models.released.mtmamba import convert, recognises
+from models.released.mtmamba import convert
 from scripts.parity import compare
-from scripts.parity.base import Bound, Check, Folder, Measure, NotCovered, Options, absolute_error, scaled_error
+from scripts.parity.base import Bound, Check, Folder, Measure, Options, absolute_error, below, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
-from scripts.parity.program import ROOT, build, build_from_file, criterion, flops, parameters
+from scripts.parity.program import build, experiment, flops, losses_and_gradients, parameters
 from utils.engine.tasks import TASKS
 
 SIZES = {"model", "tasks", "num_output", "image_size", "output_size", "backbone", "decoder"}
@@ -108,9 +108,6 @@ PLACES = (
 
 def checks(folder: Folder) -> Iterator[Check]:
     yield from SYSTEM.checks(folder)
-    for table, name, entry in folder.entries(lambda entry: {"config_file", "state_dict"} <= entry.keys()):
-        if recognises(entry["state_dict"]):
-            yield Check(name, frozenset({table}), partial(_sizes, entry))
     for path, keys in folder.arrays.items():
         if "loss.total" in keys and any(key.startswith("grad_total.pred.") for key in keys):
             yield Check(path.stem, frozenset({path}), partial(_losses, path))
@@ -124,33 +121,25 @@ def _losses(path: Path, options: Options) -> Iterator[Measure]:
     weights = {"log": dict.fromkeys(tasks, 1.0),
                "weighted_sum": {task: WEIGHTS.get(task, 1.0) for task in tasks}}
     totals = {name: build_balancing(name, tasks, weights[name]).combine(parts) for name in weights}
-    scheme = next((name for name, total in totals.items()
-                   if torch.isclose(total, data["loss.total"][0], rtol=1e-6)), None)
-    if scheme is None:
-        raise NotCovered("the total is neither the sum of logarithms nor the weighted sum 1, 1, 10, 50")
-    preds = {task: data[f"pred.{task}"].to(options.dtype).requires_grad_() for task in tasks}
-    labels = {task: data[f"label.{task}"] for task in tasks}
-    labels = {task: (x.unsqueeze(1) if x.ndim == 3 else x).to(options.dtype) for task, x in labels.items()}
-    out = criterion(preds, weights[scheme], scheme)(preds, labels)
-    out["total"].backward()
+    scheme = next(name for name, total in totals.items() if torch.isclose(total, data["loss.total"][0], rtol=1e-6))
+    labels = {task: (x.unsqueeze(1) if x.ndim == 3 else x).to(options.dtype)
+              for task, x in below(data, "label.").items()}
+    preds = {task: data[f"pred.{task}"] for task in tasks}
+    out, gradients = losses_and_gradients(preds, labels, weights[scheme], options, scheme=scheme)
     for name in (*tasks, "total"):
         yield VALUE.measure(f"loss.{name}", out[name], data[f"loss.{name}"][0], options)
-    for task in tasks:
-        yield GRADIENT.measure(f"grad.{task}", preds[task].grad, data[f"grad_total.pred.{task}"], options)
+    for task, grad in gradients.items():
+        yield GRADIENT.measure(f"grad.{task}", grad, data[f"grad_total.pred.{task}"], options)
 
 
-def _sizes(entry: dict, options: Options) -> Iterator[Measure]:
-    """Parameters one by one, their number, and the cost of one image; nothing is allocated."""
-    if not (ROOT / entry["config_file"]).is_file():
-        raise NotCovered(f"no {entry['config_file']} here")
-    with torch.device("meta"):
-        model = build_from_file(entry["config_file"]).eval()
-    derived = sum(key.endswith("relative_position_index") for key in entry["state_dict"])
-    yield from compare.keys(model, entry["state_dict"], tuple(model.heads), joined=derived)
-    yield compare.difference("params_total", parameters(model), entry["params_total"])
+def _full_size(entry: dict) -> Iterator[Measure]:
+    shapes, image_size = entry["state_dict"], tuple(entry["input"][-2:])
+    model = experiment(Path(entry["config_file"])).eval()
+    derived = sum(key.endswith("relative_position_index") for key in shapes)
+    yield from compare.keys(model, shapes, tuple(model.heads), entry["params_total"], joined=derived)
     yield compare.difference("params_backbone", parameters(model.encoder), entry["params_backbone"])
     with count_scan_flops() as scans:
-        products = flops(model, entry["input"][-2:])
+        products = flops(model, image_size)
     macs = products.get_total_flops() / 2e9 - scans.flops / 1e9
     yield compare.difference("gmacs", macs, entry["gmacs_linear_conv_matmul"], 0.006)   # two decimals are given
     updates = (scans.flops - scans.elements) / 9e9
@@ -177,4 +166,5 @@ SYSTEM = System(
     uncovered=lambda config, name: "" if any(re.fullmatch(pattern, name) for pattern, _ in PLACES)
     else "no such point in this program's model",
     as_stored=_as_stored,
-    uses_scan=True)
+    uses_scan=True,
+    full_size=_full_size)

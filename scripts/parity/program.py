@@ -1,6 +1,7 @@
 """Where the checks meet the program: how its models, losses and meters are made. Nothing else here asks for that."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.evaluator import Evaluator, TaskContext
+from evaluation.meter import Meter
 from losses.balancing import build_balancing
 from losses.multi_task import MultiTaskLoss
 from models.build import build_model
 from models.model import MultiTaskModel
+from scripts.parity.base import NotCovered, Options
 from utils.engine.build import model_from_config
 from utils.engine.checkpoint import load_model
 from utils.engine.config import load_config
@@ -29,9 +32,24 @@ def build(model: str, backbone: str, tasks: Mapping[str, int], image_size: tuple
                        model_kwargs=model_kwargs, label_size=label_size and tuple(label_size))
 
 
-def build_from_file(path: str) -> MultiTaskModel:
-    """The model of an experiment file of this repository."""
-    return model_from_config(load_config(ROOT / path))
+def shipped(decoder: str, tasks: Collection[str], image_size: tuple[int, int], size: int) -> MultiTaskModel:
+    """A published model of full size, without memory, as this repository's experiment files configure it.
+
+    Of the files of this decoder for these tasks and images the one whose number of parameters is nearest to `size`.
+    """
+    paths = [path for folder in ("configs", "configs/backbones") for path in (ROOT / folder).glob(f"{decoder}_*.yml")]
+    found = [path for path in paths if (config := load_config(path)).input_size == tuple(image_size)
+             and set(config.tasks) == set(tasks)]
+    if not found:
+        raise NotCovered(f"no experiment file of {decoder} for {', '.join(tasks)} at this size")
+    return min(map(experiment, found), key=lambda model: abs(parameters(model) - size))
+
+
+@cache
+def experiment(path: Path) -> MultiTaskModel:
+    """The model of an experiment file, without memory."""
+    with torch.device("meta"):
+        return model_from_config(load_config(ROOT / path))
 
 
 def load(model: MultiTaskModel, state: Path) -> None:
@@ -49,6 +67,24 @@ def criterion(preds: Maps, weights: Mapping[str, float], scheme: str = "weighted
     """All losses of a training step on predictions like these; it takes predictions, labels and more."""
     losses = {task: TASKS.load(task).loss(context(logits.shape[1], **options)) for task, logits in preds.items()}
     return MultiTaskLoss(losses, build_balancing(scheme, tuple(preds), weights), intermediate_weight)
+
+
+def losses_and_gradients(preds: Maps, labels: Maps, weights: Mapping[str, float], options: Options,
+                         inter: Maps | None = None, **settings) -> tuple[Maps, Maps]:
+    """Losses of a training step, and the gradients of their total; a preliminary prediction is "inter/<task>"."""
+    final, inter = ({task: logits.to(options.dtype).detach().requires_grad_() for task, logits in maps.items()}
+                    for maps in (preds, inter or {}))
+    losses = criterion(final, weights, **settings)(final, labels, inter)
+    losses["total"].backward()
+    leaves = final | {f"inter/{task}": leaf for task, leaf in inter.items()}
+    return losses, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def filled(scored: Meter, task: str, batches: Iterable[tuple[Tensor, Tensor]], options: Options) -> Meter:
+    """The meter after batches of logits and labels."""
+    for logits, label in batches:
+        scored.update(decode(task, logits.to(options.dtype)), label)
+    return scored
 
 
 def meter(task: str, channels: int, **options) -> Evaluator:

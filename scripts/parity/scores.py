@@ -11,7 +11,7 @@ of the weights of edge pixels. The last two are in float32.
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -25,16 +25,15 @@ from data.datasets.cityscapes import COLOURS as CITYSCAPES
 from data.labels import VOID
 from evaluation.boundary.edge_maps import save_edge_maps
 from evaluation.depth import DepthMeter
-from evaluation.meter import Meter
 from evaluation.saliency import THRESHOLDS
 from models.blocks.resize import resize
 from scripts.parity.base import (
+    Arrays,
     Bound,
     Check,
     Folder,
     Measure,
     NotCovered,
-    Npz,
     Options,
     absolute_error,
     below,
@@ -43,7 +42,7 @@ from scripts.parity.base import (
     stem,
 )
 from scripts.parity.metrics import VALID_RANGE
-from scripts.parity.program import context, criterion, decode, meter
+from scripts.parity.program import context, decode, filled, losses_and_gradients, meter
 from utils.engine.tasks import TASKS
 from utils.engine.views import voc_palette
 
@@ -57,13 +56,6 @@ DEMT_METERS = {"depth": partial(DepthMeter, 0.0)}       # 0 is void there; the d
 PICTURE_SCALE = {"normals": (127.5, 1), "sal": (255, 0), "edge": (255, 0)}      # factor and offset of stored values
 OTHER_COLOURS, NEVER_NEGATIVE, GREY_ZEROS = {"depth"}, {"depth"}, {"normals"}
 DEMT_SCORES = {"semseg": "mIoU", "human_parts": "mIoU", "depth": "rmse", "normals": "mean", "sal": "maxF_exact"}
-
-
-def filled(scored: Meter, task: str, batches: Iterable[tuple[Tensor, Tensor]], options: Options) -> Meter:
-    """The meter after batches of logits and labels."""
-    for logits, label in batches:
-        scored.update(decode(task, logits.to(options.dtype)), label)
-    return scored
 
 
 def compare_losses(got: Mapping[str, Tensor], wanted: Mapping[str, float | Tensor], options: Options,
@@ -80,20 +72,21 @@ def compare_losses(got: Mapping[str, Tensor], wanted: Mapping[str, float | Tenso
 def output_checks(folder: Folder) -> Iterator[Check]:
     for path, keys in folder.arrays.items():
         if path.suffix == ".npz" and {"logits", "sizes"} <= keys:
-            yield Check(path.stem, frozenset({path}), partial(_saved_edges, Npz(path)))
+            yield Check(path.stem, frozenset({path}), partial(_saved_edges, np.load(path)))
         for task in sorted(key.removeprefix("output/") for key in keys if key.startswith("output/")):
             if path.suffix == ".npz" and f"logits/{task}" in keys:
-                yield Check(f"{path.stem}/{task}", frozenset({path}), partial(_output, Npz(path), task))
+                yield Check(f"{path.stem}/{task}", frozenset({path}), partial(_output, np.load(path), task))
     for path, content in folder.tables.items():
         if isinstance(content, dict) and content and all(k.partition("/")[0] in CONDITIONS for k in content):
             for key, want in content.items():
                 yield Check(f"{path.stem}/{key}", frozenset({path}), partial(_degenerate, key, want))
 
 
-def _output(data: Npz, task: str, options: Options) -> Iterator[Measure]:
+def _output(data: Arrays, task: str, options: Options) -> Iterator[Measure]:
     if task not in TASKS:
         raise NotCovered("not a task of this program")
-    yield _compare_decoded("output", task, data.tensor(f"logits/{task}").to(options.dtype), data[f"output/{task}"])
+    logits = torch.from_numpy(data[f"logits/{task}"])
+    yield _compare_decoded("output", task, logits.to(options.dtype), data[f"output/{task}"])
 
 
 def _compare_decoded(name: str, task: str, logits: Tensor, want: np.ndarray) -> Measure:
@@ -106,12 +99,13 @@ def _compare_decoded(name: str, task: str, logits: Tensor, want: np.ndarray) -> 
     return Measure(name, (absolute_error if exact else scaled_error)(got, want), 0.0 if exact else 1e-6)
 
 
-def _saved_edges(data: Npz, options: Options) -> Iterator[Measure]:
+def _saved_edges(data: Arrays, options: Options) -> Iterator[Measure]:
     names = sorted(key for key in data if key not in ("logits", "sizes"))       # one per image
-    yield from _edge_files(data.tensor("logits"), dict(zip(names, data["sizes"].tolist(), strict=True)), data)
+    sizes = dict(zip(names, data["sizes"].tolist(), strict=True))
+    yield from _edge_files(torch.from_numpy(data["logits"]), sizes, data)
 
 
-def _edge_files(logits: Tensor, sizes: Mapping[str, list[int]], wanted: Mapping | Npz) -> Iterator[Measure]:
+def _edge_files(logits: Tensor, sizes: Mapping[str, list[int]], wanted: Arrays) -> Iterator[Measure]:
     meta = [{"name": name, "size": tuple(size)} for name, size in sizes.items()]
     with tempfile.TemporaryDirectory() as folder:
         for name, path in zip(sizes, save_edge_maps(decode("edge", logits), meta, Path(folder)), strict=True):
@@ -177,14 +171,12 @@ def _labels(data: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _losses(figures: dict, data: dict[str, Tensor], options: Options) -> Iterator[Measure]:
     data = below(data, "loss.")
-    final, inter = ({task: logits.to(options.dtype).requires_grad_()
-                     for task, logits in below(data, kind).items()} for kind in ("pred.", "inter."))
-    got = criterion(final, figures["loss_weights"], **_context(figures))(final, _labels(data), inter)
+    got, gradients = losses_and_gradients(below(data, "pred."), _labels(data), figures["loss_weights"], options,
+                                          below(data, "inter."), **_context(figures))
     yield from compare_losses(got, figures["loss"], options)
-    got["total"].backward()
-    for name, leaves in (("grad_of_total", final), ("grad_of_total_inter", inter)):
+    for name, place in (("grad_of_total", ""), ("grad_of_total_inter", "inter/")):
         for task, want in below(data, f"{name}.").items():
-            yield Measure(f"{name}.{task}", entry_error(leaves[task].grad, want), 1e-5)
+            yield Measure(f"{name}.{task}", entry_error(gradients[place + task], want), 1e-5)
 
 
 def _batches(data: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -261,14 +253,13 @@ def demt_checks(folder: Folder) -> Iterator[Check]:
 
 def _demt_losses(path: Path, data_set: str, edge_w: float, options: Options) -> Iterator[Measure]:
     data = below(load_file(path), f"{data_set}.")
-    preds = {task: data[f"pred.{task}"].to(options.dtype).requires_grad_() for task in TASKS if f"pred.{task}" in data}
-    losses = criterion(preds, DEMT_WEIGHTS, edge_w=edge_w)(preds, below(data, "label."))
-    losses["total"].backward()
+    preds = below(data, "pred.")
+    losses, gradients = losses_and_gradients(preds, below(data, "label."), DEMT_WEIGHTS, options, edge_w=edge_w)
     yield from compare_losses(losses, below(data, "loss_unweighted.") | {"total": data["loss_total"]}, options)
     weighted = {task: DEMT_WEIGHTS[task] * losses[task] for task in preds}
     yield from compare_losses(weighted, below(data, "loss_weighted."), options, "weighted ")
-    for task, pred in preds.items():
-        yield Measure(f"grad {task}", entry_error(pred.grad, data[f"grad_total.{task}"]), 1e-4)
+    for task, want in below(data, "grad_total.").items():
+        yield Measure(f"grad {task}", entry_error(gradients[task], want), 1e-4)
 
 
 def _demt_score(path: Path, metric: str, options: Options) -> Iterator[Measure]:
