@@ -113,6 +113,15 @@ def _folding(case: Case) -> Iterator[Measure]:
     yield from _mixed_kernels(case)
 
 
+def _folded_or_not(case: Case) -> Iterator[Measure]:
+    """Folded against unfolded, both of this program."""
+    for mode in GATE_MODES:
+        with torch.no_grad():
+            plain, folded = (model(case.image()).final for model in _forms(case, mode).values())
+        for task, want in plain.items():
+            yield Measure(f"{mode} {task}", scaled_error(folded[task], want), case.options.pick(1e-10, VALUE.float32))
+
+
 def _forms(case: Case, mode: str) -> dict[str, MultiTaskModel]:
     plain, folded = (case.model(pre_softmax=GATE_MODES[mode]) for _ in range(2))
     return {"unfolded": plain.eval(), "folded": folded.prepare_for_inference()}
@@ -201,7 +210,8 @@ SYSTEM = System(
             "features inside": (compare.inside, *MODEL, "eval.mid."),
             **{name: (partial(_training, run=run), *MODEL, run) for name, run in (
                 ("training", "train."), ("training of float64", "train64."), ("training with noise", "train_noise."))},
-            "losses": (_losses, *MODEL, "train.loss."), "folding": (_folding, *MODEL, "folded_kernel.")},
+            "losses": (_losses, *MODEL, "train.loss."), "folding": (_folding, *MODEL, "folded_kernel."),
+            "folded = unfolded": (_folded_or_not, *MODEL, "folded_kernel.")},
     names=((r"input", "image"),
            (r"loss_weight_tensor\.(\w+)", r"train.fixed.\1"),
            (r"eval\.mid\.detail\.(.*)", r"eval.mid.\1"),
