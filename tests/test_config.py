@@ -95,6 +95,20 @@ def test_a_mistake_names_the_layer_it_came_from(tmp_path):
         load_config(path, ["trBatch"])
 
 
+@pytest.mark.parametrize(("override", "valid"), [
+    ("model_kwargs.drop_path_rate=-0.5", "a rate in [0, 1)"), ("model_kwargs.drop_path_rate=1", "a rate in [0, 1)"),
+    ("model_kwargs.d_state=0", "a whole number of at least 1"),
+    ("optimizer_kwargs.betas=[-0.1, 0.9]", "two numbers in"), ("optimizer_kwargs.betas=[0.9, 1]", "two numbers in"), ("optimizer_kwargs.eps=0", "positive"),
+    ("optimizer_kwargs.weight_decay=-1", "at least 0"), ("scheduler_kwargs.power=-1", "at least 0"),
+    ("scheduler_kwargs.min_lr=-1", "at least 0"), ("augmentation.flip_prob=1.5", "a probability"),
+    ("task_dictionary.edge_w=1.5", "a weight in [0, 1]")])
+def test_an_option_out_of_range_is_refused_with_what_is_valid(override, valid):
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as refusal:
+        load_config(ROOT / "configs" / "bim_nyud.yml", [override])
+    assert f"the command line: '{key}' must be {valid}" in str(refusal.value)
+
+
 @pytest.mark.parametrize("bases", [3, None, {"a": 1}, [1], True, [None]])
 def test_base_files_are_given_by_name(tmp_path, bases):
     path = write(tmp_path / "exp.yml", {"_base_": bases})

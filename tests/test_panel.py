@@ -6,6 +6,7 @@ import torch
 
 from evaluation.evaluator import TaskContext
 from utils.engine.panel import INK, PAPER, batch_panel, prediction_panel, to_array
+from utils.engine.views import CLASSES, DEPTH_MAP, PROBABILITY, VECTORS, colour_normals
 
 RGB = np.full((60, 80, 3), 200, np.uint8)
 EDGE, NORMALS = TaskContext(1), TaskContext(3)
@@ -52,3 +53,14 @@ def test_only_maps_are_turned_into_arrays():
     boxes = torch.zeros(5, 4)
     assert to_array(boxes) is boxes and to_array([1]) == [1]
     assert to_array(torch.zeros(2, 3, 4)).shape == (3, 4, 2)
+
+
+def test_colours_saturate_and_legends_name_them():
+    assert colour_normals(np.array([[[1.2, -1.2, 0.0]]], np.float32)).tolist() == [[[255, 0, 127]]]
+    depth = np.linspace(1, 3, 101, dtype=np.float32).reshape(1, -1, 1)
+    assert DEPTH_MAP.legend(depth, EDGE) == [((122, 4, 3), "near 1.04 m"), ((48, 18, 59), "far 2.96 m")]
+    assert VECTORS.legend(None, NORMALS) == [
+        ((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"), ((127, 127, 255), "+z")]
+    assert PROBABILITY.legend(None, EDGE) == [((0, 0, 0), "0"), ((255, 255, 255), "1")]
+    classes = TaskContext(3, class_names=("background", "cat", "dog"))
+    assert CLASSES.legend(np.array([[[1], [1], [2]]]), classes) == [((128, 0, 0), "cat"), ((0, 128, 0), "dog")]
