@@ -98,7 +98,8 @@ def test_a_mistake_names_the_layer_it_came_from(tmp_path):
 @pytest.mark.parametrize(("override", "valid"), [
     ("model_kwargs.drop_path_rate=-0.5", "a rate in [0, 1)"), ("model_kwargs.drop_path_rate=1", "a rate in [0, 1)"),
     ("model_kwargs.d_state=0", "a whole number of at least 1"),
-    ("optimizer_kwargs.betas=[-0.1, 0.9]", "two numbers in"), ("optimizer_kwargs.betas=[0.9, 1]", "two numbers in"), ("optimizer_kwargs.eps=0", "positive"),
+    ("optimizer_kwargs.betas=[-0.1, 0.9]", "two numbers in"), ("optimizer_kwargs.betas=[0.9, 1]", "two numbers in"),
+    ("optimizer_kwargs.eps=0", "positive"),
     ("optimizer_kwargs.weight_decay=-1", "at least 0"), ("scheduler_kwargs.power=-1", "at least 0"),
     ("scheduler_kwargs.min_lr=-1", "at least 0"), ("augmentation.flip_prob=1.5", "a probability"),
     ("task_dictionary.edge_w=1.5", "a weight in [0, 1]")])

@@ -1,6 +1,7 @@
 """Training end to end: files, resume, processes, accumulation, interruption."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, monkeypatch):
         train(config, resume=False)
     kept = torch.load(config.run_dir / "last.pt", weights_only=True)
     assert kept["step"] == 2 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_a_log_line_has_its_columns(tiny):
+    """step, loss with its parts, lr, gradient norm, speed, memory, time to go."""
+    config = load_config(NYUD, [*tiny, "max_iter=2", "val_interval=2"])
+    train(config, resume=False)
+    lines = [line for line in (config.run_dir / "log.txt").read_text().splitlines() if " step 2/2 " in line]
+    number = r"-?[0-9.e+-]+"
+    columns = re.search(rf"step 2/2  loss {number} \(semseg {number} depth {number} normals {number} edge {number}\)  "
+                        rf"lr {number}  grad {number}  {number} it/s  {number} img/s  mem ([0-9.]+)G  eta 0s$", lines[0])
+    assert columns, lines[0]
+    assert 0.1 <= float(columns[1]) < 100                   # a process with PyTorch in it
 
 
 def test_the_guard_names_every_bad_value():
