@@ -20,7 +20,7 @@ Outputs = Mapping[str, Any]          # task -> its output or label: (B, C, H, W)
 class MultiTaskLoss(nn.Module):
     """All losses of a training step: every task, its intermediate predictions, further terms and their total.
 
-    tasks_losses: task -> loss module. balancing: makes the total of the tasks' losses, and the backward pass.
+    task_losses: task -> loss module. balancing: makes the total of the tasks' losses, and the backward pass.
     intermediate_weight: factor of the intermediate predictions' sum (1 in InvPT, 0.5 in BridgeNet);
     use_intermediate False leaves them out. scope: "process" takes the losses over this process's mini-batch
     (InvPT and its successors); "image" takes them per image (own valid pixels, own class balance, own log) and
@@ -28,12 +28,12 @@ class MultiTaskLoss(nn.Module):
     published runs had one image per process.
     """
 
-    def __init__(self, tasks_losses: Mapping[str, nn.Module], balancing: Balancing,
+    def __init__(self, task_losses: Mapping[str, nn.Module], balancing: Balancing,
                  intermediate_weight: float = 1.0, scope: str = "process", use_intermediate: bool = True):
         super().__init__()
         if scope not in SCOPES:
             raise ValueError(f"loss_scope '{scope}' is unknown; valid: {', '.join(SCOPES)}")
-        self.tasks_losses = nn.ModuleDict(tasks_losses)
+        self.task_losses = nn.ModuleDict(task_losses)
         self.balancing = balancing
         self.intermediate_weight = intermediate_weight
         self.scope = scope
@@ -48,8 +48,8 @@ class MultiTaskLoss(nn.Module):
         weighted, added to the total whichever the scheme. Under scope "image" every figure is the mean over the
         images.
         """
-        outputs = {task: _of(final, task, "prediction") for task in self.tasks_losses}
-        labels = {task: _of(labels, task, "label") for task in self.tasks_losses}
+        outputs = {task: _of(final, task, "prediction") for task in self.task_losses}
+        labels = {task: _of(labels, task, "label") for task in self.task_losses}
         if self.use_intermediate:
             outputs |= {f"{INTER}{task}": logits for task, logits in (intermediate or {}).items()}
         parts = [self._one(*part) for part in self._split(outputs, labels)]
@@ -61,9 +61,9 @@ class MultiTaskLoss(nn.Module):
 
     def _one(self, outputs: Outputs, labels: Outputs) -> dict[str, Tensor]:
         """Losses and total of one unit of the scope: the mini-batch or a single image."""
-        final = {task: loss(outputs[task], labels[task]) for task, loss in self.tasks_losses.items()}
+        final = {task: loss(outputs[task], labels[task]) for task, loss in self.task_losses.items()}
         inter = {task: loss(outputs[INTER + task], labels[task])
-                 for task, loss in self.tasks_losses.items() if INTER + task in outputs}
+                 for task, loss in self.task_losses.items() if INTER + task in outputs}
         total = self.balancing.combine(final)
         if inter:
             total = total + self.intermediate_weight * self.balancing.combine(inter)

@@ -18,6 +18,7 @@ from tests.shared import ROOT
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES
 from utils.engine.tasks import TASKS
+from utils.table import Table
 
 PACKAGES = ("scripts", "utils", "data", "evaluation", "models", "losses")
 TABLES = {"task": TASKS, "data set": DATASETS, "decoder": DECODERS, "backbone": BACKBONES, "neck": NECKS,
@@ -133,3 +134,32 @@ def test_options_read_before_and_after_an_import_are_equal():
             "assert before != load_config('configs/bim_nyud.yml', ['optimizer_kwargs.eps=1e-3'])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_is_that_of_the_imports():
+    from scripts.draw_architecture import SVG, draw
+    assert SVG.read_text(encoding="utf-8") == draw(), "run python scripts/draw_architecture.py"
+
+
+@pytest.mark.parametrize(("body", "light"), [
+    ("class P:\n    Config = C\n", True),
+    ("WIDTHS: tuple = (8, 16)\n@dataclass(frozen=True)\nclass D(C):\n    width: int = WIDTHS[0]\n"
+     "class P:\n    Config = D\n", False),
+    ("def helper(x):\n    return x\n@dataclass(frozen=True)\nclass D(C):\n    def __post_init__(self):\n"
+     "        helper(1)\nclass P:\n    Config = D\n", False),
+    ("class Q:\n    Config = C\nclass P(Q):\n    pass\n", False)])
+def test_options_that_need_more_than_their_source_are_imported(tmp_path, monkeypatch, body, light):
+    head = "from dataclasses import dataclass\nfrom utils.options import Options\n"
+    base = "@dataclass(frozen=True)\nclass C(Options):\n    width: int = 8\n"
+    name = f"toy_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(head + base + body)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Table("toy", {"a": f"{name}:P"}).options("a")().width == 8
+    assert (name in sys.modules) != light
+
+
+@pytest.mark.parametrize("target", ["no_such_module:P", "utils.options:NoSuchClass", "utils:", "tests.no_such:P"])
+def test_an_entry_that_cannot_be_imported_is_named(target):
+    for use in (Table.options, Table.load):
+        with pytest.raises(ValueError, match=f"toy 'a' stands for {target}, which cannot be imported"):
+            use(Table("toy", {"a": target}), "a")

@@ -60,7 +60,7 @@ def test_auto_without_compiled_kernels_is_torch_and_says_why_once(caplog, monkey
     scan_log(caplog)
     reason = "no compiled kernels: the compiler 'c++' was not found"
     assert scan_log(caplog) == [f"selective scan: torch backend ({reason})"]
-    with pytest.raises(RuntimeError, match="'cpp' was requested by the backend argument but cannot run: no compiled"):
+    with pytest.raises(ValueError, match="'cpp' was requested by the backend argument but cannot run: no compiled"):
         selective_scan(**random_inputs(), backend="cpp")
 
 
@@ -74,10 +74,10 @@ def test_argument_beats_environment_beats_configuration(caplog, monkeypatch):
 
 
 def test_requested_mamba_that_cannot_run_is_an_error(monkeypatch):
-    with pytest.raises(RuntimeError, match="by the backend argument but cannot run: .*CUDA tensors.*cpu"):
+    with pytest.raises(ValueError, match="by the backend argument but cannot run: .*CUDA tensors.*cpu"):
         selective_scan(**random_inputs(), backend="mamba_ssm")
     monkeypatch.setenv("SCAN_BACKEND", "mamba_ssm")
-    with pytest.raises(RuntimeError, match="requested by SCAN_BACKEND but cannot run"):
+    with pytest.raises(ValueError, match="requested by SCAN_BACKEND but cannot run"):
         selective_scan(**random_inputs())
 
 

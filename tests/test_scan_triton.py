@@ -145,7 +145,7 @@ def test_too_many_states_are_refused():
     needs = ScanNeeds("cuda", torch.float32, num_states=65, state_gradient=False)
     assert triton_refusal(needs) == "the triton kernels hold at most 64 states per channel, got 65"
     inputs = arguments(4, state=65)
-    with pytest.raises(RuntimeError, match="scan backend 'triton' was requested .* at most 64 states"):
+    with pytest.raises(ValueError, match="scan backend 'triton' was requested .* at most 64 states"):
         scan_routes(**inputs, routes=[Route(1, 4)], backend="triton")
 
 

@@ -154,7 +154,8 @@ def test_a_log_line_has_its_columns(tiny):
     lines = [line for line in (config.run_dir / "log.txt").read_text().splitlines() if " step 2/2 " in line]
     number = r"-?[0-9.e+-]+"
     columns = re.search(rf"step 2/2  loss {number} \(semseg {number} depth {number} normals {number} edge {number}\)  "
-                        rf"lr {number}  grad {number}  {number} it/s  {number} img/s  mem ([0-9.]+)G  eta 0s$", lines[0])
+                        rf"lr {number}  grad {number}  {number} it/s  {number} img/s  mem ([0-9.]+)G  eta 0s$",
+                        lines[0])
     assert columns, lines[0]
     assert 0.1 <= float(columns[1]) < 100                   # a process with PyTorch in it
 

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+MOST_SHOWN = 20                     # of the valid names in a message
 Where = Callable[[str], str]        # dotted key -> the file (or argument) that holds it
 
 
@@ -48,8 +49,9 @@ class Options:
 def nearest(word: Any, choices: Iterable[Any]) -> str:
     """`did you mean 'x'?`, or the choices where none is similar."""
     names = {str(choice).lower(): str(choice) for choice in choices}
-    near = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.5)
-    return f"did you mean '{names[near[0]]}'?" if near else f"known: {', '.join(names.values()) or 'none'}"
+    near = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.6)
+    shown = [*names.values()][:MOST_SHOWN] + ["..."] * (len(names) > MOST_SHOWN)
+    return f"did you mean '{names[near[0]]}'?" if near else f"known: {', '.join(shown) or 'none'}"
 
 
 def choice(table: Mapping, default: Any = dataclasses.MISSING) -> Any:
@@ -71,17 +73,19 @@ def given(default: Any = dataclasses.MISSING, **valid: Any) -> Any:
     return dataclasses.field(default=default, metadata={"range": valid})
 
 
-def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = lambda key: "options") -> Any:
+def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = lambda key: "options",
+          owner: str = "") -> Any:
     """`values` as an instance of the dataclass `cls`.
 
-    `prefix` stands before the key in messages ("model_kwargs."), `where(dotted_key)` names the file. A wrong type,
-    an unknown key and an impossible value are a ConfigError that says what would be right.
+    `prefix` stands before the key in messages ("model_kwargs."), `where(dotted_key)` names the file, `owner` says whose
+    options these are. A wrong type, an unknown key and an impossible value are a ConfigError that says what would be
+    right. A field's type may have a class method `from_yaml(value, key, where)` that reads it in its own way.
     """
     values = _group(values, prefix, where)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where(f'{prefix}{key}')}: unknown key '{prefix}{key}'; {nearest(key, fields)}")
+            raise ConfigError(f"{where(f'{prefix}{key}')}: unknown key '{prefix}{key}'{owner}; {nearest(key, fields)}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and values.get(name) is None:
@@ -94,7 +98,8 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
             owner = f.metadata["options_of"]
             table, chosen = fields[owner].metadata["table"], converted.get(owner, fields[owner].default)
             group = _group(values.get(name), f"{key}.", where)
-            options = parse(table.options(chosen), {**table.defaults(chosen), **group}, f"{key}.", where)
+            options = parse(table.options(chosen), {**table.defaults(chosen), **group}, f"{key}.", where,
+                            f" of {table.kind} '{chosen}'")
             converted[name] = options if f.metadata["resolved"] else {k: getattr(options, k) for k in group}
         elif name in values:
             converted[name] = _field(values[name], f, hints[name], key, where)
@@ -174,6 +179,8 @@ def _one_of(value: Any, valid: tuple, wrong: Callable[[str], ConfigError]) -> An
 def _convert_union(value: Any, options: tuple, key: str, where: Where, wrong: Callable[[str], ConfigError]) -> Any:
     if value is None and type(None) in options:
         return None
+    if len(options) == 2 and type(None) in options:
+        return _convert(value, next(option for option in options if option is not type(None)), key, where)
     for option in options:
         if option is bool or option is str:     # only what is one already: text would accept any number
             if isinstance(value, option):

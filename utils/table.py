@@ -6,6 +6,7 @@ nearest valid one, before PyTorch has been loaded. Adding something is one file 
 """
 
 import ast
+import builtins
 import importlib
 import importlib.util
 import sys
@@ -45,22 +46,24 @@ class Table(dict):
         raise ValueError(f"unknown {self.kind} {name!r}; {hint}{known}")
 
     def load(self, name: str) -> Any:
-        """What the entry stands for, imported if need be."""
+        """What the entry stands for, imported if need be; a ValueError that names the entry where that fails."""
         target = self._target(name)
         if not isinstance(target, str):
             return target
         module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{self.kind} {name!r} stands for {target}, which cannot be imported: {error}") from error
 
     def options(self, name: str) -> type[Options]:
-        """The options class of an entry: its attribute `Config`. Its module is not imported for that."""
+        """The options class of an entry: its attribute `Config`, if possible without importing its module."""
         target = self._target(name)
-        if not isinstance(target, str):
-            return target.Config
-        module, _, attribute = target.partition(":")
-        if module in sys.modules:
-            return getattr(sys.modules[module], attribute).Config
-        return _read_options(module, _config_name(_class(_parse(module), attribute)))
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            if module not in sys.modules and (found := _read_config(module, attribute)) is not None:
+                return found
+        return self.load(name).Config
 
     def defaults(self, name: str) -> Mapping[str, Any]:
         """Options that an entry sets before a user's: its attribute `defaults`, e.g. the sizes of swin_large."""
@@ -71,30 +74,52 @@ class Table(dict):
         return getattr(entry, "target", entry)
 
 
-def _read_options(module: str, name: str) -> type[Options]:
+def _read_config(module: str, owner: str) -> type[Options] | None:
+    """The options class that class `owner` names by a line `Config = ...`, or None where only an import can tell."""
+    if (tree := _parse(module)) is None or (node := _class(tree, owner)) is None:
+        return None
+    for statement in node.body:
+        if (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name)
+                and [target.id for target in statement.targets if isinstance(target, ast.Name)] == ["Config"]):
+            return _read_options(module, statement.value.id)
+    return None
+
+
+def _read_options(module: str, name: str) -> type[Options] | None:
     """The options class `name` of a module, from its source: importing the module would load PyTorch.
 
-    Only the class is executed, its bases among the module's own imports, the imports of `LIGHT_MODULES`, and
-    constants. The result is equal to the real class, not the same object; it serves for checking values.
+    Only the class is executed, with its bases, the imports of `LIGHT_MODULES` and constants: a class that needs more
+    gives None. The result is equal to the real class, not the same object; it serves for checking values.
     """
-    tree = _parse(module)
+    if (tree := _parse(module)) is None:
+        return None
     for statement in tree.body:
         if isinstance(statement, ast.ImportFrom) and any(a.name == name for a in statement.names):
             return _read_options(statement.module, name)
-    node = _class(tree, name)
+    if (node := _class(tree, name)) is None:
+        return None
     names: dict[str, Any] = {"__name__": module}
     bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
-    needed: list[ast.stmt] = []
     for statement in tree.body:
         if _is_light(statement):
-            needed.append(statement)
+            exec(compile(ast.Module([statement], []), f"options of {module}", "exec"), names)
         elif isinstance(statement, ast.ImportFrom):
             names |= {a.name: _read_options(statement.module, a.name) for a in statement.names if a.name in bases}
         elif isinstance(statement, ast.ClassDef) and statement.name in bases:
             names[statement.name] = _read_options(module, statement.name)
-    exec(compile(ast.Module([*needed, node], []), f"options of {module}", "exec"), names)
+    if any(names.get(used) is None for used in _names_used(node)):
+        return None
+    exec(compile(ast.Module([node], []), f"options of {module}", "exec"), names)
     names[name].__eq__ = _says_the_same
     return names[name]
+
+
+def _names_used(node: ast.ClassDef) -> set[str]:
+    """Names that a class takes from its module."""
+    found = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    own = {n.id for n in found if not isinstance(n.ctx, ast.Load)} | {n.arg for n in ast.walk(node)
+                                                                      if isinstance(n, ast.arg)} | {node.name}
+    return {n.id for n in found} - own - set(dir(builtins))
 
 
 def _says_the_same(self: Options, other: object) -> bool:
@@ -117,19 +142,15 @@ def _is_light(statement: ast.stmt) -> bool:
     return True
 
 
-def _parse(module: str) -> ast.Module:
-    source = Path(importlib.util.find_spec(module).origin)
-    return ast.parse(source.read_text(encoding="utf-8"), str(source))
+def _parse(module: str) -> ast.Module | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    if spec is None or not str(spec.origin).endswith(".py"):
+        return None
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"), spec.origin)
 
 
-def _class(tree: ast.Module, name: str) -> ast.ClassDef:
-    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-
-
-def _config_name(owner: ast.ClassDef) -> str:
-    """Of `Config = BIMConfig` in a class: BIMConfig; without such a line there are no options."""
-    for statement in owner.body:
-        if (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-                and statement.targets[0].id == "Config"):
-            return statement.value.id
-    raise TypeError(f"class {owner.name} says nothing about its options: it needs a line `Config = ...`")
+def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
+    return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)

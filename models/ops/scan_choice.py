@@ -64,7 +64,7 @@ def set_scan_backend(name: str) -> None:
 
 
 def choose_backend(needs: ScanNeeds, argument: str) -> tuple[str, ScanBackend]:
-    """The backend of such a call and its name. ValueError on an unknown name, RuntimeError where one cannot run."""
+    """The backend of such a call and its name. ValueError on an unknown name, and where one cannot run."""
     name = _choose(*needs, argument)
     return name, _loaded[name]
 
@@ -81,7 +81,7 @@ def _choose(device: str, dtype: torch.dtype, num_states: int, state_gradient: bo
             continue
         refusal = _load(name).refusal(needs)
         if refusal:
-            raise RuntimeError(f"scan backend '{name}' was requested by {source} but cannot run: {refusal}")
+            raise ValueError(f"scan backend '{name}' was requested by {source} but cannot run: {refusal}")
         return _log_choice(name, f"requested by {source}")
     refusals = []
     for name in SCAN_BACKENDS:

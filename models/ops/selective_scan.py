@@ -43,7 +43,7 @@ def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, route
     Tensors may have any strides; only those whose last axis is not dense are copied. Returns y, like u and in its
     dtype, in spatial order, and with `return_last_state` also the states (B, K, E, N) behind the last tokens. The
     state is float32, or float64 if any input is, also under autocast. On the meta device results are only shapes.
-    Raises ValueError on mismatched shapes and unknown backends, RuntimeError when a backend asked for by name cannot
+    Raises ValueError on mismatched shapes, unknown backends, and when a backend asked for by name cannot
     run.
     """
     args = ScanArgs(u, delta, A, B, C, D, delta_bias, delta_weight, tuple(routes), delta_softplus)

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 def task_contexts(config: Config) -> dict[str, TaskContext]:
     """What losses, evaluators and views of the active tasks need to know of this experiment."""
     spec = config.dataset
+    for task, row in tasks_named(config.tasks).items():
+        if row.num_channels not in (None, spec.tasks[task]):
+            raise ValueError(f"{spec.name} gives task {task} {spec.tasks[task]} channels, it has {row.num_channels}")
     return {task: TaskContext(spec.tasks[task], config.ignore_index, config.task_dictionary.edge_w,
                               spec.class_names.get(task, ()), spec.depth_range, spec.colours.get(task, ()))
             for task in config.tasks}

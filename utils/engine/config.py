@@ -1,13 +1,14 @@
 """Experiment files: YAML in, one typed `Config` out, parsed once.
 
 The keys are those of this field's experiment files, so existing files load (`official_files` translates what differs);
-keys that are ours have defaults. Four layers, later ones win: `_base_` files, the file, `key=value` arguments, and for
-the data folder alone `configs/mypath.py` < the file < $DB_ROOT < `db_root=`.
+keys that are ours have defaults. Later layers win: `_base_` files, the file, `key=value` arguments. The data folder is
+that of `db_root=`, else $DB_ROOT, else the file's, else `configs/mypath.py`'s.
 A mistake stops here, with the file, the key, the value and what would be right, before PyTorch has been loaded. What an
 option of a decoder, a backbone, an optimizer ... may be is said by its own options class, which the tables know.
 """
 
 import dataclasses
+import math
 import os
 import runpy
 from collections.abc import Mapping, Sequence
@@ -59,8 +60,8 @@ class TaskDictionary:
         on = tuple(task for task in TASKS if values.get(f"{SWITCH}{task}"))
         if not on:
             raise ConfigError(f"{where(key)}: no task is on; set one of {key}.{SWITCH}{{{','.join(TASKS)}}}")
-        weight = parse(_EdgeWeight, {k: v for k, v in values.items() if k == "edge_w"}, f"{key}.", where).edge_w
-        return cls(on, weight)
+        weights = parse(_EdgeWeight, {k: v for k, v in values.items() if k == "edge_w"}, f"{key}.", where)
+        return cls(on, weights.edge_w)
 
     def to_yaml(self) -> dict[str, Any]:
         """The same group again."""
@@ -76,7 +77,7 @@ class _EdgeWeight(Options):
 
 
 @dataclass(frozen=True)
-class LossKwargs:
+class LossKwargs(Options):
     """How the task losses are combined.
 
     `loss_scope: process` takes every loss over the mini-batch of one process, as published; then the result depends on
@@ -91,13 +92,19 @@ class LossKwargs:
     loss_scope: Literal["process", "image"] = "process"
     intermediate_weight: float | None = None
 
+    def __post_init__(self):
+        self.require(all(0 <= weight < math.inf for weight in self.loss_weights.values()), "loss_weights",
+                     "finite numbers of at least 0")
+        self.require(self.intermediate_weight is None or 0 <= self.intermediate_weight < math.inf,
+                     "intermediate_weight", "a finite number of at least 0, or empty")
+
 
 @dataclass(frozen=True)
 class GradClip:
     """Largest gradient norm; `inf` only measures it."""
 
-    max_norm: float = float("inf")
-    norm_type: float = 2.0
+    max_norm: float = given(math.inf, above=0)
+    norm_type: float = given(2.0, above=0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,8 @@ class Augmentation(Options):
     always_guide_crop: bool = False              # read the label that guides crops even where it is no task of the run
 
     def __post_init__(self):
-        self.require(0 < self.scale_range[0] <= self.scale_range[1], "scale_range", "two growing positive numbers")
+        self.require(0.01 <= self.scale_range[0] <= self.scale_range[1] <= 100, "scale_range",
+                     "two growing numbers in [0.01, 100]")
         self.require(0 <= self.flip_prob <= 1, "flip_prob", "a probability")
 
 
@@ -271,6 +279,8 @@ def _check_relations(c: Config, where: Where) -> None:
     except OptionError as error:
         key = f"scheduler_kwargs.{error.name}"
         refuse(key, f"'{key}' must be {error.valid}, got {error.value!r}")
+    if min(c.input_size) < 1:
+        refuse("image_size", f"'image_size' must be a height and a width of at least 1, got {list(c.input_size)}")
     if c.label_size != c.dataset.label_size and c.dataset.label_size is None and c.label_size != c.input_size:
         refuse("model_kwargs", f"model_kwargs ask for labels of {list(c.label_size)}, which must be the image size "
                                f"{list(c.input_size)}: labels of {c.train_db_name} have no size of their own")

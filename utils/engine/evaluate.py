@@ -80,7 +80,9 @@ def _at_label_size(output: Any, label: Any) -> Any:
 def _scores(evaluators: list[Evaluator]) -> dict[str, float]:
     scores = {}
     for evaluator in evaluators:
-        scores |= evaluator.compute()
+        new = evaluator.compute()
+        assert not scores.keys() & new.keys(), f"two evaluators of a task report {sorted(scores.keys() & new.keys())}"
+        scores |= new
         if evaluator.valid_pixels is not None:
             scores[VALID_PIXELS] = evaluator.valid_pixels
     return scores

@@ -53,7 +53,7 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
             logger.info("%s on %s\n%s", checkpoint, config.val_db_name,
                      format_table({config.version_name: results}, config.single_task_scores))
             log_reports(evaluators)
-            logger.info("scores: %s  boundary maps: %s", output_dir / "results.json", output_dir / "edge")
+            logger.info("scores: %s", output_dir / "results.json")
         if empty := unscored(results):
             raise ValueError(f"the {config.val_db_name} test split has no valid pixel for {', '.join(empty)}: "
                              "the score is undefined (check the label files)")

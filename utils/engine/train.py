@@ -52,9 +52,9 @@ def _loop(run: Run) -> dict:
     restore_rng(run)                                        # after the loader, which draws from the generators
     if run.step == 0 and config.eval_at_start:
         run_evaluation(run)
-    guard, meter, parameters = FiniteGuard(device), _Interval(run), list(run.model.parameters())
+    guard, interval, parameters = FiniteGuard(device), _Interval(run), list(run.model.parameters())
 
-    def backward(loss: Tensor, **options: object) -> None:
+    def scaled_backward(loss: Tensor, **options: object) -> None:
         run.scaler.scale(loss / run.accumulate).backward(**options)
 
     run.model.train()
@@ -71,14 +71,15 @@ def _loop(run: Run) -> dict:
                     with autocast(device, config.precision):
                         out = run.wrapped(batch["image"])
                     losses = run.criterion(out.final, batch, out.intermediate, out.extra)
-                    run.criterion.balancing.backward(losses, backward, parameters)
+                    run.criterion.balancing.backward(losses, scaled_backward, parameters)
                 passes.append({name: loss.detach() for name, loss in losses.items()})
             distributed.average_gradients(run.criterion.parameters())     # the model's are averaged by DDP
-            meter.add(passes)
+            interval.add(passes)
             run.scaler.unscale_(run.optimizer)
             grad_norm = clip_grad_norm_(run.model.parameters(), config.grad_clip_param.max_norm,
                                         config.grad_clip_param.norm_type)
-            guard.check(run.step + 1, passes, None if run.scaler.is_enabled() else grad_norm)   # before the bad update
+            # Stops before bad weights are saved.
+            guard.check(run.step + 1, passes, None if run.scaler.is_enabled() else grad_norm)
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
@@ -87,12 +88,12 @@ def _loop(run: Run) -> dict:
             run.step += 1
             bar.update()
             if run.step % config.log_interval == 0 or run.step == run.total_steps:
-                meter.log(lr, grad_norm)
+                interval.log(lr, grad_norm)
             finished = run.step == run.total_steps
             if (run.step % config.val_interval == 0 and not stop.is_set) or finished:
                 guard.flush()
                 run_evaluation(run)
-                meter.restart()
+                interval.restart()
             if config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
                 guard.flush()
                 save(run, "last.pt", f"step_{run.step}.pt")

@@ -54,6 +54,8 @@ def apply_overrides(values: dict, origin: dict[str, str], overrides: Sequence[st
         if not separator or not key:
             raise ConfigError(f"argument '{override}' is not of the form key=value, e.g. optimizer_kwargs.lr=1e-4")
         _assign(values, key.split("."), _parse_scalar(text, override), override)
+        for depth in range(key.count(".") + 1):         # also of the groups that did not exist before
+            origin.setdefault(key.rsplit(".", depth)[0], "the command line")
         origin[key] = "the command line"
 
 

@@ -1,5 +1,6 @@
 """PyTorch's optimizers. An entry has `Config`, its options (all have a learning rate `lr`), and `build`."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class AdamConfig(Options):
     eps: float = 1e-8
 
     def __post_init__(self):
-        self.require(self.lr > 0, "lr", "positive")
+        self.require(0 < self.lr < math.inf, "lr", "positive and finite")
         self.require(self.weight_decay >= 0, "weight_decay", "at least 0")
         self.require(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
         self.require(self.eps > 0, "eps", "positive")
@@ -37,7 +38,7 @@ class SGDConfig(Options):
     nesterov: bool = False
 
     def __post_init__(self):
-        self.require(self.lr > 0, "lr", "positive")
+        self.require(0 < self.lr < math.inf, "lr", "positive and finite")
         self.require(self.weight_decay >= 0, "weight_decay", "at least 0")
         self.require(0 <= self.momentum < 1, "momentum", "a number in [0, 1)")
         self.require(not self.nesterov or self.momentum > 0, "nesterov", "false where momentum is 0")
