@@ -111,6 +111,18 @@ def test_an_option_out_of_range_is_refused_with_what_is_valid(override, valid):
     assert f"the command line: '{key}' must be {valid}" in str(refusal.value)
 
 
+@pytest.mark.parametrize(("override", "valid"), [
+    ("lr=0", "positive and finite"), ("lr=.inf", "positive and finite"), ("weight_decay=-1", "at least 0"),
+    ("momentum=-0.5", "a number in [0, 1)"), ("momentum=1", "a number in [0, 1)"), ("nesterov=true", "false where")])
+def test_options_of_plain_gradient_descent(override, valid):
+    base = ["optimizer=sgd", "optimizer_kwargs={momentum: 0}", f"optimizer_kwargs.{override}"]
+    with pytest.raises(ConfigError) as refusal:
+        load_config(ROOT / "configs" / "bim_nyud.yml", base)
+    key, _, _ = override.partition("=")
+    assert f"'optimizer_kwargs.{key}' must be {valid}" in str(refusal.value)
+    assert load_config(ROOT / "configs" / "bim_nyud.yml", base[:2]).optimizer_kwargs.momentum == 0
+
+
 @pytest.mark.parametrize("bases", [3, None, {"a": 1}, [1], True, [None]])
 def test_base_files_are_given_by_name(tmp_path, bases):
     path = write(tmp_path / "exp.yml", {"_base_": bases})

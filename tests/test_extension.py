@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.shared import ROOT
-from utils.extension import load_extension
+from utils.extension import first_line, load_extension
 
 LOAD = """
 import logging, pathlib, sys
@@ -110,3 +110,8 @@ def test_processes_at_once_compile_once_and_stay_quiet(tmp_path):
     messages = [line for _, err in printed for line in err.splitlines()]
     assert sum(line.startswith("compiling ") for line in messages) == 1
     assert len(messages) == 2  # that it compiles and how long it took; no word about CUDA
+
+
+def test_an_error_is_told_by_its_first_line():
+    assert first_line(ValueError("what was wrong\nand much more")) == "what was wrong"
+    assert first_line(KeyError()) == "KeyError"

@@ -235,3 +235,13 @@ def test_evaluate_leaves_the_mode_of_every_layer_as_it_was(example_root, tmp_pat
         model.train(training)
         evaluate(model, loader, build_evaluators(task_contexts(config)), torch.device("cpu"))
         assert all(module.training == training for module in model.modules())
+
+
+def test_each_split_is_that_of_its_own_data_set(example_root, tmp_path):
+    """Trained on one data set, scored on another."""
+    tasks = "task_dictionary={include_normals: true, include_edge: true}"
+    for train_db, val_db in (("NYUD", "PASCALContext"), ("PASCALContext", "NYUD"), ("NYUD", "NYUD")):
+        config = experiment(example_root, tmp_path, tasks, f"train_db_name={train_db}", f"val_db_name={val_db}")
+        opened = {split: build_split(config, split) for split in ("train", "val")}
+        assert {split: dataset.spec.name for split, dataset in opened.items()} == {"train": train_db, "val": val_db}
+        assert {split: dataset.split for split, dataset in opened.items()} == {"train": "train", "val": "val"}
