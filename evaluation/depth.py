@@ -28,9 +28,8 @@ class DepthMeter(Meter):
     COUNTS = ("num_valid", "delta1", "delta2", "delta3")
 
     def __init__(self, ignore: float | None = 255.0, valid_range: tuple[float, float] | None = None):
-        self.ignore = ignore
         self.valid_range = valid_range
-        super().__init__()
+        super().__init__(ignore)
 
     @classmethod
     def for_task(cls, context: TaskContext) -> "DepthMeter":

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, TaskContext
 from utils import distributed
 
 
@@ -21,8 +21,13 @@ class Meter(Evaluator):
     there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignore_index: float | None = 255) -> None:
+        self.ignore = ignore_index
         self.reset()
+
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "Meter":
+        return cls(context.ignore_index)
 
     def initial_state(self) -> dict[str, Tensor]:
         """Zeros of the right shapes and dtypes; the order of the keys is the same on every process."""

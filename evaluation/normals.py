@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.evaluator import Score, TaskContext
+from evaluation.evaluator import Score
 from evaluation.meter import Meter, ratio
 
 CONVENTIONS = ("atan2", "arccos")
@@ -31,13 +31,8 @@ class NormalsMeter(Meter):
     def __init__(self, ignore: float = 255.0, convention: str = "atan2"):
         if convention not in CONVENTIONS:
             raise ValueError(f"normals convention '{convention}' is unknown; valid: {', '.join(CONVENTIONS)}")
-        self.ignore = ignore
         self.convention = convention
-        super().__init__()
-
-    @classmethod
-    def for_task(cls, context: TaskContext) -> "NormalsMeter":
-        return cls(context.ignore_index)
+        super().__init__(ignore)
 
     def initial_state(self) -> dict[str, Tensor]:
         return {"sum_deg": torch.zeros((), dtype=torch.float64),

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import Score, TaskContext
+from evaluation.evaluator import Score
 from evaluation.meter import Meter, ratio
 
 BETA_SQUARED = 0.3
@@ -32,14 +32,6 @@ class SaliencyMeter(Meter):
 
     scores: ClassVar = (Score("maxF", "maxF", True, scale=100, unit="%"),)
 
-    def __init__(self, ignore_index: int = 255):
-        self.ignore_index = ignore_index
-        super().__init__()
-
-    @classmethod
-    def for_task(cls, context: TaskContext) -> "SaliencyMeter":
-        return cls(context.ignore_index)
-
     def initial_state(self) -> dict[str, Tensor]:
         counts = ("tp", "predicted", "tp_exact", "predicted_exact")
         sums = ("sum_iou", "sum_precision", "sum_recall")
@@ -49,7 +41,7 @@ class SaliencyMeter(Meter):
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         pred, target = pred.float().flatten(1).contiguous(), target.flatten(1)                  # (B, H*W)
-        valid = target != self.ignore_index
+        valid = target != self.ignore
         positive = target == 1
         tp, predicted = _counts_above(torch.sigmoid(pred), positive, valid, THRESHOLDS, right=True)
         tp_exact, predicted_exact = _counts_above(pred, positive, valid, THRESHOLDS, right=True)

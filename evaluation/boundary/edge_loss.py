@@ -25,8 +25,7 @@ class EdgeLossMeter(Meter):
 
     def __init__(self, pos_weight: float | None = 0.95, ignore_index: int = 255):
         self.loss = BalancedBCELoss(pos_weight, ignore_index)
-        self.ignore_index = ignore_index
-        super().__init__()
+        super().__init__(ignore_index)
 
     @classmethod
     def for_task(cls, context: TaskContext) -> "EdgeLossMeter":
@@ -37,7 +36,7 @@ class EdgeLossMeter(Meter):
                 "num_valid": torch.zeros((), dtype=torch.int64)}
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
-        num_valid = (target != self.ignore_index).sum()
+        num_valid = (target != self.ignore).sum()
         self.add(sum_loss=self.loss(pred.double(), target) * num_valid, num_valid=num_valid)
 
     def compute(self) -> dict[str, float]:
