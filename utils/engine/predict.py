@@ -69,27 +69,19 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
     """
     paths = list_images(source)
     device = distributed.pick_device(config.device)
+    names, contexts, panels, failed = _unique_names(paths), task_contexts(config), [], []
     with distributed.process_group(device):
-        return _predict_all(config, checkpoint, paths, output_dir, device)
-
-
-def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir: Path,
-                 device: torch.device) -> list[Path]:
-    """This rank's share of the images."""
-    model = trained_model(config, checkpoint, device)
-    contexts = task_contexts(config)
-    names = _unique_names(paths)
-    paths = paths[distributed.rank()::distributed.world_size()]
-    panels, failed = [], []
-    for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
-        try:
-            rgb = _read(path)
-        except (ValueError, OSError) as error:
-            logger.error("%s", error)
-            failed.append(path.name)
-            continue
-        maps = predict_image(model, rgb, config, device)
-        panels.append(_write(output_dir, names[path], rgb, maps, contexts))
+        model = trained_model(config, checkpoint, device)
+        paths = paths[distributed.rank()::distributed.world_size()]
+        for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
+            try:
+                rgb = _read(path)
+            except (ValueError, OSError) as error:
+                logger.error("%s", error)
+                failed.append(path.name)
+                continue
+            maps = predict_image(model, rgb, config, device)
+            panels.append(_write(output_dir, names[path], rgb, maps, contexts))
     if panels:
         formats = {task: TASKS.load(task).view.raw_format for task in config.tasks}
         (output_dir / "formats.json").write_text(json.dumps(formats, indent=1) + "\n", encoding="ascii")
