@@ -136,20 +136,19 @@ def _restore(run: Run, checkpoint: dict, path: Path) -> None:
                          f"ema_decay is {run.config.ema_decay}")
     if run.ema is not None:
         run.ema.load_state_dict(checkpoint["ema"])
-    _restore_criterion(run.criterion, checkpoint.get("criterion", {}), path)
+    balancing, asked = checkpoint.get("criterion", {}), run.criterion.state_dict()
+    if balancing.keys() != asked.keys():
+        raise ValueError(f"{path} holds the state of another loss balancing ({', '.join(balancing) or 'none'}) than "
+                         f"loss_kwargs asks for ({', '.join(asked) or 'none'}); resume with the loss_scheme it was "
+                         "trained with")
+    run.criterion.load_state_dict(balancing)
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
-    run.step, run.best, run.metrics = checkpoint["step"], checkpoint["best"], checkpoint["metrics"]
-    run.rng = checkpoint["rng"]
-    _report_changes(run.config, checkpoint["config"])
-
-
-def _restore_criterion(criterion: nn.Module, state: dict, path: Path) -> None:
-    if state.keys() != criterion.state_dict().keys():
-        raise ValueError(f"{path} holds the state of another loss balancing ({', '.join(state) or 'none'}) than "
-                         f"loss_kwargs asks for ({', '.join(criterion.state_dict()) or 'none'}); resume with the "
-                         "loss_scheme it was trained with")
-    criterion.load_state_dict(state)
+    run.step, run.best, run.metrics, run.rng = (checkpoint[key] for key in ("step", "best", "metrics", "rng"))
+    now, stored = run.config.to_dict(), config_from_dict(checkpoint["config"], "the checkpoint").to_dict()
+    changed = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in now.items() if stored.get(key) != value]
+    if changed:
+        logger.warning("resumed with another configuration: %s", "; ".join(changed))
 
 
 def restore_rng(run: Run) -> None:
@@ -205,13 +204,6 @@ def _open_run_dir(run: Run, resume: bool, found: bool) -> None:
         logger.info("resumed at step %d" if found else "nothing to resume in %s: starting at step 0",
                  run.step if found else run_dir)
     distributed.barrier()
-
-
-def _report_changes(config: Config, stored: dict) -> None:
-    now, stored = config.to_dict(), config_from_dict(stored, "the checkpoint").to_dict()
-    changed = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in now.items() if stored.get(key) != value]
-    if changed:
-        logger.warning("resumed with another configuration: %s", "; ".join(changed))
 
 
 def _git_hash() -> str | None:
