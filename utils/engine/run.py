@@ -78,9 +78,11 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
         logger.warning("pretrained is false: the backbone starts from random weights")
     prepare_for_training(model.to(device), config)
     criterion = build_criterion(config, model).to(device)
+    wrapped, ema = _wrap(model, config, device), None
+    if config.ema_decay:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     run = Run(
-        config, device, model, wrapped=_wrap(model, config, device), ema=_average(model, config), criterion=criterion,
-        optimizer=build_optimizer(config, model, criterion),
+        config, device, model, wrapped, ema, criterion, optimizer=build_optimizer(config, model, criterion),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), writer=RunWriter(None, False),
         train_loader=train_loader, val_loader=val_loader, accumulate=accumulate,
         total_steps=min(config.max_iter, config.epochs * steps_per_epoch), steps_per_epoch=steps_per_epoch)
@@ -178,12 +180,6 @@ def _wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
             logger.warning("batch norm is synchronised on CUDA only: every CPU process uses its own batch statistics")
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                    find_unused_parameters=config.find_unused_parameters)
-
-
-def _average(model: nn.Module, config: Config) -> AveragedModel | None:
-    if not config.ema_decay:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
 
 
 def _open_run_dir(run: Run, resume: bool, found: bool) -> None:
