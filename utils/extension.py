@@ -77,7 +77,8 @@ def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) ->
         cpp_extension.load(tagged, files, build_directory=str(folder), extra_cflags=list(FLAGS),
                            extra_ldflags=list(LDFLAGS), is_python_module=False, is_standalone=False)
     except RuntimeError as error:
-        return f"compiling failed: {_compiler_error(error)}"
+        lines = (line for line in str(error).splitlines() if "error" in line and "Error building" not in line)
+        return f"compiling failed: {next(lines, first_line(error))}"
     finally:
         noisy.setLevel(level)
     (folder / COMPLETE).touch()
@@ -128,11 +129,6 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
-def _compiler_error(error: RuntimeError) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line and "Error building" not in line), first_line(error))
 
 
 def first_line(error: Exception) -> str:
