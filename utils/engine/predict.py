@@ -64,12 +64,14 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
     """Writes panels, colour pictures and raw arrays for an image or all images of a folder; returns the panels.
 
     `output_dir` receives panels/<name>.png, colour/<task>/<name>.png, raw/<task>/<name>.<png|npy> at the image's own
-    size, and formats.json with the units of the raw files. An unreadable image is reported and skipped; at the end
+    size, and formats.json with the units of the raw files. <name> is the stem, the whole file name where two images
+    share a stem; dots become underscores. An unreadable image is reported and skipped; at the end
     it makes the call a ValueError that names every such image. Under a launcher every rank takes its share.
     """
     paths = list_images(source)
     device = distributed.pick_device(config.device)
-    names, contexts, panels, failed = _unique_names(paths), task_contexts(config), [], []
+    stems, contexts, panels, failed = [path.stem for path in paths], task_contexts(config), [], []
+    names = {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}
     with distributed.process_group(device):
         model = trained_model(config, checkpoint, device)
         paths = paths[distributed.rank()::distributed.world_size()]
@@ -149,9 +151,3 @@ def _write(output_dir: Path, name: str, rgb: np.ndarray, maps: dict[str, np.ndar
         view.write(output_dir / "raw" / task / name, prediction)
         save_rgb(output_dir / "colour" / task / f"{name}.png", view.picture(prediction, contexts[task], rgb))
     return save_rgb(output_dir / "panels" / f"{name}.png", prediction_panel(rgb, maps, contexts))
-
-
-def _unique_names(paths: list[Path]) -> dict[Path, str]:
-    """Output names: the stem, or the whole file name where two images share a stem. Dots become underscores."""
-    stems = [p.stem for p in paths]
-    return {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}
