@@ -5,6 +5,8 @@ scores; therefore the result cannot depend on how images are grouped into batche
 """
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ class Meter(Evaluator):
     there was none.
     """
 
+    SUMS: ClassVar[Mapping[str, tuple[int, ...]]] = {}         # names of the state -> shapes
+    COUNTS: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+
     def __init__(self, ignore_index: float | None = 255) -> None:
         self.ignore = ignore_index
         self.reset()
@@ -31,7 +36,8 @@ class Meter(Evaluator):
 
     def initial_state(self) -> dict[str, Tensor]:
         """Zeros of the right shapes and dtypes; the order of the keys is the same on every process."""
-        raise NotImplementedError
+        return ({name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.SUMS.items()}
+                | {name: torch.zeros(shape, dtype=torch.int64) for name, shape in self.COUNTS.items()})
 
     @property
     def valid_pixels(self) -> int:

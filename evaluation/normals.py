@@ -27,19 +27,14 @@ class NormalsMeter(Meter):
     """
 
     scores: ClassVar = (Score("mean", "mErr", False, unit="deg"),)
+    SUMS: ClassVar = {"sum_deg": (), "sum_squared_deg": ()}
+    COUNTS: ClassVar = {"num_valid": (), "num_below": (len(SHARES_DEG),), "histogram": (NUM_BINS,)}
 
     def __init__(self, ignore: float = 255.0, convention: str = "atan2"):
         if convention not in CONVENTIONS:
             raise ValueError(f"normals convention '{convention}' is unknown; valid: {', '.join(CONVENTIONS)}")
         self.convention = convention
         super().__init__(ignore)
-
-    def initial_state(self) -> dict[str, Tensor]:
-        return {"sum_deg": torch.zeros((), dtype=torch.float64),
-                "sum_squared_deg": torch.zeros((), dtype=torch.float64),
-                "num_valid": torch.zeros((), dtype=torch.int64),
-                "num_below": torch.zeros(len(SHARES_DEG), dtype=torch.int64),
-                "histogram": torch.zeros(NUM_BINS, dtype=torch.int64)}
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = (target != self.ignore).all(dim=1)                     # (B, H, W)

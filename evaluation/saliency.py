@@ -31,13 +31,9 @@ class SaliencyMeter(Meter):
     """
 
     scores: ClassVar = (Score("maxF", "maxF", True, scale=100, unit="%"),)
-
-    def initial_state(self) -> dict[str, Tensor]:
-        counts = ("tp", "predicted", "tp_exact", "predicted_exact")
-        sums = ("sum_iou", "sum_precision", "sum_recall")
-        return ({name: torch.zeros(len(THRESHOLDS), dtype=torch.int64) for name in counts}
-                | {name: torch.zeros((), dtype=torch.int64) for name in ("positives", "num_images")}
-                | {name: torch.zeros(len(IMAGE_THRESHOLDS), dtype=torch.float64) for name in sums})
+    SUMS: ClassVar = dict.fromkeys(("sum_iou", "sum_precision", "sum_recall"), (len(IMAGE_THRESHOLDS),))
+    COUNTS: ClassVar = {"positives": (), "num_images": (), **dict.fromkeys(
+        ("tp", "predicted", "tp_exact", "predicted_exact"), (len(THRESHOLDS),))}
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         pred, target = pred.float().flatten(1).contiguous(), target.flatten(1)                  # (B, H*W)
