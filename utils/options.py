@@ -7,6 +7,7 @@ configures and stands in the same file. `utils.table` finds it there without imp
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -68,7 +69,7 @@ def options_of(name_field: str, resolved: bool = True) -> Any:
 
 
 def given(default: Any = dataclasses.MISSING, **valid: Any) -> Any:
-    """A dataclass field with a range: `at_least`, `above`, `below` (numbers)."""
+    """A dataclass field with a range: `at_least`, `below` (numbers)."""
     return dataclasses.field(default=default, metadata={"range": valid})
 
 
@@ -121,8 +122,7 @@ def _field(value: Any, f: dataclasses.Field, hint: Any, key: str, where: Where) 
         except ValueError as error:
             raise ConfigError(f"{where(key)}: '{key}': {error}") from error
     result = _convert(value, hint, key, where)
-    checks = {"at_least": lambda x, bound: x >= bound, "above": lambda x, bound: x > bound,
-              "below": lambda x, bound: x < bound}
+    checks = {"at_least": operator.ge, "below": operator.lt}
     bounds = f.metadata.get("range", {})
     if not all(checks[name](result, bound) for name, bound in bounds.items()):
         words = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
