@@ -56,12 +56,12 @@ def read_image(path: Path) -> np.ndarray:
 def find_folder(root: str | Path, spec: DatasetSpec) -> Path:
     """The data set's folder: `root`/`spec.folder`, or `root` itself where that already is the folder."""
     root = Path(root).expanduser()
-    if root.name == spec.folder and root.is_dir() and not (root / spec.folder).is_dir():
+    if (root / spec.folder).is_dir():
+        return root / spec.folder
+    if root.name == spec.folder and root.is_dir():
         return root
-    if not (root / spec.folder).is_dir():
-        raise FileNotFoundError(f"data folder not found: {root / spec.folder} (set db_root in the config "
-                                f"or on the command line, or $DB_ROOT, to the folder holding {spec.folder}/)")
-    return root / spec.folder
+    raise FileNotFoundError(f"data folder not found: {root / spec.folder} (set db_root in the config "
+                            f"or on the command line, or $DB_ROOT, to the folder holding {spec.folder}/)")
 
 
 class MultiTaskDataset:
@@ -155,8 +155,5 @@ class MultiTaskDataset:
         """Image and labels of one id, untransformed; labels of another size are resized to the image's."""
         image = self.read("image", name)
         size = image.shape[:2]
-        sample = {"image": image}
-        for key, rules in self.labels.items():
-            sample[key] = rules.fit(self.read(key, name), size)
-        sample["meta"] = {"name": self.paths("image", name)[0].stem, "size": size}
-        return sample
+        labels = {key: rules.fit(self.read(key, name), size) for key, rules in self.labels.items()}
+        return {"image": image, **labels, "meta": {"name": self.paths("image", name)[0].stem, "size": size}}

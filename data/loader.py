@@ -85,14 +85,8 @@ def _init_worker(worker_id: int) -> None:
     """Workers are the parallelism: OpenCV and torch threads inside each would only compete."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc reuse the megabytes each sample frees; handing them back costs a fifth of its time.
-
-    Other C libraries have no `mallopt` and keep their own habits.
-    """
+    # glibc may reuse the megabytes each sample frees: handing them back costs a fifth of its time. Other C libraries
+    # have no `mallopt` and keep their own habits.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for option in (-1, -3):                                # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             mallopt(option, 32 * 2**20)                        # the largest value glibc accepts
@@ -100,8 +94,8 @@ def _keep_freed_memory() -> None:
 
 def _loader(dataset: MultiTaskDataset, num_workers: int, **kwargs) -> DataLoader:
     return DataLoader(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
-                      worker_init_fn=_init_worker,
-                      persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(), **kwargs)
+                      worker_init_fn=_init_worker, persistent_workers=num_workers > 0,
+                      pin_memory=torch.cuda.is_available(), **kwargs)
 
 
 def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,

@@ -23,6 +23,7 @@ Labels = Mapping[str, LabelRules]                        # task -> rules of its 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)       # ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 LEVELS = np.arange(256, dtype=np.float32)
+IDENTITY = LEVELS.astype(np.uint8)
 NORMALISE_TABLE = ((LEVELS[:, None] / 255 - MEAN) / STD)[None]         # (1, 256, 3)
 
 
@@ -135,15 +136,13 @@ def contrast(image: np.ndarray, alpha: float) -> np.ndarray:
 
 def saturation(image: np.ndarray, alpha: float) -> np.ndarray:
     """Multiplies the S channel of OpenCV's 8-bit HSV by `alpha`."""
-    identity = LEVELS.astype(np.uint8)
-    return _change_hsv(image, np.stack([identity, _linear_table(alpha), identity], axis=-1))
+    return _change_hsv(image, np.stack([IDENTITY, _linear_table(alpha), IDENTITY], axis=-1))
 
 
 def hue(image: np.ndarray, delta: int) -> np.ndarray:
     """Adds `delta` to the H channel (0..179, two degrees each), modulo 180."""
-    identity = LEVELS.astype(np.uint8)
     turned = ((np.arange(256) + delta) % 180).astype(np.uint8)
-    return _change_hsv(image, np.stack([turned, identity, identity], axis=-1))
+    return _change_hsv(image, np.stack([turned, IDENTITY, IDENTITY], axis=-1))
 
 
 def _change_hsv(image: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -282,6 +281,4 @@ def build_transform(image_size: tuple[int, int], fixed_label_size: tuple[int, in
     """
     if fixed_label_size is not None:
         return fixed_transform(image_size, labels, fixed_label_size)
-    if training:
-        return train_transform(image_size, labels, **augmentation)
-    return eval_transform(image_size, labels)
+    return train_transform(image_size, labels, **augmentation) if training else eval_transform(image_size, labels)

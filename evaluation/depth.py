@@ -24,21 +24,16 @@ class DepthMeter(Meter):
     """
 
     scores: ClassVar = (Score("rmse", "RMSE", False, decimals=4, unit="m"),)
-    SUMS = ("squared", "squared_log", "absolute_rel", "squared_rel")
-    COUNTS = ("num_valid", "delta1", "delta2", "delta3")
+    SUMS: ClassVar = dict.fromkeys(("squared", "squared_log", "absolute_rel", "squared_rel"), ())
+    COUNTS: ClassVar = dict.fromkeys(("num_valid", "delta1", "delta2", "delta3"), ())
 
     def __init__(self, ignore: float | None = 255.0, valid_range: tuple[float, float] | None = None):
-        self.ignore = ignore
         self.valid_range = valid_range
-        super().__init__()
+        super().__init__(ignore)
 
     @classmethod
     def for_task(cls, context: TaskContext) -> "DepthMeter":
         return cls(context.ignore_index, context.depth_range)
-
-    def initial_state(self) -> dict[str, Tensor]:
-        return ({name: torch.zeros((), dtype=torch.float64) for name in self.SUMS}
-                | {name: torch.zeros((), dtype=torch.int64) for name in self.COUNTS})
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = torch.ones_like(target, dtype=torch.bool)

@@ -5,11 +5,13 @@ scores; therefore the result cannot depend on how images are grouped into batche
 """
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, TaskContext
 from utils import distributed
 
 
@@ -21,12 +23,21 @@ class Meter(Evaluator):
     there was none.
     """
 
-    def __init__(self) -> None:
+    SUMS: ClassVar[Mapping[str, tuple[int, ...]]] = {}         # names of the state -> shapes
+    COUNTS: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+
+    def __init__(self, ignore_index: float | None = 255) -> None:
+        self.ignore = ignore_index
         self.reset()
+
+    @classmethod
+    def for_task(cls, context: TaskContext) -> "Meter":
+        return cls(context.ignore_index)
 
     def initial_state(self) -> dict[str, Tensor]:
         """Zeros of the right shapes and dtypes; the order of the keys is the same on every process."""
-        raise NotImplementedError
+        return ({name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.SUMS.items()}
+                | {name: torch.zeros(shape, dtype=torch.int64) for name, shape in self.COUNTS.items()})
 
     @property
     def valid_pixels(self) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.evaluator import Score, TaskContext
+from evaluation.evaluator import Score
 from evaluation.meter import Meter, ratio
 
 CONVENTIONS = ("atan2", "arccos")
@@ -27,24 +27,14 @@ class NormalsMeter(Meter):
     """
 
     scores: ClassVar = (Score("mean", "mErr", False, unit="deg"),)
+    SUMS: ClassVar = {"sum_deg": (), "sum_squared_deg": ()}
+    COUNTS: ClassVar = {"num_valid": (), "num_below": (len(SHARES_DEG),), "histogram": (NUM_BINS,)}
 
     def __init__(self, ignore: float = 255.0, convention: str = "atan2"):
         if convention not in CONVENTIONS:
             raise ValueError(f"normals convention '{convention}' is unknown; valid: {', '.join(CONVENTIONS)}")
-        self.ignore = ignore
         self.convention = convention
-        super().__init__()
-
-    @classmethod
-    def for_task(cls, context: TaskContext) -> "NormalsMeter":
-        return cls(context.ignore_index)
-
-    def initial_state(self) -> dict[str, Tensor]:
-        return {"sum_deg": torch.zeros((), dtype=torch.float64),
-                "sum_squared_deg": torch.zeros((), dtype=torch.float64),
-                "num_valid": torch.zeros((), dtype=torch.int64),
-                "num_below": torch.zeros(len(SHARES_DEG), dtype=torch.int64),
-                "histogram": torch.zeros(NUM_BINS, dtype=torch.int64)}
+        super().__init__(ignore)
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = (target != self.ignore).all(dim=1)                     # (B, H, W)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import Score, TaskContext
+from evaluation.evaluator import Score
 from evaluation.meter import Meter, ratio
 
 BETA_SQUARED = 0.3
@@ -31,25 +31,13 @@ class SaliencyMeter(Meter):
     """
 
     scores: ClassVar = (Score("maxF", "maxF", True, scale=100, unit="%"),)
-
-    def __init__(self, ignore_index: int = 255):
-        self.ignore_index = ignore_index
-        super().__init__()
-
-    @classmethod
-    def for_task(cls, context: TaskContext) -> "SaliencyMeter":
-        return cls(context.ignore_index)
-
-    def initial_state(self) -> dict[str, Tensor]:
-        counts = ("tp", "predicted", "tp_exact", "predicted_exact")
-        sums = ("sum_iou", "sum_precision", "sum_recall")
-        return ({name: torch.zeros(len(THRESHOLDS), dtype=torch.int64) for name in counts}
-                | {name: torch.zeros((), dtype=torch.int64) for name in ("positives", "num_images")}
-                | {name: torch.zeros(len(IMAGE_THRESHOLDS), dtype=torch.float64) for name in sums})
+    SUMS: ClassVar = dict.fromkeys(("sum_iou", "sum_precision", "sum_recall"), (len(IMAGE_THRESHOLDS),))
+    COUNTS: ClassVar = {"positives": (), "num_images": (), **dict.fromkeys(
+        ("tp", "predicted", "tp_exact", "predicted_exact"), (len(THRESHOLDS),))}
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         pred, target = pred.float().flatten(1).contiguous(), target.flatten(1)                  # (B, H*W)
-        valid = target != self.ignore_index
+        valid = target != self.ignore
         positive = target == 1
         tp, predicted = _counts_above(torch.sigmoid(pred), positive, valid, THRESHOLDS, right=True)
         tp_exact, predicted_exact = _counts_above(pred, positive, valid, THRESHOLDS, right=True)

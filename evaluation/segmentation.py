@@ -22,8 +22,7 @@ class SegmentationMeter(Meter):
 
     def __init__(self, num_classes: int, ignore_index: int = 255):
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        super().__init__()
+        super().__init__(ignore_index)
 
     @classmethod
     def for_task(cls, context: TaskContext) -> "SegmentationMeter":
@@ -33,7 +32,7 @@ class SegmentationMeter(Meter):
         return {name: torch.zeros(self.num_classes, dtype=torch.int64) for name in ("tp", "fp", "fn")}
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
-        valid = target != self.ignore_index
+        valid = target != self.ignore
         pred, target = pred[valid].long(), target[valid].long()        # (num_valid,)
         tp = self._count(target[pred == target], "label")
         self.add(tp=tp, fp=self._count(pred, "prediction") - tp, fn=self._count(target, "label") - tp)
@@ -43,7 +42,7 @@ class SegmentationMeter(Meter):
         counts = torch.bincount(ids, minlength=self.num_classes)
         if len(counts) > self.num_classes:
             raise ValueError(f"{what} {len(counts) - 1} does not exist: there are {self.num_classes} classes "
-                             f"(0..{self.num_classes - 1}, {self.ignore_index} = void)")
+                             f"(0..{self.num_classes - 1}, {self.ignore} = void)")
         return counts
 
     @property

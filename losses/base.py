@@ -9,6 +9,10 @@ IGNORE_INDEX = 255
 class DenseLoss(nn.Module):
     """Base of the per-pixel losses; subclasses write `compute`, which sees float32 or float64 logits."""
 
+    def __init__(self, ignore_index: float | None = IGNORE_INDEX):
+        super().__init__()
+        self.ignore_index = ignore_index
+
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         """Loss of one batch as a 0-dim tensor.
 

@@ -20,8 +20,7 @@ class CrossEntropyLoss(DenseLoss):
     """
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, class_weight: Sequence[float] | None = None):
-        super().__init__()
-        self.ignore_index = ignore_index
+        super().__init__(ignore_index)
         self.class_weight = class_weight
 
     def compute(self, logits: Tensor, label: Tensor) -> Tensor:
@@ -37,10 +36,6 @@ class BalancedCrossEntropyLoss(DenseLoss):
     With q the fraction of valid pixels of class 0 the class weights are (1 - q, q). A batch that shows a
     single class therefore has loss 0.
     """
-
-    def __init__(self, ignore_index: int = IGNORE_INDEX):
-        super().__init__()
-        self.ignore_index = ignore_index
 
     def compute(self, logits: Tensor, label: Tensor) -> Tensor:
         if logits.shape[1] != 2:

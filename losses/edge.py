@@ -18,12 +18,11 @@ class BalancedBCELoss(DenseLoss):
     """
 
     def __init__(self, pos_weight: float | None = 0.95, ignore_index: int = IGNORE_INDEX):
-        super().__init__()
+        super().__init__(ignore_index)
         if pos_weight is not None and not 0 <= pos_weight <= 1:
             raise ValueError(f"pos_weight {pos_weight} of the edge loss must lie in [0, 1] "
                              "or be None (from the batch)")
         self.pos_weight = pos_weight
-        self.ignore_index = ignore_index
 
     def compute(self, logits: Tensor, label: Tensor) -> Tensor:
         if logits.shape != label.shape or logits.shape[1] != 1:

@@ -4,7 +4,7 @@ Losses of a mini-batch pool its valid pixels. `scope` states whether one "loss" 
 of an image, so that the objective does not silently depend on how many processes share a batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ class MultiTaskLoss(nn.Module):
         labels = {task: _of(labels, task, "label") for task in self.task_losses}
         if self.use_intermediate:
             outputs |= {f"{INTER}{task}": logits for task, logits in (intermediate or {}).items()}
-        parts = [self._one(*part) for part in self._split(outputs, labels)]
+        units = ([(outputs, labels)] if self.scope == "process"
+                 else zip(images_of(outputs), images_of(labels), strict=True))
+        parts = [self._one(*unit) for unit in units]
         losses = {key: torch.stack([part[key] for part in parts]).mean() for key in parts[0]}
         for name, term in (extra or {}).items():
             losses[name] = term
@@ -68,17 +70,6 @@ class MultiTaskLoss(nn.Module):
         if inter:
             total = total + self.intermediate_weight * self.balancing.combine(inter)
         return final | {INTER + task: loss for task, loss in inter.items()} | {"total": total}
-
-    def _split(self, outputs: Outputs, labels: Outputs) -> Iterator[tuple[Outputs, Outputs]]:
-        """The whole batch, or its images one by one."""
-        if self.scope == "process":
-            yield outputs, labels
-            return
-        outputs = {key: images_of(batch) for key, batch in outputs.items()}
-        labels = {task: images_of(batch) for task, batch in labels.items()}
-        for i in range(len(next(iter(labels.values())))):
-            yield ({key: images[i] for key, images in outputs.items()},
-                   {task: images[i] for task, images in labels.items()})
 
 
 def images_of(batch: Any) -> Sequence[Any]:

@@ -4,27 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import IGNORE_INDEX, DenseLoss
+from losses.base import DenseLoss
 
 
 class L1Loss(DenseLoss):
     """Sum of |prediction - label| over channels and valid pixels / max(number of valid *pixels*, 1).
 
-    A pixel is valid if none of its label channels equals `ignore` (255 here; MLoRE's depth 0, TaskPrompter's
+    A pixel is valid if none of its label channels equals `ignore_index` (255 here; MLoRE's depth 0, TaskPrompter's
     depth -1; None = every pixel counts). Prediction and label (B, C, H, W) in the label's unit.
     """
-
-    def __init__(self, ignore: float | None = IGNORE_INDEX):
-        super().__init__()
-        self.ignore = ignore
 
     def compute(self, logits: Tensor, label: Tensor) -> Tensor:
         if logits.shape != label.shape:
             raise ValueError(f"{type(self).__name__} needs prediction and label of one shape, got "
                              f"{tuple(logits.shape)} and {tuple(label.shape)}")
         valid = torch.ones_like(label[:, :1], dtype=torch.bool)        # (B, 1, H, W)
-        if self.ignore is not None:
-            valid = (label != self.ignore).all(dim=1, keepdim=True)
+        if self.ignore_index is not None:
+            valid = (label != self.ignore_index).all(dim=1, keepdim=True)
         diff = (logits - label.to(logits.dtype)).abs()                 # (B, C, H, W)
         return torch.where(valid, diff, 0).sum() / valid.sum().clamp_min(1)
 

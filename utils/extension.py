@@ -43,23 +43,16 @@ def load_extension(name: str, sources: Sequence[Path]) -> tuple[ModuleType | Non
     """
     if os.environ.get("NO_CPP") == "1":
         return None, "NO_CPP=1 is set"
-    fingerprint = hashlib.sha256()
-    for source in sources:
-        fingerprint.update(source.read_bytes())
-    compiler = os.environ.get("CXX", "c++")
-    about = (*FLAGS, compiler, torch.__version__, platform.python_version(), _processor())
-    fingerprint.update("\n".join(about).encode())
-    tagged = f"{name}_{fingerprint.hexdigest()[:12]}"
+    code, compiler = b"".join(source.read_bytes() for source in sources), os.environ.get("CXX", "c++")
+    about = "\n".join((*FLAGS, compiler, torch.__version__, platform.python_version(), _processor()))
+    tagged = f"{name}_{hashlib.sha256(code + about.encode()).hexdigest()[:12]}"
     folder = _cache_root() / tagged
-    is_module = any(b"PYBIND11_MODULE" in source.read_bytes() for source in sources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_process(folder):
-            if not (folder / COMPLETE).exists():
-                reason = _build(tagged, sources, folder, compiler)
-                if reason:
-                    return None, reason
-        return _load(tagged, folder / f"{tagged}.so", is_module), ""
+            if not (folder / COMPLETE).exists() and (reason := _build(tagged, sources, folder, compiler)):
+                return None, reason
+        return _load(tagged, folder / f"{tagged}.so", b"PYBIND11_MODULE" in code), ""
     except (OSError, ImportError) as error:
         return None, f"no usable library in {folder}: {first_line(error)}"
 
@@ -84,7 +77,8 @@ def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) ->
         cpp_extension.load(tagged, files, build_directory=str(folder), extra_cflags=list(FLAGS),
                            extra_ldflags=list(LDFLAGS), is_python_module=False, is_standalone=False)
     except RuntimeError as error:
-        return f"compiling failed: {_compiler_error(error)}"
+        lines = (line for line in str(error).splitlines() if "error" in line and "Error building" not in line)
+        return f"compiling failed: {next(lines, first_line(error))}"
     finally:
         noisy.setLevel(level)
     (folder / COMPLETE).touch()
@@ -133,15 +127,8 @@ def _find_ninja() -> bool:
 def _processor() -> str:
     """The instruction sets of this machine, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))]
-        return flags[0] if flags else platform.processor()
-    return platform.processor()
-
-
-def _compiler_error(error: RuntimeError) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line and "Error building" not in line), first_line(error))
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def first_line(error: Exception) -> str:

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-FORMAT = "%(asctime)s %(message)s"
-
 
 class _TqdmHandler(logging.Handler):
     """Writes above a running progress bar instead of through it."""
@@ -23,17 +21,11 @@ class _TqdmHandler(logging.Handler):
 
 def setup_logging(main_process: bool, run_dir: Path | None = None) -> None:
     """Sends log lines of rank 0 to the terminal and, with `run_dir`, to run_dir/log.txt (appended)."""
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
     handlers: list[logging.Handler] = [_TqdmHandler()] if main_process else [logging.NullHandler()]
     if main_process and run_dir is not None:
         handlers.append(logging.FileHandler(run_dir / "log.txt", encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
-        root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, handlers=handlers,
+                        force=True)
     for noisy in ("PIL", "matplotlib", "timm", "httpx", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

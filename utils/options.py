@@ -6,6 +6,8 @@ configures and stands in the same file. `utils.table` finds it there without imp
 
 import dataclasses
 import difflib
+import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -81,7 +83,7 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
     options these are. A wrong type, an unknown key and an impossible value are a ConfigError that says what would be
     right. A field's type may have a class method `from_yaml(value, key, where)` that reads it in its own way.
     """
-    values = _group(values, prefix, where)
+    values = _group(values, prefix.rstrip("."), where)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
@@ -95,9 +97,9 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
     for name, f in fields.items():          # a field's options come after the name that they belong to
         key = f"{prefix}{name}"
         if "options_of" in f.metadata:
-            owner = f.metadata["options_of"]
-            table, chosen = fields[owner].metadata["table"], converted.get(owner, fields[owner].default)
-            group = _group(values.get(name), f"{key}.", where)
+            named_by = fields[f.metadata["options_of"]]
+            table, chosen = named_by.metadata["table"], converted.get(named_by.name, named_by.default)
+            group = _group(values.get(name), key, where)
             options = parse(table.options(chosen), {**table.defaults(chosen), **group}, f"{key}.", where,
                             f" of {table.kind} '{chosen}'")
             converted[name] = options if f.metadata["resolved"] else {k: getattr(options, k) for k in group}
@@ -108,17 +110,14 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
     try:
         return cls(**converted)
     except OptionError as error:
-        key = f"{prefix}{error.name}"
-        raise ConfigError(f"{where(key)}: '{key}' must be {error.valid}, got {_plain(error.value)!r}") from error
+        key, value = f"{prefix}{error.name}", list(error.value) if isinstance(error.value, tuple) else error.value
+        raise ConfigError(f"{where(key)}: '{key}' must be {error.valid}, got {value!r}") from error
 
 
-def _group(values: Any, prefix: str, where: Where) -> Mapping:
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        key = prefix.rstrip(".")
+def _group(values: Any, key: str, where: Where) -> Mapping:
+    if values is not None and not isinstance(values, Mapping):
         raise ConfigError(f"{where(key)}: '{key}' must be a group of keys, got {values!r}")
-    return values
+    return values or {}
 
 
 def _field(value: Any, f: dataclasses.Field, hint: Any, key: str, where: Where) -> Any:
@@ -128,8 +127,7 @@ def _field(value: Any, f: dataclasses.Field, hint: Any, key: str, where: Where) 
         except ValueError as error:
             raise ConfigError(f"{where(key)}: '{key}': {error}") from error
     result = _convert(value, hint, key, where)
-    checks = {"at_least": lambda x, bound: x >= bound, "above": lambda x, bound: x > bound,
-              "below": lambda x, bound: x < bound}
+    checks = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
     bounds = f.metadata.get("range", {})
     if not all(checks[name](result, bound) for name, bound in bounds.items()):
         words = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
@@ -159,9 +157,7 @@ def _convert(value: Any, hint: Any, key: str, where: Where) -> Any:
         kinds = args[:1] * len(value) if args[-1] is ... else args
         return tuple(_convert(v, kind, key, where) for v, kind in zip(value, kinds, strict=True))
     if hint is dict or origin is dict:
-        if value is not None and not isinstance(value, Mapping):
-            raise wrong("a group of keys")
-        return {str(k): _convert(v, args[1], f"{key}.{k}", where) for k, v in (value or {}).items()}
+        return {str(k): _convert(v, args[1], f"{key}.{k}", where) for k, v in _group(value, key, where).items()}
     return _convert_scalar(value, hint, wrong)
 
 
@@ -198,8 +194,8 @@ def _convert_scalar(value: Any, hint: type, wrong: Callable[[str], ConfigError])
         try:
             number = float(value)               # YAML 1.1 reads 1e-4 as text
         except (ValueError, OverflowError):
-            raise wrong("a number") from None
-        if number != number:
+            number = math.nan
+        if math.isnan(number):
             raise wrong("a number")
         return number
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -220,7 +216,3 @@ def _words(hint: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false",
             type(None): "empty"}.get(hint, "a group of keys")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from evaluation.evaluator import Score, TaskContext
@@ -22,22 +21,19 @@ class EdgeLossMeter(Meter):
     """
 
     scores: ClassVar = (Score("loss", "boundary loss", False, decimals=4),)
+    SUMS: ClassVar = {"sum_loss": ()}
+    COUNTS: ClassVar = {"num_valid": ()}
 
     def __init__(self, pos_weight: float | None = 0.95, ignore_index: int = 255):
         self.loss = BalancedBCELoss(pos_weight, ignore_index)
-        self.ignore_index = ignore_index
-        super().__init__()
+        super().__init__(ignore_index)
 
     @classmethod
     def for_task(cls, context: TaskContext) -> "EdgeLossMeter":
         return cls(context.edge_w, context.ignore_index)
 
-    def initial_state(self) -> dict[str, Tensor]:
-        return {"sum_loss": torch.zeros((), dtype=torch.float64),
-                "num_valid": torch.zeros((), dtype=torch.int64)}
-
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
-        num_valid = (target != self.ignore_index).sum()
+        num_valid = (target != self.ignore).sum()
         self.add(sum_loss=self.loss(pred.double(), target) * num_valid, num_valid=num_valid)
 
     def compute(self) -> dict[str, float]:

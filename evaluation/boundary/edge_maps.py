@@ -26,12 +26,10 @@ def edge_maps(prob: Tensor, meta: Sequence[Mapping]) -> list[np.ndarray]:
     if len(prob) != len(meta):
         raise ValueError(f"{len(prob)} edge maps and {len(meta)} entries of meta must be equally many")
     scaled = (prob[:, 0].float() * 255).cpu().numpy()                  # (B, H, W)
-    if np.isnan(scaled).any():
-        bad = [image.get("name", "?") for padded, image in zip(scaled, meta, strict=True) if np.isnan(padded).any()]
+    if bad := [image.get("name", "?") for padded, image in zip(scaled, meta, strict=True) if np.isnan(padded).any()]:
         raise ValueError(f"the predicted edge probability of {', '.join(map(str, bad))} is not a number (NaN)")
-    maps = scaled.astype(np.uint8)                                     # truncates
     return [np.ascontiguousarray(crop_from_padding(padded, image["size"]))
-            for padded, image in zip(maps, meta, strict=True)]
+            for padded, image in zip(scaled.astype(np.uint8), meta, strict=True)]     # truncates
 
 
 def save_edge_maps(prob: Tensor, meta: Sequence[Mapping], out_dir: str | Path) -> list[Path]:

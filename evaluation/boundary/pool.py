@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from evaluation.boundary.scores import BoundaryTotals
 WAITING_PER_WORKER = 2
 
 
-class CountingPool:
+class CountingPool(AbstractContextManager):
     """Runs functions that return an image's counts, and adds the counts up; a context manager.
 
     At most `WAITING_PER_WORKER` images per worker wait, so memory does not grow with the set and a caller that is
@@ -34,9 +35,6 @@ class CountingPool:
         self._pending: set[Future] = set()
         self._executor: ProcessPoolExecutor | None = None
         pick_backend()                                     # compiles here, once, and not in every worker
-
-    def __enter__(self) -> "CountingPool":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._executor is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CNT_R, SUM_R, CNT_P, SUM_P = range(4)
 COUNT_NAMES = ("cntR", "sumR", "cntP", "sumP")
 
 

@@ -37,12 +37,9 @@ def suppress(edges: np.ndarray) -> np.ndarray:
     ridges = np.zeros_like(edges)
     ridges[rows[keep], columns[keep]] = value[keep]
     frame = min(BORDER, width // 2, height // 2)
-    for k in range(frame):
-        factor = np.float32(k / frame)
-        ridges[:, [k, width - 1 - k]] *= factor
-    for k in range(frame):
-        factor = np.float32(k / frame)
-        ridges[[k, height - 1 - k]] *= factor
+    for lines in (ridges.T, ridges):                                   # columns, then rows
+        for k in range(frame):
+            lines[[k, len(lines) - 1 - k]] *= np.float32(k / frame)
     return ridges
 
 

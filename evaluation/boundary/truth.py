@@ -6,14 +6,10 @@ that the networks are trained with: that one is the thinned Laplacian of the lab
 """
 
 from collections.abc import Callable
-from typing import get_args
 
 import numpy as np
 
 from evaluation.boundary.matching import thin
-from evaluation.boundary.settings import TruthKind
-
-TRUTH_KINDS: tuple[str, ...] = get_args(TruthKind)
 
 
 def connected_components(label: np.ndarray) -> np.ndarray:
@@ -54,6 +50,7 @@ _KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "regions": lambda label: thin(region_outline(connected_components(label))),
     "nyud": lambda picture: thin(region_outline(picture)),
 }
+TRUTH_KINDS = tuple(_KINDS)
 
 
 def truth_boundary(raw: np.ndarray, kind: str) -> np.ndarray:

@@ -59,7 +59,8 @@ def load_pretrained(backbone: nn.Module, source: bool | str | Path,
     state = backbone.convert_state_dict(part or raw)
     own = backbone.state_dict()
     missing, unexpected, mismatched = compare_states(own, state)
-    new = [key for key in missing if _is_named(key, (*backbone.never_pretrained, *allow_missing))]
+    allowed = tuple(f"{name}." for name in (*backbone.never_pretrained, *allow_missing))
+    new = [key for key in missing if f"{key}.".startswith(allowed)]
     missing = [key for key in missing if key not in new]
     # Extra blocks mean a deeper model of equal width, whose first blocks would load without any other sign.
     tops = {key.split(".")[0] for key in own}
@@ -182,8 +183,7 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | P
     own = model.state_dict()
     missing, unexpected, mismatched = compare_states(own, state)
     if missing or unexpected or mismatched:
-        asked = _describe(yaml_config)
-        raise ValueError(f"{path} holds {held} but the configuration asks for {asked}: "
+        raise ValueError(f"{path} holds {held} but the configuration asks for {_describe(yaml_config)}: "
                          + _differences(missing, unexpected, mismatched))
     model.load_state_dict(state)
     logger.info(f"{path}: loaded {len(own)} / missing 0 / unexpected 0{ignored}")
@@ -251,8 +251,7 @@ def _require_file(path: Path) -> None:
 
 
 def _damaged(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{path} cannot be read: truncated or not a checkpoint ({size:,} bytes); fetch it again"
+    return f"{path} cannot be read: truncated or not a checkpoint ({path.stat().st_size:,} bytes); fetch it again"
 
 
 # ------------------------------------------------------------ comparison, words
@@ -268,17 +267,13 @@ def compare_states(own: Mapping[str, Tensor],
     return missing, unexpected, mismatched
 
 
-def _is_named(key: str, names: Collection[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _differences(missing: list[str], unexpected: list[str], mismatched: list[str], shown: int = 2) -> str:
+def _differences(missing: list[str], unexpected: list[str], mismatched: list[str]) -> str:
     parts = []
     for words, entries in (("missing in the file", missing), ("unknown to the model", unexpected),
                            ("of another shape", mismatched)):
         if entries:
-            more = ", ..." if len(entries) > shown else ""
-            parts.append(f"{len(entries)} {words} ({', '.join(entries[:shown])}{more})")
+            more = ", ..." if len(entries) > 2 else ""
+            parts.append(f"{len(entries)} {words} ({', '.join(entries[:2])}{more})")
     return "; ".join(parts)
 
 

@@ -48,8 +48,10 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators
                 outputs = model(to_device(batch["image"], device)).final
             predictions = {}
             for task, of_task in evaluators.items():
-                label, row = to_device(batch[task], device), TASKS.load(task)
-                predictions[task] = row.decode(_at_label_size(outputs[task], label))
+                label, output, row = to_device(batch[task], device), outputs[task], TASKS.load(task)
+                if isinstance(output, Tensor) and isinstance(label, Tensor):      # maps (B, n, h, w), others stay
+                    output = resize(output.float(), label.shape[-2:])
+                predictions[task] = row.decode(output)
                 for evaluator in of_task:
                     evaluator.update(predictions[task], label, batch["meta"])
                 if export_dir is not None and row.export is not None:
@@ -68,13 +70,6 @@ def log_reports(evaluators: Evaluators) -> None:
         for evaluator in of_task:
             if line := evaluator.report():
                 logger.info("%s: %s", task, line)
-
-
-def _at_label_size(output: Any, label: Any) -> Any:
-    """Raw maps (B, n, h, w) in float32 at the label's size; outputs that are no maps as they are."""
-    if isinstance(output, Tensor) and isinstance(label, Tensor):
-        return resize(output.float(), label.shape[-2:])
-    return output
 
 
 def _scores(evaluators: list[Evaluator]) -> dict[str, float]:

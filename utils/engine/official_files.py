@@ -174,19 +174,15 @@ def _translate_decoder_options(values: dict, source: str) -> None:
         return
     options = _group(values, "model_kwargs")
     options.update({**moved, **options})        # what `model_kwargs` says itself goes first
-    _drop_without_meaning(options, values, source)
-    if name == "BridgeNet":
-        _translate_stages(options, source)
-
-
-def _drop_without_meaning(options: dict, values: Mapping, source: str) -> None:
-    """Options of the files that no program reads, or that have only one valid value."""
+    # options that no program reads, or that have only one valid value
     options.pop("fea_ds_ratio", None)                                # TaskPrompter
     if options.pop("with_feat", False):                              # MLoRE
         _refuse(source, "'with_feat' must be false: the published models have no such path")
     masked = options.pop("ignore_invalid_area_depth", True)          # TaskPrompter, MLoRE
     if not masked and _group(values, "task_dictionary").get("include_depth"):
         _refuse(source, "'ignore_invalid_area_depth' must be true: depth pixels without a value are never trained on")
+    if name == "BridgeNet":
+        _translate_stages(options, source)
 
 
 def _translate_stages(options: dict, source: str) -> None:

@@ -31,8 +31,9 @@ def batch_panel(batch: Mapping, predictions: Mapping[str, Any], contexts: Mappin
     rgb = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     rows = []
     for maps in ({t: to_array(p[0]) for t, p in predictions.items()}, {t: to_array(batch[t][0]) for t in predictions}):
-        pictures = [_fit(TASKS.load(task).view.picture(m, contexts[task], rgb), rgb) for task, m in maps.items()]
-        rows.append(np.concatenate([rgb, *pictures], axis=1))
+        pictures = [TASKS.load(task).view.picture(m, contexts[task], rgb) for task, m in maps.items()]
+        fitting = [cv2.resize(p, rgb.shape[1::-1], interpolation=cv2.INTER_NEAREST) for p in pictures]
+        rows.append(np.concatenate([rgb, *fitting], axis=1))
     return np.concatenate(rows, axis=0)
 
 
@@ -67,9 +68,3 @@ def _tile(title: str, picture: np.ndarray, height: int, legend: Legend) -> Image
         draw.rectangle((x + 2, y + 2, x + 14, y + 13), fill=colour, outline=INK)
         draw.text((x + 19, y + 1), text, INK, font)
     return tile
-
-
-def _fit(picture: np.ndarray, like: np.ndarray) -> np.ndarray:
-    if picture.shape[:2] == like.shape[:2]:
-        return picture
-    return cv2.resize(picture, like.shape[1::-1], interpolation=cv2.INTER_NEAREST)

@@ -64,32 +64,26 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
     """Writes panels, colour pictures and raw arrays for an image or all images of a folder; returns the panels.
 
     `output_dir` receives panels/<name>.png, colour/<task>/<name>.png, raw/<task>/<name>.<png|npy> at the image's own
-    size, and formats.json with the units of the raw files. An unreadable image is reported and skipped; at the end
+    size, and formats.json with the units of the raw files. <name> is the stem, the whole file name where two images
+    share a stem; dots become underscores. An unreadable image is reported and skipped; at the end
     it makes the call a ValueError that names every such image. Under a launcher every rank takes its share.
     """
     paths = list_images(source)
     device = distributed.pick_device(config.device)
+    stems, contexts, panels, failed = [path.stem for path in paths], task_contexts(config), [], []
+    names = {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}
     with distributed.process_group(device):
-        return _predict_all(config, checkpoint, paths, output_dir, device)
-
-
-def _predict_all(config: Config, checkpoint: Path, paths: list[Path], output_dir: Path,
-                 device: torch.device) -> list[Path]:
-    """This rank's share of the images."""
-    model = trained_model(config, checkpoint, device)
-    contexts = task_contexts(config)
-    names = _unique_names(paths)
-    paths = paths[distributed.rank()::distributed.world_size()]
-    panels, failed = [], []
-    for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
-        try:
-            rgb = _read(path)
-        except (ValueError, OSError) as error:
-            logger.error("%s", error)
-            failed.append(path.name)
-            continue
-        maps = predict_image(model, rgb, config, device)
-        panels.append(_write(output_dir, names[path], rgb, maps, contexts))
+        model = trained_model(config, checkpoint, device)
+        paths = paths[distributed.rank()::distributed.world_size()]
+        for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
+            try:
+                rgb = _read(path)
+            except (ValueError, OSError) as error:
+                logger.error("%s", error)
+                failed.append(path.name)
+                continue
+            maps = predict_image(model, rgb, config, device)
+            panels.append(_write(output_dir, names[path], rgb, maps, contexts))
     if panels:
         formats = {task: TASKS.load(task).view.raw_format for task in config.tasks}
         (output_dir / "formats.json").write_text(json.dumps(formats, indent=1) + "\n", encoding="ascii")
@@ -157,9 +151,3 @@ def _write(output_dir: Path, name: str, rgb: np.ndarray, maps: dict[str, np.ndar
         view.write(output_dir / "raw" / task / name, prediction)
         save_rgb(output_dir / "colour" / task / f"{name}.png", view.picture(prediction, contexts[task], rgb))
     return save_rgb(output_dir / "panels" / f"{name}.png", prediction_panel(rgb, maps, contexts))
-
-
-def _unique_names(paths: list[Path]) -> dict[Path, str]:
-    """Output names: the stem, or the whole file name where two images share a stem. Dots become underscores."""
-    stems = [p.stem for p in paths]
-    return {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}

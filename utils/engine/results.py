@@ -65,7 +65,8 @@ def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | N
     columns = [(task, score) for task in TASKS for score in TASKS.load(task).scores
                if any(score.key in results.get(task, {}) for results in rows.values())]
     with_gain = bool(reference)
-    header = ["", *(_column(*column) for column in columns), *(["delta_m %"] if with_gain else [])]
+    titles = [" ".join(filter(None, (t, s.label, s.unit, "^" if s.higher_is_better else "v"))) for t, s in columns]
+    header = ["", *titles, *(["delta_m %"] if with_gain else [])]
     lines = [header, ["---"] * len(header)]
     for name, results in rows.items():
         cells = [s.format(results[t][s.key]) if s.key in results.get(t, {}) else "-" for t, s in columns]
@@ -74,11 +75,6 @@ def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | N
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
-
-
-def _column(task: str, score: Score) -> str:
-    unit = f" {score.unit}" if score.unit else ""
-    return f"{task} {score.label}{unit} {'^' if score.higher_is_better else 'v'}"
 
 
 def save_results(path: Path, results: Results, **about: object) -> None:

@@ -78,9 +78,11 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
         logger.warning("pretrained is false: the backbone starts from random weights")
     prepare_for_training(model.to(device), config)
     criterion = build_criterion(config, model).to(device)
+    wrapped, ema = _wrap(model, config, device), None
+    if config.ema_decay:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     run = Run(
-        config, device, model, wrapped=_wrap(model, config, device), ema=_average(model, config), criterion=criterion,
-        optimizer=build_optimizer(config, model, criterion),
+        config, device, model, wrapped, ema, criterion, optimizer=build_optimizer(config, model, criterion),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), writer=RunWriter(None, False),
         train_loader=train_loader, val_loader=val_loader, accumulate=accumulate,
         total_steps=min(config.max_iter, config.epochs * steps_per_epoch), steps_per_epoch=steps_per_epoch)
@@ -136,20 +138,19 @@ def _restore(run: Run, checkpoint: dict, path: Path) -> None:
                          f"ema_decay is {run.config.ema_decay}")
     if run.ema is not None:
         run.ema.load_state_dict(checkpoint["ema"])
-    _restore_criterion(run.criterion, checkpoint.get("criterion", {}), path)
+    balancing, asked = checkpoint.get("criterion", {}), run.criterion.state_dict()
+    if balancing.keys() != asked.keys():
+        raise ValueError(f"{path} holds the state of another loss balancing ({', '.join(balancing) or 'none'}) than "
+                         f"loss_kwargs asks for ({', '.join(asked) or 'none'}); resume with the loss_scheme it was "
+                         "trained with")
+    run.criterion.load_state_dict(balancing)
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
-    run.step, run.best, run.metrics = checkpoint["step"], checkpoint["best"], checkpoint["metrics"]
-    run.rng = checkpoint["rng"]
-    _report_changes(run.config, checkpoint["config"])
-
-
-def _restore_criterion(criterion: nn.Module, state: dict, path: Path) -> None:
-    if state.keys() != criterion.state_dict().keys():
-        raise ValueError(f"{path} holds the state of another loss balancing ({', '.join(state) or 'none'}) than "
-                         f"loss_kwargs asks for ({', '.join(criterion.state_dict()) or 'none'}); resume with the "
-                         "loss_scheme it was trained with")
-    criterion.load_state_dict(state)
+    run.step, run.best, run.metrics, run.rng = (checkpoint[key] for key in ("step", "best", "metrics", "rng"))
+    now, stored = run.config.to_dict(), config_from_dict(checkpoint["config"], "the checkpoint").to_dict()
+    changed = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in now.items() if stored.get(key) != value]
+    if changed:
+        logger.warning("resumed with another configuration: %s", "; ".join(changed))
 
 
 def restore_rng(run: Run) -> None:
@@ -181,12 +182,6 @@ def _wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
                                    find_unused_parameters=config.find_unused_parameters)
 
 
-def _average(model: nn.Module, config: Config) -> AveragedModel | None:
-    if not config.ema_decay:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-
-
 def _open_run_dir(run: Run, resume: bool, found: bool) -> None:
     """Rank 0: creates the folder, starts log.txt and the writers, saves and prints the resolved configuration."""
     config, run_dir = run.config, run.config.run_dir
@@ -205,13 +200,6 @@ def _open_run_dir(run: Run, resume: bool, found: bool) -> None:
         logger.info("resumed at step %d" if found else "nothing to resume in %s: starting at step 0",
                  run.step if found else run_dir)
     distributed.barrier()
-
-
-def _report_changes(config: Config, stored: dict) -> None:
-    now, stored = config.to_dict(), config_from_dict(stored, "the checkpoint").to_dict()
-    changed = [f"{key}: {stored.get(key)!r} -> {value!r}" for key, value in now.items() if stored.get(key) != value]
-    if changed:
-        logger.warning("resumed with another configuration: %s", "; ".join(changed))
 
 
 def _git_hash() -> str | None:

@@ -118,9 +118,8 @@ def run_evaluation(run: Run) -> None:
             panels.append(batch_panel(batch, predictions, contexts))
 
     evaluators = build_evaluators(contexts)
-    results = evaluate(run.evaluated, run.val_loader, evaluators, run.device, precision=config.precision,
-                       on_batch=keep_first, progress=progress)
-    run.metrics = results
+    run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, run.device, precision=config.precision,
+                                     on_batch=keep_first, progress=progress)
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores)
         logger.info("evaluation at step %d\n%s", run.step, table)
@@ -190,10 +189,8 @@ class _Stop:
 def _stop_request() -> Iterator[_Stop]:
     """Catches the first interrupt. Under a launcher the ranks cannot agree on a step, so there it is left alone."""
     stop = _Stop()
-    if distributed.world_size() > 1:
-        yield stop
-        return
-    previous = {s: signal.signal(s, stop.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    caught = (signal.SIGINT, signal.SIGTERM) if distributed.world_size() == 1 else ()
+    previous = {signum: signal.signal(signum, stop.handle) for signum in caught}
     try:
         yield stop
     finally:

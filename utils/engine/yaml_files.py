@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -53,7 +52,19 @@ def apply_overrides(values: dict, origin: dict[str, str], overrides: Sequence[st
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"argument '{override}' is not of the form key=value, e.g. optimizer_kwargs.lr=1e-4")
-        _assign(values, key.split("."), _parse_scalar(text, override), override)
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"argument '{override}': the value is not valid YAML") from error
+        *names, last = key.split(".")
+        group = values
+        for name in names:
+            if group.get(name) is None:
+                group[name] = {}
+            group = group[name]
+            if not isinstance(group, dict):
+                raise ConfigError(f"argument '{override}': '{name}' is not a group of keys")
+        group[last] = value
         for depth in range(key.count(".") + 1):         # also of the groups that did not exist before
             origin.setdefault(key.rsplit(".", depth)[0], "the command line")
         origin[key] = "the command line"
@@ -72,20 +83,3 @@ def _dotted_keys(values: dict, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             keys += _dotted_keys(value, f"{prefix}{key}.")
     return keys
-
-
-def _parse_scalar(text: str, override: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"argument '{override}': the value is not valid YAML") from error
-
-
-def _assign(values: dict, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        if values.get(key) is None:
-            values[key] = {}
-        values = values[key]
-        if not isinstance(values, dict):
-            raise ConfigError(f"argument '{override}': '{key}' is not a group of keys")
-    values[keys[-1]] = value
