@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from models.model import MultiTaskModel
-from models.released.demt import convert
+from models.released.demt import BASELINE
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, absolute_error, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
@@ -89,7 +89,7 @@ SYSTEM = System(
     fits=lambda config: (isinstance(config.get("head"), dict) and config["head"].get("name") in HEADS
                          and "backbone" in config),
     build=_build,
-    convert=convert,
+    convert=BASELINE.convert,  # of a DeMT's weights, too, without the order of the mixers
     groups={"outputs": (compare.outputs, *MODEL, "eval.out."), "inside": (compare.inside, *MODEL, "eval.mid."),
             "each image alone": (_single, *MODEL, "eval_single."), "training": (_training, *MODEL, "train."),
             "training, each image alone": (partial(compare.training, run="trainps.", attention="per_sample"), *MODEL,

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.labels import VOID
 from models.blocks.resize import resize
 from models.model import MultiTaskModel
-from models.released.mlore import convert, locate, reshaped
+from models.released.mlore import MLORE, locate, reshaped
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
@@ -204,7 +204,7 @@ SYSTEM = System(
     released=("MLoRE",),
     fits=lambda config: "tasks" in config and config.keys() >= set(OPTIONS),
     build=lambda config, **options: _build(config, config["tasks"], load_balancing_weight=1.0, **options),
-    convert=convert,
+    convert=MLORE.convert,
     groups={"outputs": (partial(_outputs, run="eval."), *MODEL, "eval."),
             "outputs of float64": (partial(_outputs, run="eval64."), *MODEL, "eval64."),
             "features inside": (compare.inside, *MODEL, "eval.mid."),
