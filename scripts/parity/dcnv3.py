@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
@@ -30,10 +30,7 @@ def checks(folder: Folder) -> Iterator[Check]:
 
 
 def _run(run: Callable, case: str, settings: dict, path: Path, options: Options) -> Iterator[Measure]:
-    with safe_open(path, "pt") as content:
-        names = [name for name in content.keys() if name.startswith(f"{case}.")]  # noqa: SIM118
-        data = {name.removeprefix(f"{case}."): content.get_tensor(name) for name in names}
-    yield from run(settings, data, options)
+    yield from run(settings, below(load_file(path), f"{case}."), options)
 
 
 def _leaf(value: Tensor, options: Options) -> Tensor:
