@@ -65,6 +65,7 @@ class Decoder(nn.Module):
     intermediate_weight: ClassVar[float] = 1.0  # published factor of the preliminary predictions' losses
     recomputed: ClassVar[Sequence[type[nn.Module] | str]] = ()  # see `models.blocks.recompute`
     input_multiple: int | None = None  # of the image's sides; None: the stride of the coarsest map
+    logit_std: ClassVar[float | None] = None  # of the usual head's initial weights, beside zero biases; None: PyTorch's
 
     @classmethod
     def backbone_options(cls, tasks: Mapping[str, int], config: Any) -> dict[str, Any]:
@@ -77,7 +78,11 @@ class Decoder(nn.Module):
 
     def make_head(self, num_outputs: int) -> nn.Module:
         """A task's head, from its feats to raw outputs of any size: one linear layer per pixel, on `self.channels`."""
-        return nn.Conv2d(self.channels, num_outputs, kernel_size=1)
+        head = nn.Conv2d(self.channels, num_outputs, kernel_size=1)
+        if self.logit_std is not None:
+            nn.init.normal_(head.weight, std=self.logit_std)
+            nn.init.zeros_(head.bias)
+        return head
 
     def reparameterise(self) -> None:
         """Merges what can be merged for inference, in eval mode; nothing by default."""

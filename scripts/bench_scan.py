@@ -80,15 +80,10 @@ def bench_orders(repeats: int) -> list[Row]:
     }
     rows = []
     for what, (x, parameters, contenders) in parts.items():
-        x.requires_grad_()
         expected = next(iter(contenders.values()))(x).detach()
         for forward in contenders.values():
             torch.testing.assert_close(forward(x).detach(), expected, rtol=1e-3, atol=1e-3)
-
-        def run(forward, x=x, parameters=parameters):
-            y = forward(x)
-            return torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))
-        found = measure({key: lambda f=f, run=run: run(f) for key, f in contenders.items()}, repeats)
+        found = measure({key: scans.with_gradients(f, [x, *parameters]) for key, f in contenders.items()}, repeats)
         rows += [_row(what, key, cost, found["routes"]) for key, cost in found.items()]
     return rows
 

@@ -53,13 +53,6 @@ def contents(name: str) -> list[str]:
     return [*(f"{path.name}/({len(list(path.rglob('*.py'))) - 1})" for path in inside), *files]
 
 
-def boxes(name: str, top: int) -> list[str]:
-    """The names on one floor as rows of small text."""
-    rows = textwrap.wrap("   ".join(contents(name)), ROW)
-    return [f'<text x="{LEFT}" y="{top + 26 + 17 * i}" font-size="12.5" {TEXT} fill="#333">{row}</text>'
-            for i, row in enumerate(rows)]
-
-
 def draw() -> str:
     """The picture as SVG."""
     names = floors()
@@ -71,7 +64,8 @@ def draw() -> str:
                   f'stroke="#8aa"/>',
                   f'<text x="24" y="{top + 34}" font-size="18" {TEXT}>{name.replace(".", "/")}</text>',
                   f'<text x="24" y="{top + 56}" font-size="12.5" {TEXT} fill="#444">{SAYS[name]}</text>',
-                  *boxes(name, top)]
+                  *(f'<text x="{LEFT}" y="{top + 26 + 17 * row}" font-size="12.5" {TEXT} fill="#333">{text}</text>'
+                    for row, text in enumerate(textwrap.wrap("   ".join(contents(name)), ROW)))]
     lanes = sorted(arrows(names).items(), key=lambda item: (names.index(item[0][0]), names.index(item[0][1])))
     for i, ((upper, lower), count) in enumerate(lanes):
         x, start, end = LANES + i * LANE, tops[upper] + BAND, tops[lower]

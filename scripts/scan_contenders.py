@@ -19,8 +19,9 @@ LENGTH, CHANNELS, STATE = 4032, 384, 16  # a map of 56 x 72 cells, or four of 28
 
 
 def with_gradients(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    """A run of forward and backward pass."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    """A run of forward and backward pass, with gradients of all leaves, which from now on ask for them."""
+    for leaf in leaves:
+        leaf.requires_grad_()
 
     def run():
         y = forward(*leaves)

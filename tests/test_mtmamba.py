@@ -14,7 +14,7 @@ from models.build import build_model
 from models.decoders.coarse_to_fine import stage_rates
 from models.decoders.mtmamba import CTMBlock, GatedSS2D, MTMambaConfig, PlainSS2D
 from models.decoders.mtmamba_plus import MTMambaPlusConfig, SCTMBlock
-from models.released.mtmamba import convert, recognises
+from models.released.mtmamba import MTMAMBA
 from scripts.check_parity import main
 from scripts.parity.base import Folder, Options, scaled_error
 from scripts.parity.mtmamba import checks
@@ -118,7 +118,7 @@ def test_mamba_blocks_equal_the_original(name):
         """The block's tensors, named as if they were in a self-task block of a released file."""
         there, here = "block_1.semseg_0.op.", "decoder.stm.0.stm.semseg.0.ss2d."
         part = {there + key.removeprefix(prefix): x for key, x in data.items() if key.startswith(prefix)}
-        return {key.removeprefix(here): value for key, value in convert(part, ["semseg"]).items()}
+        return {key.removeprefix(here): value for key, value in MTMAMBA.convert(part, ["semseg"]).items()}
 
     block.load_state_dict(ours("param."))
     inputs = [data[f"in.{key}"].requires_grad_() for key in ("x", "x_cross") if f"in.{key}" in data]
@@ -138,14 +138,14 @@ def test_mamba_blocks_equal_the_original(name):
 
 def test_released_names_are_recognised():
     for case in CASES:
-        assert recognises(load_file(golden("mtmamba") / f"{case}.state.safetensors"))
-    assert not recognises(tiny_model("mtmamba").state_dict())
-    assert not recognises(["backbone.patch_embed.projection.weight", "heads.semseg.weight"])
+        assert MTMAMBA.recognises(load_file(golden("mtmamba") / f"{case}.state.safetensors"))
+    assert not MTMAMBA.recognises(tiny_model("mtmamba").state_dict())
+    assert not MTMAMBA.recognises(["backbone.patch_embed.projection.weight", "heads.semseg.weight"])
 
 
 def test_unknown_names_stay():
     key = "block_9.semseg_0.norm.weight"
-    assert list(convert({key: torch.ones(1)}, ["semseg"])) == [key]
+    assert list(MTMAMBA.convert({key: torch.ones(1)}, ["semseg"])) == [key]
 
 
 @pytest.mark.parametrize("name, lr, decay, steps", [

@@ -47,12 +47,10 @@ class MultiScaleSum(nn.Module):
             for width in widths[1:])                             # the first stage has the width of the sum
 
     def forward(self, stages: Sequence[dict[str, Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
-        total = {task: resize(feat, size) for task, feat in self._normed(0, stages[0]).items()}
-        for index, reduce in enumerate(self.reduce, start=1):
-            for task, feat in self._normed(index, stages[index]).items():
-                total[task] = total[task] + resize(reduce[task](feat), size)
+        total = {}
+        for index, (maps, norm) in enumerate(zip(stages, self.norms, strict=True)):
+            joint = norm(torch.cat(tuple(maps.values()), dim=1))    # (B, T C_s, h_s, w_s)
+            for task, feat in zip(maps, joint.chunk(len(maps), dim=1), strict=True):
+                fine = resize(self.reduce[index - 1][task](feat) if index else feat, size)
+                total[task] = total[task] + fine if index else fine
         return total
-
-    def _normed(self, index: int, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        joint = self.norms[index](torch.cat(tuple(maps.values()), dim=1))    # (B, T C_s, h_s, w_s)
-        return dict(zip(maps, joint.chunk(len(maps), dim=1), strict=True))

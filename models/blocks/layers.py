@@ -26,14 +26,6 @@ def conv_bn_relu(in_channels: int, out_channels: int, *, dilation: int = 1, bias
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
-def logit_layer(in_channels: int, num_outputs: int) -> nn.Conv2d:
-    """The last layer of the baselines and of DeMT, one linear map per pixel, which starts near zero."""
-    layer = nn.Conv2d(in_channels, num_outputs, kernel_size=1)
-    nn.init.normal_(layer.weight, std=0.01)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def lite_head(in_channels: int, hidden_channels: int, num_outputs: int, activation: type[nn.Module] = nn.ReLU,
               ) -> nn.Sequential:
     """Head of MTMamba++ (and, with GELU, of TaskPrompter): 3 x 3 convolution, batch norm, ReLU, linear per pixel.

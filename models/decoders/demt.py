@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from models.blocks.layers import conv_bn_relu, logit_layer, without_autocast
+from models.blocks.layers import conv_bn_relu, without_autocast
 from models.blocks.resize import concat_at_finest
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
@@ -84,13 +84,11 @@ class DeformableConv(nn.Module):
 def window_coordinates(feat: Tensor) -> Tensor:
     """(1, 18, h, w): rows, then columns, of the 3 x 3 window around each pixel, counted from 1."""
     height, width = feat.shape[-2:]
-    step = torch.arange(-1, 2, device=feat.device, dtype=feat.dtype)
-    dy, dx = torch.meshgrid(step, step, indexing="ij")  # (3, 3), row-major
-    y = torch.arange(1, height + 1, device=feat.device, dtype=feat.dtype)
-    x = torch.arange(1, width + 1, device=feat.device, dtype=feat.dtype)
-    rows = (dy.reshape(-1, 1, 1) + y[:, None]).expand(-1, -1, width)  # (9, h, w)
-    columns = (dx.reshape(-1, 1, 1) + x).expand(-1, height, -1)  # (9, h, w)
-    return torch.cat((rows, columns))[None]
+    step, y, x = (torch.arange(first, end, device=feat.device, dtype=feat.dtype)
+                  for first, end in ((-1, 2), (1, height + 1), (1, width + 1)))
+    window = torch.cartesian_prod(step, step).T.reshape(2, NEIGHBOURS, 1, 1)  # (dy, dx), row-major
+    pixels = torch.stack(torch.meshgrid(y, x, indexing="ij"))[:, None]  # (2, 1, h, w)
+    return (window + pixels).flatten(0, 1)[None]
 
 
 class MixerBlock(nn.Module):
@@ -173,6 +171,7 @@ class DeMTDecoder(Decoder):
     Config = DeMTConfig
     recomputed = (MixerBlock, TaskInteraction, TaskQuery)
     input_multiple = 1  # every size the backbone takes
+    logit_std = 0.01
 
     def __init__(self, context: BuildContext, config: DeMTConfig):
         super().__init__()
@@ -214,7 +213,3 @@ class DeMTDecoder(Decoder):
             raise ValueError(f"model_kwargs.mixer_order {self.asked_order} does not suit these weights: their mixers "
                              f"are {held}; leave it out or set it to auto")
         self.mixer_order = held
-
-    def make_head(self, num_outputs: int) -> nn.Conv2d:
-        """The head that belongs to this decoder: one linear layer per pixel."""
-        return logit_layer(self.channels, num_outputs)

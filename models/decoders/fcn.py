@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.blocks.layers import conv_bn_relu, logit_layer
+from models.blocks.layers import conv_bn_relu
 from models.blocks.resize import concat_at_finest
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
@@ -34,6 +34,7 @@ class FCNDecoder(Decoder):
 
     Config = FCNConfig
     input_multiple = 1  # every size the backbone takes
+    logit_std = 0.01
 
     def __init__(self, context: BuildContext, config: FCNConfig):
         super().__init__()
@@ -46,7 +47,3 @@ class FCNDecoder(Decoder):
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         feat = concat_at_finest(feats)  # (B, K, h, w)
         return DecoderOutput({task: project(feat) for task, project in self.project.items()})
-
-    def make_head(self, num_outputs: int) -> nn.Conv2d:
-        """The head that belongs to this decoder: one linear layer per pixel."""
-        return logit_layer(self.channels, num_outputs)

@@ -238,17 +238,15 @@ class MLoREDecoder(Decoder):
         self.tap_proj = nn.ModuleList(nn.Conv2d(width, self.channels, 1) for width in widths)
         self.first, self.second = (nn.ModuleList(MLoREModule(tasks, config, positions) for _ in widths)
                                    for _ in range(2))
-        self.mix = nn.ModuleDict({task: self._tap_weights(len(widths)) for task in tasks})
+        taps = len(widths)
+        self.mix = nn.ModuleDict({  # (B, taps * C, h, w) -> logits (B, taps, h, w)
+            task: nn.Sequential(nn.Conv2d(taps * self.channels, self.channels, kernel_size=1),
+                                nn.BatchNorm2d(self.channels), nn.GELU(),
+                                nn.Conv2d(self.channels, taps, kernel_size=3, padding=1)) for task in tasks})
 
     @classmethod
     def backbone_options(cls, tasks: Mapping[str, int], config: MLoREConfig) -> dict[str, Any]:
         return {"class_token": False}  # the published ViT has none
-
-    def _tap_weights(self, taps: int) -> nn.Sequential:
-        """(B, taps * C, h, w) -> logits (B, taps, h, w)."""
-        return nn.Sequential(nn.Conv2d(taps * self.channels, self.channels, kernel_size=1),
-                             nn.BatchNorm2d(self.channels), nn.GELU(),
-                             nn.Conv2d(self.channels, taps, kernel_size=3, padding=1))
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         levels, gates = [], []

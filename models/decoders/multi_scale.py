@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.blocks.layers import conv_bn_relu, logit_layer
+from models.blocks.layers import conv_bn_relu
 from models.blocks.resize import resize
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
@@ -52,6 +52,7 @@ class MultiScaleDecoder(Decoder):
 
     Config = MultiScaleConfig
     input_multiple = 1  # every size the backbone takes
+    logit_std = 0.01
 
     def __init__(self, context: BuildContext, config: MultiScaleConfig):
         super().__init__()
@@ -60,7 +61,3 @@ class MultiScaleDecoder(Decoder):
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         return DecoderOutput({task: pyramid(feats) for task, pyramid in self.pyramid.items()})
-
-    def make_head(self, num_outputs: int) -> nn.Conv2d:
-        """The head that belongs to this decoder: one linear layer per pixel."""
-        return logit_layer(self.channels, num_outputs)

@@ -126,22 +126,6 @@ class Reweighting(nn.Module):
         return out
 
 
-def deconv_head(in_channels: int, num_outputs: int) -> nn.Sequential:
-    """The `deconv` head: the grid doubled by a transposed convolution, half the width, one more 3 x 3 convolution.
-
-    (B, F, H, W) -> (B, num_outputs, 2 H, 2 W), without activation; the model resizes.
-    """
-    width = in_channels // 2
-    head = nn.Sequential(OrderedDict(
-        conv=nn.ConvTranspose2d(in_channels, width, kernel_size=2, stride=2), norm=nn.BatchNorm2d(width),
-        activation=nn.GELU(), refine=nn.Conv2d(width, width, kernel_size=3, padding=1),
-        refine_norm=nn.BatchNorm2d(width), refine_activation=nn.GELU(),
-        proj=nn.Conv2d(width, num_outputs, kernel_size=1)))
-    for layer in (head.conv, head.refine, head.proj):
-        nn.init.trunc_normal_(layer.weight, std=INIT_STD)
-    return head
-
-
 class TaskPrompterDecoder(Decoder):
     """Levels of a prompted backbone to one map per task.
 
@@ -192,7 +176,18 @@ class TaskPrompterDecoder(Decoder):
         return self.reweighting[index](feats, level.mutual) if self.reweighting else feats
 
     def make_head(self, num_outputs: int) -> nn.Module:
-        """The head that the option `head` names."""
-        if self.head == "deconv":
-            return deconv_head(self.channels, num_outputs)
-        return lite_head(self.channels, self.channels, num_outputs, activation=nn.GELU)
+        """The head that the option `head` names; (B, F, H, W) to logits, which the model resizes.
+
+        `deconv`: the grid doubled by a transposed convolution, half the width, one more 3 x 3 convolution.
+        """
+        if self.head == "conv":
+            return lite_head(self.channels, self.channels, num_outputs, activation=nn.GELU)
+        width = self.channels // 2
+        head = nn.Sequential(OrderedDict(
+            conv=nn.ConvTranspose2d(self.channels, width, kernel_size=2, stride=2), norm=nn.BatchNorm2d(width),
+            activation=nn.GELU(), refine=nn.Conv2d(width, width, kernel_size=3, padding=1),
+            refine_norm=nn.BatchNorm2d(width), refine_activation=nn.GELU(),
+            proj=nn.Conv2d(width, num_outputs, kernel_size=1)))  # (B, num_outputs, 2 H, 2 W)
+        for layer in (head.conv, head.refine, head.proj):
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+        return head

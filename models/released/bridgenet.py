@@ -31,4 +31,3 @@ BRIDGENET = ReleasedBridgeNet(("multi_task_decoder.trfl.",), (
     (BLOCK + "attn.proj.", "decoder.stages.{stage}.extract.proj."),
     (BLOCK + "<norm1|norm2|mlp>.", "decoder.stages.{stage}.extract.<norm1|norm2|mlp>."),
 ), dead=DECODER + r"(scale_embed.0|trfl.norm_mt|trfl.redu_chan.0.\d).")
-rename = BRIDGENET.rename

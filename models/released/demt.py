@@ -54,4 +54,3 @@ class ReleasedDeMT(ReleasedOnSwin):
 
 BASELINE = ReleasedBaseline(("head.bottleneck.", "head.final_logits."), ROWS, DEAD)
 DEMT = ReleasedDeMT(("head.defor_mixers.",), ROWS, DEAD)
-convert = BASELINE.convert  # of a DeMT's weights, too, without the order

@@ -28,4 +28,3 @@ INVPT = Released(("multi_task_decoder.invpt.",), (
     (BLOCK + "attn.<proj|fuse_attn>.", "decoder.stages.{stage}.attention.<proj|fuse>."),
     (BLOCK + "<norm1|norm2|mlp>.", "decoder.stages.{stage}.<norm1|norm2|mlp>."),
 ), dead=DECODER + r"(scale_embed.2|invpt.norm_mt|invpt.redu_chan.0.\d|invpt.invpt_stages.0.blocks.0.attn.fuse_attn).")
-rename = INVPT.rename

@@ -43,7 +43,6 @@ MLORE = ReleasedMLoRE(("backbone.MLoRE_1.", "backbone.q_generate."), (
     # The two convolutions of an expert.
     "W.weight": "down.weight", "W.bias": "down.bias", "M.weight": "up", "M.bias": "up_bias"})
 # Dead: unused layers of the ViT-B model, and kernels that its files store after folding, which follow from the factors.
-convert = MLORE.convert
 
 
 def locate(key: str) -> tuple[str, int]:

@@ -49,4 +49,3 @@ MTMAMBA = ReleasedMTMamba(("block_3.0.op_share.", "block_ctm.0.0.conv_share."), 
     "out_norm.bias": "core.norm.bias",
     "in_proj_cross.weight": "source_proj.weight",
 })
-convert, recognises = MTMAMBA.convert, MTMAMBA.recognises

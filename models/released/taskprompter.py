@@ -41,4 +41,3 @@ TASKPROMPTER = ReleasedTaskPrompter(("backbone.fea_decode_spa.",), (
     ("heads.{task}.mt_proj.<0|1|3|4>.", "heads.{task}.<conv|norm|refine|refine_norm>."),
     ("heads.{task}.linear_pred.", "heads.{task}.proj."),
 ))
-rename = TASKPROMPTER.rename

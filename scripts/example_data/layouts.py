@@ -36,19 +36,14 @@ class Layout(NamedTuple):
         for file, content in zip(self.files(number), self.contents.values(), strict=True):
             path, found = folder / file, content(rendered, self.image_id(number))
             if path.suffix == ".mat":
-                _save_mat(path, found)
+                buffer = io.BytesIO()
+                savemat(buffer, found, do_compression=True)
+                path.write_bytes(MAT_HEADER.ljust(116) + buffer.getvalue()[116:])    # equal contents, equal bytes
             elif path.suffix == ".npy":
                 np.save(path, found)
             else:
                 picture = found if isinstance(found, Image.Image) else Image.fromarray(found)
                 picture.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
-
-
-def _save_mat(path: Path, variables: dict) -> None:
-    """savemat with a fixed header text, so that equal contents give equal bytes."""
-    buffer = io.BytesIO()
-    savemat(buffer, variables, do_compression=True)
-    path.write_bytes(MAT_HEADER.ljust(116) + buffer.getvalue()[116:])
 
 
 def encode_normals(rendered: Rendered, image_id: str) -> np.ndarray:

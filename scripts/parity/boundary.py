@@ -47,10 +47,6 @@ def _truths(data: Arrays) -> list[np.ndarray]:
     return [truth_boundary(label, KINDS[str(data["gt_kind"])]) for label in (raw if raw.ndim == 3 else raw[None])]
 
 
-def _counts(data: Arrays) -> np.ndarray:
-    return image_counts(data["pred"], _truths(data), Protocol(float(data["max_dist"])))
-
-
 def _case(data: Arrays, options: Options) -> Iterator[Measure]:
     protocol, truths = Protocol(float(data["max_dist"])), _truths(data)
     counts, stored = image_counts(data["pred"], truths, protocol), data["counts"]
@@ -126,7 +122,7 @@ def _group(folder: Folder, group: dict, options: Options) -> Iterator[Measure]:
     thresholds = cases[0]["thresholds"]
     totals = BoundaryTotals.empty(len(thresholds))
     for case in cases:
-        totals.add(_counts(case))
+        totals.add(image_counts(case["pred"], _truths(case), Protocol(float(case["max_dist"]))))
     ours = totals.scores(thresholds)
     for key, value in group.get("exact_matching", {}).items():
         if key in SCORES:

@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterator
 
 from einops import rearrange
-from torch import Tensor
 
 from models.blocks.resize import resize
 from models.model import MultiTaskModel
-from models.released.bridgenet import rename
+from models.released.bridgenet import BRIDGENET
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, absolute_error, stored_error, stored_share
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
@@ -62,31 +61,25 @@ def _scores(case: Case) -> Iterator[Measure]:
             yield SCORE.measure(f"{task} {name}", scored.compute()[name], want, case.options)
 
 
-def _as_stored(got: Tensor, want: Tensor) -> Tensor:
-    return got if got.ndim == want.ndim else rearrange(got, "b c h w -> b (h w) c")
-
-
 def _full_size(entry: dict) -> Iterator[Measure]:
     model = shipped("bridgenet", entry["tasks"], entry["image_size"], entry["params_total"])
     yield from compare.keys(model, entry["keys"], entry["tasks"], entry["params_total"], entry["params_unused"])
     yield compare.difference("encoder", parameters(model.encoder), entry["params_backbone"])
     yield compare.difference("heads", parameters(model.heads), entry["params_heads"])
-    gmacs = (flops(model.eval(), entry["image_size"]).get_total_flops() / 2 + _dead_macs(entry)) / 1e9
-    yield compare.difference("gmacs", gmacs, entry["gmacs"]["total"], 0.006)  # two decimals are given
-
-
-def _dead_macs(entry: dict) -> int:
-    """Multiply-adds of the one layer that the original computes without using it: 3 x 3 on the finest map."""
-    is_vit = entry["backbone"]["type"] == "vit"  # a transposed convolution there, else one without padding
+    # The original computes one layer without using it, 3 x 3 on the finest map: of a ViT a transposed convolution, else
+    # one without padding.
+    is_vit = entry["backbone"]["type"] == "vit"
     height, width = (side // 16 if is_vit else side // 4 - 2 for side in entry["image_size"])
-    return height * width * math.prod(entry["keys"]["multi_task_decoder.scale_embed.0.weight"])
+    unused = height * width * math.prod(entry["keys"]["multi_task_decoder.scale_embed.0.weight"])
+    gmacs = (flops(model.eval(), entry["image_size"]).get_total_flops() / 2 + unused) / 1e9
+    yield compare.difference("gmacs", gmacs, entry["gmacs"]["total"], 0.006)  # two decimals are given
 
 
 SYSTEM = System(
     released=("BridgeNet",),
     fits=lambda config: {"pred_out_num_constant", "dilated_ratio", "backbone"} <= config.keys(),
     build=_build,
-    convert=lambda tensors, tasks: {rename(key, tasks): value for key, value in tensors.items()},
+    convert=BRIDGENET.convert,
     groups={"outputs": (_outputs, *MODEL, "eval.out."), "features inside": (compare.inside, *MODEL, "eval.mid."),
             "losses and scores": (_scores, "eval.out.", "target.", "metrics"),
             "training": (compare.training, *MODEL, "train."),
@@ -117,7 +110,7 @@ SYSTEM = System(
     bounds=Bounds(value=Bound(absolute_error, 5e-5, 5e-5), train=TRAINED, after=TRAINED,
                   gradient=Bound(stored_share, 1e-9, 1e-2)),
     uncovered=lambda config, name: NO_EFFECT if name == "scale_embed.0" else "",
-    as_stored=_as_stored,
+    as_stored=lambda got, want: got if got.ndim == want.ndim else rearrange(got, "b c h w -> b (h w) c"),
     shapes="keys",
     full_size=_full_size)
 checks = SYSTEM.checks

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.backbones.internimage import DeformableConv, InternImageBlock, to_own_layout
@@ -22,17 +22,15 @@ OUTPUT, GRADIENT = Bound(stored_error, 1e-9, 2e-5), Bound(stored_share, 1e-9, 5e
 
 def checks(folder: Folder) -> Iterator[Check]:
     for table, case, settings in folder.entries(lambda entry: True):
-        run = _operator if "group_channels" in settings else KINDS.get(str(settings.get("kind")))
+        run = (_operator if "group_channels" in settings else
+               _on_module if str(settings.get("kind")) in KINDS else None)
         arrays = next((p for p, keys in folder.arrays.items() if f"{case}.input" in keys), None)
         if run is not None and arrays is not None:
             yield Check(case, frozenset({table, arrays}), partial(_run, run, case, settings, arrays))
 
 
 def _run(run: Callable, case: str, settings: dict, path: Path, options: Options) -> Iterator[Measure]:
-    with safe_open(path, "pt") as content:
-        names = [name for name in content.keys() if name.startswith(f"{case}.")]  # noqa: SIM118
-        data = {name.removeprefix(f"{case}."): content.get_tensor(name) for name in names}
-    yield from run(settings, data, options)
+    yield from run(settings, below(load_file(path), f"{case}."), options)
 
 
 def _leaf(value: Tensor, options: Options) -> Tensor:
@@ -50,10 +48,9 @@ def _operator(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Me
             yield GRADIENT.measure(f"grad_{name}", leaf.grad, data[f"grad_{name}"], options)
 
 
-def _on_module(build: Callable[[dict], nn.Module], c: dict, data: dict[str, Tensor],
-               options: Options) -> Iterator[Measure]:
+def _on_module(c: dict, data: dict[str, Tensor], options: Options) -> Iterator[Measure]:
     """A module, a block or a backbone: what it gives, gradients of the input and of every parameter."""
-    module = build(c)
+    module = KINDS[c["kind"]](c)
     prefix = "dcn." if isinstance(module, DeformableConv) else ""  # its name in a block
 
     def ours(key: str) -> str:
@@ -76,25 +73,16 @@ def _on_module(build: Callable[[dict], nn.Module], c: dict, data: dict[str, Tens
         yield GRADIENT.measure(f"grad.{key}", gradients[ours(key)], want, options)
 
 
-def _module(c: dict) -> nn.Module:
-    return DeformableConv(c["channels"], c["group"], c["kernel_size"], c["pad"], c["dilation"], c["offset_scale"],
-                          c["dw_kernel_size"], c["center_feature_scale"])
-
-
-def _block(c: dict) -> nn.Module:
-    return InternImageBlock(c["channels"], c["groups"], c["mlp_ratio"], c["post_norm"], c["layer_scale"],
-                            c["res_post_norm"], 0.0, offset_scale=c["offset_scale"],
-                            dw_kernel_size=c.get("dw_kernel_size"),
-                            centre_scale=c.get("center_feature_scale", False))
-
-
-def _backbone(c: dict) -> nn.Module:
-    names = ("depths", "groups", "offset_scale", "post_norm", "layer_scale", "mlp_ratio", "drop_path_rate")
-    return build_backbone("internimage", tuple(c["input_shape"][-2:]),
-                          {"embed_dim": c["channels"], **{name: c[name] for name in names}})
-
-
-KINDS: dict[str, Callable] = {
-    "DCNv3 module": partial(_on_module, _module), "InternImage layer": partial(_on_module, _block),
-    "InternImage backbone": partial(_on_module, _backbone),
+OF_BACKBONE = ("depths", "groups", "offset_scale", "post_norm", "layer_scale", "mlp_ratio", "drop_path_rate")
+KINDS: dict[str, Callable[[dict], nn.Module]] = {
+    "DCNv3 module": lambda c: DeformableConv(
+        c["channels"], c["group"], c["kernel_size"], c["pad"], c["dilation"], c["offset_scale"], c["dw_kernel_size"],
+        c["center_feature_scale"]),
+    "InternImage layer": lambda c: InternImageBlock(
+        c["channels"], c["groups"], c["mlp_ratio"], c["post_norm"], c["layer_scale"], c["res_post_norm"], 0.0,
+        offset_scale=c["offset_scale"], dw_kernel_size=c.get("dw_kernel_size"),
+        centre_scale=c.get("center_feature_scale", False)),
+    "InternImage backbone": lambda c: build_backbone(
+        "internimage", tuple(c["input_shape"][-2:]),
+        {"embed_dim": c["channels"], **{name: c[name] for name in OF_BACKBONE}}),
 }

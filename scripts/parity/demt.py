@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from models.model import MultiTaskModel
-from models.released.demt import convert
+from models.released.demt import BASELINE
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, absolute_error, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
@@ -29,22 +29,19 @@ TASK = f"({'|'.join(TASKS)})"
 
 
 def _build(config: dict, attention: str = "batch") -> MultiTaskModel:
-    head, options = config["head"], {}
+    head, sizes, options = config["head"], config["backbone"], {}
     if HEADS[head["name"]] == "demt":
         options = {key: head[key] for key in ("dim", "num_heads", "mixer_depth")} | {"attention": attention}
-    name, sizes = _backbone(config["backbone"])
+    if sizes["type"] == "swin":
+        kwargs = {"embed_dim": sizes["embed_dims"],
+                  **{key: sizes[key] for key in ("depths", "num_heads", "window_size", "drop_path_rate")}}
+    else:
+        first, *stages = (sizes["extra"][f"stage{number}"] for number in (1, 2, 3, 4))
+        kwargs = {"width": sizes["planes"][0], "num_blocks": stages[0]["num_blocks"][0],
+                  "num_modules": [stage["num_modules"] for stage in stages], "stem_blocks": first["num_blocks"][0]}
     tasks = {task: config["tasks"][task] for task in config["task_order"]}
-    return build(HEADS[head["name"]], name, tasks, config["image_size"], sizes, options)
-
-
-def _backbone(entry: dict) -> tuple[str, dict]:
-    """Name and sizes of a case's backbone here."""
-    if entry["type"] == "swin":
-        return "swin", {"embed_dim": entry["embed_dims"], "drop_path_rate": entry["drop_path_rate"],
-                        **{key: entry[key] for key in ("depths", "num_heads", "window_size")}}
-    first, *stages = (entry["extra"][f"stage{number}"] for number in (1, 2, 3, 4))
-    return "hrnet", {"width": entry["planes"][0], "num_blocks": stages[0]["num_blocks"][0],
-                     "num_modules": [stage["num_modules"] for stage in stages], "stem_blocks": first["num_blocks"][0]}
+    name = "swin" if sizes["type"] == "swin" else "hrnet"
+    return build(HEADS[head["name"]], name, tasks, config["image_size"], kwargs, options)
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -89,7 +86,7 @@ SYSTEM = System(
     fits=lambda config: (isinstance(config.get("head"), dict) and config["head"].get("name") in HEADS
                          and "backbone" in config),
     build=_build,
-    convert=convert,
+    convert=BASELINE.convert,  # of a DeMT's weights, too, without the order of the mixers
     groups={"outputs": (compare.outputs, *MODEL, "eval.out."), "inside": (compare.inside, *MODEL, "eval.mid."),
             "each image alone": (_single, *MODEL, "eval_single."), "training": (_training, *MODEL, "train."),
             "training, each image alone": (partial(compare.training, run="trainps.", attention="per_sample"), *MODEL,

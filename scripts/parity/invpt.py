@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from models.model import MultiTaskModel
-from models.released.invpt import rename
+from models.released.invpt import INVPT
 from scripts.parity import compare
 from scripts.parity.base import Measure
 from scripts.parity.case import MODEL, NO_EFFECT, System
@@ -36,7 +36,7 @@ SYSTEM = System(
     released=("InvPT",),
     fits=lambda config: config.get("model") == "InvPT" and "backbone" in config,
     build=_build,
-    convert=lambda tensors, tasks: {rename(key, tasks): value for key, value in tensors.items()},
+    convert=INVPT.convert,
     groups={"outputs": (lambda case: compare.outputs(case, kinds=("out",)), *MODEL),
             "preliminary predictions": (lambda case: compare.outputs(case, kinds=("inter",)), *MODEL),
             "features inside": (compare.inside, *MODEL), "training": (compare.training, *MODEL),

@@ -22,16 +22,13 @@ def checks(folder: Folder) -> Iterator[Check]:
     for expected in folder.arrays:
         for directory in folder.data_sets:
             if expected.stem.startswith(directory.name) and expected.suffix == ".npz":
-                yield from _cases(directory, expected)
+                data = np.load(expected)
+                for sample in dict.fromkeys(key.rpartition("/")[0] for key in data):
+                    yield Check(f"{directory.name}/{sample}", frozenset({expected}),
+                                partial(_run, directory, data, sample))
     for path, content in folder.tables.items():
         if isinstance(content, list) and content and all(isinstance(x, int) for x in content):
             yield Check(path.stem, frozenset({path}), partial(_normals_ids, content))
-
-
-def _cases(directory: Path, expected: Path) -> Iterator[Check]:
-    data = np.load(expected)
-    for sample in dict.fromkeys(key.rpartition("/")[0] for key in data):
-        yield Check(f"{directory.name}/{sample}", frozenset({expected}), partial(_run, directory, data, sample))
 
 
 def _normals_ids(ids: list[int], options: Options) -> Iterator[Measure]:
@@ -50,8 +47,7 @@ def _data_set_of(directory: Path) -> type[MultiTaskDataset]:
 
 def _run(directory: Path, expected: Arrays, sample: str, options: Options) -> Iterator[Measure]:
     split, name = sample.split("/")
-    want = {key.rpartition("/")[2]: key for key in expected if key.startswith(f"{sample}/")}
-    want = {key: expected[path] for key, path in want.items()}
+    want = {path.rpartition("/")[2]: expected[path] for path in expected if path.startswith(f"{sample}/")}
     kind = _data_set_of(directory)
     tasks = label_rules(task for task in want if task in TASKS)
     with tempfile.TemporaryDirectory() as root:    # a data set insists on its folder's name

@@ -85,7 +85,9 @@ def _compare(key: str, got: object, want: object, percent: bool) -> Measure:
 
 def _fill(task: str, family: str, metric: str, data: Mapping[str, np.ndarray]) -> Meter:
     """The meter of this family's convention after all batches of the file."""
-    void, options = _depth(family, metric) if task == "depth" else (None, {"edge_w": _edge_weight(metric)})
+    edge_weight = re.search(r"w(\d*\.?\d+)", metric)
+    void, options = (_depth(family, metric) if task == "depth" else
+                     (None, {"edge_w": float(edge_weight[1]) if edge_weight else 0.95}))
     channels, number = data["logits_0"].shape[1], sum(key.startswith("logits_") for key in data)
     old_normals = (family, task) == (OLD, "normals")
     scored = NormalsMeter(convention="arccos") if old_normals else meter(task, channels, **options)
@@ -115,11 +117,6 @@ def _depth(family: str, metric: str) -> tuple[float, dict]:
         return -1.0 if family == "taskprompter" else 0.0, {"depth_range": VALID_RANGE}
     # "as_run": void is 255 in the label but the score ignores 0, so every void pixel counts as 255 m
     return 255.0, {"ignore_index": 0 if metric.endswith("as_run") else VOID}
-
-
-def _edge_weight(metric: str) -> float:
-    found = re.search(r"w(\d*\.?\d+)", metric)
-    return float(found[1]) if found else 0.95
 
 
 # Figure or count of a reference -> ours.

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.labels import VOID
 from models.blocks.resize import resize
 from models.model import MultiTaskModel
-from models.released.mlore import convert, locate, reshaped
+from models.released.mlore import MLORE, locate, reshaped
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
@@ -187,24 +187,19 @@ def _full_size(entry: dict) -> Iterator[Measure]:
     row = shapes["backbone.pos_embed"][-1]  # of the class token
     yield from compare.keys(model, shapes, tuple(model.heads), entry["total_params"] - row,
                             entry["params_never_used_in_forward"], joined)
-    for form, want in entry["gmacs_batch1"].items():
-        gmacs = _gmacs(model, image_size, form == "folded")
-        yield compare.difference(f"multiply-adds, {form}", gmacs / want, 1.0, 0.01)
-
-
-def _gmacs(model: MultiTaskModel, image_size: tuple[int, int], folded: bool) -> float:
-    """With the heads' convolutions on the enlarged maps, as the reference computes them."""
-    for head in model.heads.values():
+    for head in model.heads.values():  # the reference's convolutions run on the enlarged maps
         head.conv.forward = head.conv.plain
-    model.prepare_for_inference() if folded else model.train().eval()
-    return flops(model, image_size).get_total_flops() / 2e9
+    for form, want in entry["gmacs_batch1"].items():
+        model.prepare_for_inference() if form == "folded" else model.train().eval()
+        gmacs = flops(model, image_size).get_total_flops() / 2e9
+        yield compare.difference(f"multiply-adds, {form}", gmacs / want, 1.0, 0.01)
 
 
 SYSTEM = System(
     released=("MLoRE",),
     fits=lambda config: "tasks" in config and config.keys() >= set(OPTIONS),
     build=lambda config, **options: _build(config, config["tasks"], load_balancing_weight=1.0, **options),
-    convert=convert,
+    convert=MLORE.convert,
     groups={"outputs": (partial(_outputs, run="eval."), *MODEL, "eval."),
             "outputs of float64": (partial(_outputs, run="eval64."), *MODEL, "eval64."),
             "features inside": (compare.inside, *MODEL, "eval.mid."),

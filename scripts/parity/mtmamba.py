@@ -17,7 +17,7 @@ from torch import Tensor
 from losses.balancing import build_balancing
 from models.model import MultiTaskModel
 from models.ops.selective_scan import count_scan_flops, selective_scan
-from models.released.mtmamba import convert
+from models.released.mtmamba import MTMAMBA
 from scripts.parity import compare
 from scripts.parity.base import Bound, Check, Folder, Measure, Options, absolute_error, below, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
@@ -43,10 +43,6 @@ def _build(config: dict) -> MultiTaskModel:
 def _run(kind: str, case: Case) -> str:
     """The recorded run that was made in our arithmetic."""
     return f"{kind}64." if case.options.dtype == torch.float64 else f"{kind}."
-
-
-def _outputs(case: Case) -> Iterator[Measure]:
-    yield from compare.predictions(case, case.predict(), _run("eval", case), "value")
 
 
 def _features(case: Case) -> Iterator[Measure]:
@@ -150,9 +146,10 @@ SYSTEM = System(
     released=("MTMamba",),
     fits=lambda config: config.keys() >= SIZES,
     build=_build,
-    convert=convert,
+    convert=MTMAMBA.convert,
     groups={"features": (_features, *MODEL, "eval.feat."), "inside": (_inside, *MODEL, "eval.mid."),
-            "outputs": (_outputs, *MODEL, "eval.out."), "training": (_training, *MODEL, "eval.out."),
+            "outputs": (lambda case: compare.outputs(case, _run("eval", case)), *MODEL, "eval.out."),
+            "training": (_training, *MODEL, "eval.out."),
             "gradients": (_gradients, *MODEL, "train.fixed.")},
     names=((r"eval\.((?:bb|dec|head)\..*)", r"eval.mid.\1"),
            (r"train\.cot\.(\w+)", r"train.fixed.\1"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.model import MultiTaskModel
-from models.released.taskprompter import DETECTION, rename
+from models.released.taskprompter import DETECTION, TASKPROMPTER
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, stored_error
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
@@ -69,7 +69,7 @@ SYSTEM = System(
     released=("TaskPrompter",),
     fits=lambda config: config.get("model") == "TaskPrompter" and "backbone" in config,
     build=_build,
-    convert=lambda tensors, tasks: {rename(key): value for key, value in tensors.items()},
+    convert=lambda tensors, tasks: {TASKPROMPTER.rename(key): value for key, value in tensors.items()},
     groups={"outputs": (compare.outputs, *MODEL), "features inside": (compare.inside, *MODEL),
             "training": (compare.training, *MODEL),
             "gradient norms": (compare.gradient_norms, *MODEL, "norms")},

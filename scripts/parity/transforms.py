@@ -80,7 +80,10 @@ def _apply(entry: dict, sample: dict) -> dict:
         top, bottom, left, right = entry["loc"]
         return transforms.RandomCrop(tasks, (bottom - top, right - left)).apply(sample, top, left)
     if op == "photometric":
-        return {"image": _photometric(sample["image"], entry["steps"])}
+        image = sample["image"].astype(np.uint8)
+        for name, value in entry["steps"]:
+            image = getattr(transforms, name)(image, value)
+        return {"image": image}
     if op in ("train pipeline", "val pipeline"):
         build = transforms.train_transform if op.startswith("train") else transforms.eval_transform
         replay = Replay(entry.get("draws", ()))
@@ -88,11 +91,7 @@ def _apply(entry: dict, sample: dict) -> dict:
         if replay.draws:
             raise ValueError(f"{len(replay.draws)} recorded draws were not made")
         return result
-    return _steps(entry, sample, tasks)
-
-
-def _steps(entry: dict, sample: dict, tasks: dict) -> dict:
-    """flip, normalize, pad, add_ignore, and "pad(H,W) then add_ignore"."""
+    # flip, normalize, pad, add_ignore, and "pad(H,W) then add_ignore"
     for name, size in re.findall(r"(\w+)(?:\((\d+,\d+)\))?(?: then )?", entry["op"]):
         if name == "flip":
             sample = transforms.RandomFlip(tasks).apply(sample)
@@ -104,10 +103,3 @@ def _steps(entry: dict, sample: dict, tasks: dict) -> dict:
         else:
             sample = {"add_ignore": transforms.MarkVoid(tasks)}[name](sample, None)
     return sample
-
-
-def _photometric(image: np.ndarray, steps: Sequence[tuple[str, float]]) -> np.ndarray:
-    image = image.astype(np.uint8)
-    for name, value in steps:
-        image = getattr(transforms, name)(image, value)
-    return image
