@@ -275,6 +275,17 @@ def test_true_finds_the_original_file_in_the_folder(tmp_path, monkeypatch, class
     assert (backbone.patch_embed.proj.bias == 7).all()
 
 
+def test_weights_that_only_their_authors_publish_lie_in_the_folder_or_are_asked_for(tmp_path, monkeypatch, classifier):
+    monkeypatch.setattr(checkpoint, "PRETRAINED_DIR", tmp_path)
+    backbone = swin()
+    backbone.pretrained_file, backbone.pretrained_home = "original.pth", "the authors' page"
+    with pytest.raises(FileNotFoundError, match="no original.pth in .*: fetch it from the authors' page, or set"):
+        load_pretrained(backbone, True)
+    torch.save({"model": official_layout(classifier)}, tmp_path / "original.pth")
+    load_pretrained(backbone, True)
+    assert torch.equal(backbone.patch_embed.proj.weight, classifier.patch_embed.proj.weight)
+
+
 @pytest.mark.parametrize("source, error, message", [
     (True, ValueError, "this SwinBackbone has no ImageNet weights of its own"),
     ("swin_large_patch4", ValueError, "'swin_large_patch4' is neither a file nor a timm model with weights"),

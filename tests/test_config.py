@@ -102,7 +102,8 @@ def test_a_mistake_names_the_layer_it_came_from(tmp_path):
     ("optimizer_kwargs.betas=[-0.1, 0.9]", "two numbers in"), ("optimizer_kwargs.betas=[0.9, 1]", "two numbers in"),
     ("optimizer_kwargs.eps=0", "positive"),
     ("optimizer_kwargs.weight_decay=-1", "at least 0"), ("scheduler_kwargs.power=-1", "at least 0"),
-    ("scheduler_kwargs.min_lr=-1", "at least 0"), ("augmentation.flip_prob=1.5", "a probability"),
+    ("scheduler_kwargs.min_lr=-1", "at least 0"),
+    ("optimizer_kwargs.eps=.nan", "a number"), ("augmentation.flip_prob=1.5", "a probability"),
     ("task_dictionary.edge_w=1.5", "a weight in [0, 1]")])
 def test_an_option_out_of_range_is_refused_with_what_is_valid(override, valid):
     key, _, value = override.partition("=")

@@ -156,6 +156,19 @@ def test_the_network_sees_the_picture_as_in_training(tmp_path):
     torch.testing.assert_close(inside, torch.eye(3)[:, None].expand_as(inside), rtol=0, atol=1e-5)
 
 
+def test_a_larger_picture_is_averaged_not_sampled(tmp_path):
+    seen = []
+
+    def look(rgb: Tensor) -> dict[str, Tensor]:
+        seen.append(rgb.clone())
+        return by_colour(rgb)
+
+    board = np.indices((320, 480)).sum(0) % 2 * 255                            # five times the size of the network
+    run(tmp_path, {"a.png": np.repeat(board[..., None], 3, 2).astype(np.uint8)}, [], look)
+    [[frame]] = seen                                                           # (3, 64, 96)
+    torch.testing.assert_close(frame, torch.full_like(frame, 0.5), rtol=0, atol=0.03)         # 12 or 13 of 25
+
+
 def test_the_panel_shows_the_picture_and_the_legend_in_their_colours(tmp_path):
     [panel] = run(tmp_path, {"a.png": stripes(64, 96)}, [])
     sheet = np.asarray(Image.open(panel).convert("RGB"))
