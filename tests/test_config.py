@@ -72,7 +72,7 @@ def test_resolved_configuration_reads_back(tmp_path):
     ({"task_dictionary": {"include_sal": True}}, r"NYUD has no labels for sal; its tasks: semseg, depth, normals"),
     ({"task_dictionary": {}}, r"no task is on"),
     ({"train_db_name": "NUYD"}, r"'train_db_name': unknown data set 'NUYD'; did you mean 'NYUD'\?"),
-    ({"image_size": [448]}, r"'image_size' must be a list of 2 values, got \[448\]"),
+    ({"image_size": [448]}, r"'image_size' must be a list of 2 values or empty, got \[448\]"),
     ({"loss_kwargs": {"loss_weights": {"semseg": 1}}}, r"loss_weights lacks depth"),
     ({"loss_kwargs": {"loss_weights": {"semseg": 1, "dept": 1}}}, r"unknown task\(s\) dept"),
     ({"scheduler_kwargs": {"warmup_iters": 10}, "max_iter": 10},

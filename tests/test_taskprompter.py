@@ -289,7 +289,7 @@ def test_labels_take_the_size_that_the_file_asks_for():
 
 @pytest.mark.parametrize("size, message", [
     ("[64, 96]", r"labels of \[64, 96\], which must be the image size \[448, 576\]"),
-    ("64", "dd_label_map_size' must be a list of 2 values, got 64")])
+    ("64", "dd_label_map_size' must be a list of 2 values or empty, got 64")])
 def test_a_label_size_that_labels_cannot_take_is_refused(size, message):
     with pytest.raises(ConfigError, match=message):
         load_config(NYUD, [f"model_kwargs.dd_label_map_size={size}"])

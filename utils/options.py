@@ -135,10 +135,10 @@ def _field(value: Any, f: dataclasses.Field, hint: Any, key: str, where: Where) 
     return result
 
 
-def _convert(value: Any, hint: Any, key: str, where: Where) -> Any:
-    """The value as the field's type, or a ConfigError that says which types and values are valid."""
+def _convert(value: Any, hint: Any, key: str, where: Where, also: str = "") -> Any:
+    """The value as the field's type, or a ConfigError that says which types and values (and `also`) are valid."""
     def wrong(expected: str) -> ConfigError:
-        return ConfigError(f"{where(key)}: '{key}' must be {expected}, got {value!r}")
+        return ConfigError(f"{where(key)}: '{key}' must be {expected}{also}, got {value!r}")
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -176,7 +176,8 @@ def _convert_union(value: Any, options: tuple, key: str, where: Where, wrong: Ca
     if value is None and type(None) in options:
         return None
     if len(options) == 2 and type(None) in options:
-        return _convert(value, next(option for option in options if option is not type(None)), key, where)
+        [kind] = (option for option in options if option is not type(None))
+        return _convert(value, kind, key, where, " or empty")
     for option in options:
         if option is bool or option is str:     # only what is one already: text would accept any number
             if isinstance(value, option):
