@@ -223,6 +223,7 @@ def test_labels_of_another_size_are_brought_to_the_image(nyud):
     cubic = cv2.resize((2 * small.astype(np.float32) / 255 - 1), (24, 20), interpolation=cv2.INTER_CUBIC)
     np.testing.assert_allclose(sample["normals"], cubic, atol=1e-6)
     assert MapLabel().fit(np.zeros((4, 5, 1), np.float32), (8, 3)).shape == (8, 3, 1)
+    assert MapLabel().fit(np.zeros((4, 5, 1), np.float32), (2, 3)).shape == (2, 3, 1)     # a larger one too
 
 
 def test_augmentation_depends_on_the_given_seed_only(nyud):
