@@ -5,6 +5,7 @@ same methods: transforms and loaders call these and never look into a label.
 Maps are H x W x C float32 arrays; void is 255 in every channel.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,42 +17,42 @@ VOID = 255.0
 INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}
 
 
-class LabelRules:
+class LabelRules(ABC):
     """What happens to a label while its image is prepared. Sizes are (height, width)."""
 
     guides_crop: bool = False       # whether its classes tell a varied crop from a dull one (`transforms.RandomCrop`)
 
+    @abstractmethod
     def fit(self, label: Any, size: tuple[int, int]) -> Any:
         """The label of a file, brought to the size of its image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resize(self, label: Any, size: tuple[int, int]) -> Any:
         """At another size, values as they are."""
-        raise NotImplementedError
 
     def scale(self, label: Any, size: tuple[int, int], factor: float) -> Any:
         """The image was enlarged by `factor` to `size`, as if the camera had come nearer."""
         return self.resize(label, size)
 
+    @abstractmethod
     def crop(self, label: Any, top: int, left: int, size: tuple[int, int]) -> Any:
         """Of at most `size`, cut out at this corner."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flip(self, label: Any) -> Any:
         """Mirrored left to right."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pad(self, label: Any, frame: tuple[int, int]) -> Any:
         """Centred in a larger frame (rounded down)."""
-        raise NotImplementedError
 
     def mark_void(self, label: Any) -> Any:
         """With what carries no supervision marked."""
         return label
 
+    @abstractmethod
     def to_tensor(self, label: Any) -> Any:
         """As the loss takes it, of one image."""
-        raise NotImplementedError
 
     def collate(self, labels: Sequence[Any]) -> Any:
         """The labels of a batch's images together."""

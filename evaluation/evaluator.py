@@ -4,6 +4,7 @@ Two kinds exist. A streaming one keeps a few sums (`evaluation.meter.Meter`); a 
 processes and adds up what they count (`evaluation.boundary.evaluator`). The loop that runs them knows neither.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class TaskContext:
     progress: bool = False
 
 
-class Evaluator:
+class Evaluator(ABC):
     """`update` per batch, `reduce` once at the end, `compute`; `close` in any case."""
 
     scores: ClassVar[tuple[Score, ...]]         # those of `compute` that tables print, the most important first
@@ -68,25 +69,25 @@ class Evaluator:
     valid_pixels: int | None = None             # what the scores rest on; None where the evaluator does not count it
 
     @classmethod
+    @abstractmethod
     def for_task(cls, context: TaskContext) -> "Evaluator | None":
         """The evaluator for a task in this evaluation, or None where it has not been asked for."""
-        raise NotImplementedError(f"{cls.__name__}.for_task")
 
+    @abstractmethod
     def update(self, prediction: Any, target: Any, meta: Sequence[Mapping] = ()) -> None:
         """Takes a batch: decoded predictions and labels as the task has them, and each image's name and size."""
-        raise NotImplementedError(f"{type(self).__name__}.update")
 
+    @abstractmethod
     def reduce(self) -> None:
         """Adds up what all processes have seen. Every process calls it, once, also one that saw no image."""
-        raise NotImplementedError(f"{type(self).__name__}.reduce")
 
+    @abstractmethod
     def compute(self) -> dict[str, float]:
         """All scores by key, after `reduce`."""
-        raise NotImplementedError(f"{type(self).__name__}.compute")
 
     def report(self) -> str:
         """One line for the log that the scores do not tell, or nothing."""
         return ""
 
-    def close(self) -> None:
+    def close(self) -> None:        # noqa: B027 (most have none)
         """Ends worker processes, if any."""
