@@ -45,7 +45,7 @@ def _recomputed(original: Callable) -> Callable:
 
 @contextmanager
 def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norms use the batch's statistics, as before, and do not add them to the running ones a second time."""
+    """As in the first pass batch norms use the batch's statistics, which are not added to the running ones again."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, _, count in before:
         norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
