@@ -1,13 +1,17 @@
 """The order of samples and the seeds of their augmentation, as literal values: a changed order is a changed run."""
 
 import itertools
+import pickle
 
 import cv2
 import pytest
 import torch
 
+from data.datasets import DATASETS
 from data.labels import MapLabel
 from data.loader import EvalSampler, TrainBatchSampler, build_eval_loader, build_train_loader, collate, sample_seed
+from data.transforms import build_transform
+from utils.engine.tasks import TASKS, label_rules
 
 # What NumPy's PCG64 gives for the seeds (0, 0), (0, 1) and (1, 0), and its SeedSequence for four samples.
 ORDER = [[2, 4, 3, 6, 5, 0, 1], [1, 3, 6, 0, 4, 2, 5]]
@@ -111,3 +115,24 @@ def test_workers_stay_and_compute_on_one_thread():
     finally:
         cv2.setNumThreads(before[0])
         torch.set_num_threads(before[1])
+
+
+# Other processes -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_can_be_sent_to_another_process(task):
+    row = TASKS.load(task)
+    again = pickle.loads(pickle.dumps(row))
+    assert (again.label, again.loss, again.decode, again.view) == (row.label, row.loss, row.decode, row.view)
+
+
+def test_workers_give_the_same_batches_however_they_are_started(example_root):
+    kind = DATASETS.load("NYUD")
+    labels = label_rules(kind.spec.tasks)
+    dataset = kind(example_root, "train", labels, build_transform((32, 48), None, True, labels))
+    here = list(itertools.islice(build_train_loader(dataset, 3, seed=4), 2))
+    for method in ("fork", "forkserver", "spawn"):
+        loader = build_train_loader(dataset, 3, num_workers=1, seed=4)
+        loader.multiprocessing_context = method
+        for a, b in zip(here, itertools.islice(loader, 2), strict=True):
+            assert a["meta"] == b["meta"] and all(torch.equal(a[key], b[key]) for key in ("image", *labels)), method

@@ -129,28 +129,46 @@ def _write_vectors(path: Path, vectors: np.ndarray) -> Path:
     return path
 
 
-CLASSES = View(
-    picture=lambda x, context, rgb: colour_classes(x[..., 0], palette(context)),
-    legend=_classes_legend,
-    write=lambda path, x: _write_png(path.with_suffix(".png"), x[..., 0].astype(np.uint8)),
-    raw_format="8-bit PNG, class index",
-)
-DEPTH_MAP = View(
-    picture=lambda x, context, rgb: colour_depth(x[..., 0]),
-    legend=_depth_legend,
-    write=lambda path, x: _write_16_bits(path, x[..., 0] * 1000),
-    raw_format="16-bit PNG, millimetres",
-)
-VECTORS = View(
-    picture=lambda x, context, rgb: colour_normals(x),
-    legend=lambda x, context: [((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"),
-                               ((127, 127, 255), "+z")],
-    write=_write_vectors,
-    raw_format="npy float32 (H, W, 3), unit vectors",
-)
-PROBABILITY = View(
-    picture=lambda x, context, rgb: colour_probability(x[..., 0]),
-    legend=lambda x, context: [((0, 0, 0), "0"), ((255, 255, 255), "1")],
-    write=lambda path, x: _write_16_bits(path, x[..., 0] * 65535),
-    raw_format="16-bit PNG, probability * 65535",
-)
+# ------------------------------------------------------------ the four views: named functions, which can be pickled
+
+
+def _picture_classes(classes: np.ndarray, context: TaskContext, rgb: np.ndarray) -> np.ndarray:
+    return colour_classes(classes[..., 0], palette(context))
+
+
+def _picture_depth(depth: np.ndarray, context: TaskContext, rgb: np.ndarray) -> np.ndarray:
+    return colour_depth(depth[..., 0])
+
+
+def _picture_normals(normals: np.ndarray, context: TaskContext, rgb: np.ndarray) -> np.ndarray:
+    return colour_normals(normals)
+
+
+def _picture_probability(probability: np.ndarray, context: TaskContext, rgb: np.ndarray) -> np.ndarray:
+    return colour_probability(probability[..., 0])
+
+
+def _normals_legend(normals: np.ndarray, context: TaskContext) -> Legend:
+    return [((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"), ((127, 127, 255), "+z")]
+
+
+def _probability_legend(probability: np.ndarray, context: TaskContext) -> Legend:
+    return [((0, 0, 0), "0"), ((255, 255, 255), "1")]
+
+
+def _write_classes(path: Path, classes: np.ndarray) -> Path:
+    return _write_png(path.with_suffix(".png"), classes[..., 0].astype(np.uint8))
+
+
+def _write_millimetres(path: Path, depth: np.ndarray) -> Path:
+    return _write_16_bits(path, depth[..., 0] * 1000)
+
+
+def _write_probability(path: Path, probability: np.ndarray) -> Path:
+    return _write_16_bits(path, probability[..., 0] * 65535)
+
+
+CLASSES = View(_picture_classes, _classes_legend, _write_classes, "8-bit PNG, class index")
+DEPTH_MAP = View(_picture_depth, _depth_legend, _write_millimetres, "16-bit PNG, millimetres")
+VECTORS = View(_picture_normals, _normals_legend, _write_vectors, "npy float32 (H, W, 3), unit vectors")
+PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, "16-bit PNG, probability * 65535")

@@ -1,16 +1,28 @@
 """Depth in metres (on Cityscapes: disparity in pixels)."""
 
+from torch import Tensor
+
 from data.labels import DepthLabel
 from evaluation.depth import DepthMeter
+from evaluation.evaluator import TaskContext
 from losses.regression import L1Loss
 from utils.engine.tasks.task import Task
 from utils.engine.views import DEPTH_MAP
 
+
+def _loss(context: TaskContext) -> L1Loss:
+    return L1Loss(context.ignore_index)
+
+
+def _decode(logits: Tensor) -> Tensor:
+    return logits.clamp_min(0)
+
+
 DEPTH = Task(
     num_channels=1,
     label=DepthLabel(),
-    loss=lambda context: L1Loss(context.ignore_index),
-    decode=lambda logits: logits.clamp_min(0),
+    loss=_loss,
+    decode=_decode,
     evaluators=(DepthMeter,),
     view=DEPTH_MAP,
 )

@@ -10,14 +10,20 @@ from data.labels import MapLabel
 from evaluation.boundary.edge_loss import EdgeLossMeter
 from evaluation.boundary.edge_maps import save_edge_maps
 from evaluation.boundary.evaluator import BoundaryEvaluator
+from evaluation.evaluator import TaskContext
 from losses.edge import BalancedBCELoss
 from utils.engine.tasks.task import Task
 from utils.engine.views import PROBABILITY
 
+
+def _loss(context: TaskContext) -> BalancedBCELoss:
+    return BalancedBCELoss(context.edge_w, context.ignore_index)
+
+
 EDGE = Task(
     num_channels=1,
     label=MapLabel(),
-    loss=lambda context: BalancedBCELoss(context.edge_w, context.ignore_index),
+    loss=_loss,
     decode=torch.sigmoid,
     evaluators=(BoundaryEvaluator, EdgeLossMeter),
     view=PROBABILITY,

@@ -1,18 +1,29 @@
 """Surface normals: unit vectors."""
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from data.labels import NormalsLabel
+from evaluation.evaluator import TaskContext
 from evaluation.normals import NormalsMeter
 from losses.regression import NormalsLoss
 from utils.engine.tasks.task import Task
 from utils.engine.views import VECTORS
 
+
+def _loss(context: TaskContext) -> NormalsLoss:
+    return NormalsLoss(context.ignore_index)
+
+
+def _decode(logits: Tensor) -> Tensor:
+    return F.normalize(logits, dim=1, eps=1e-12)
+
+
 NORMALS = Task(
     num_channels=3,
     label=NormalsLabel(),
-    loss=lambda context: NormalsLoss(context.ignore_index),
-    decode=lambda logits: F.normalize(logits, dim=1, eps=1e-12),
+    loss=_loss,
+    decode=_decode,
     evaluators=(NormalsMeter,),
     view=VECTORS,
 )

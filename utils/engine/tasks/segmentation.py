@@ -1,18 +1,29 @@
 """Semantic segmentation and human part segmentation: a class for every pixel."""
 
+from torch import Tensor
+
 from data.labels import MapLabel, PartsLabel
+from evaluation.evaluator import TaskContext
 from evaluation.segmentation import SegmentationMeter
 from losses.cross_entropy import CrossEntropyLoss
 from utils.engine.tasks.task import Task
 from utils.engine.views import CLASSES
 
 
+def _loss(context: TaskContext) -> CrossEntropyLoss:
+    return CrossEntropyLoss(context.ignore_index)
+
+
+def _decode(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1, keepdim=True)                  # (B, n, H, W) -> (B, 1, H, W)
+
+
 def _segmentation(label: MapLabel) -> Task:
     return Task(
         num_channels=None,
         label=label,
-        loss=lambda context: CrossEntropyLoss(context.ignore_index),
-        decode=lambda logits: logits.argmax(dim=1, keepdim=True),              # (B, n, H, W) -> (B, 1, H, W)
+        loss=_loss,
+        decode=_decode,
         evaluators=(SegmentationMeter,),
         view=CLASSES,
     )

@@ -17,7 +17,7 @@ from utils.engine.views import View
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table.
+    """One row of the table; made of named functions, so that worker processes can be sent one.
 
     num_channels: of the network's output; None where the data set counts classes.
     label: what the data floor sees of the task.
