@@ -10,7 +10,7 @@ from models.ops.routes import Route, four_routes
 from models.ops.scan_choice import set_scan_backend
 from models.ops.scan_op import scan_flops
 from models.ops.selective_scan import count_scan_flops, scan_routes
-from models.ops.ss2d import S6Weights, s6_scan
+from models.ops.ss2d import S6Weights, s6_scan, ss2d_core
 from tests.scan_backends import FAST, chunk_tokens, device_of, draw, relative_error, tolerance
 
 # The token (row, column) at each position, written out as loops.
@@ -31,29 +31,29 @@ def route_of(order, height, width):
     return Route(height, width, by_column=order.startswith("columns"), reverse=order.endswith("back"))
 
 
-def arguments(tokens, groups=1, channels=3, state=2, batch=2, shared=False, seed=0):
+def arguments(tokens, routes=1, channels=3, state=2, batch=2, groups=None, seed=0):
+    """Arguments of `scan_routes`; every route is a group, where no other number of groups is given."""
     normal = draw(seed)
-    return {"u": normal(batch, tokens, 1 if shared else groups, channels),
-            "delta": normal(batch, tokens, groups, channels) - 1, "A": -torch.exp(normal(groups, channels, state)),
-            "B": normal(batch, tokens, groups, state), "C": normal(batch, tokens, groups, state),
-            "D": normal(groups, channels), "delta_bias": normal(groups, channels)}
+    return {"u": normal(batch, tokens, groups or routes, channels),
+            "delta": normal(batch, tokens, routes, channels) - 1, "A": -torch.exp(normal(routes, channels, state)),
+            "B": normal(batch, tokens, routes, state), "C": normal(batch, tokens, routes, state),
+            "D": normal(routes, channels), "delta_bias": normal(routes, channels)}
 
 
 def plain_scan(inputs, orders):
     """The recurrence, token after token in the listed order; results are put where the tokens lie."""
-    groups = len(orders)
-    shared = inputs["u"].shape[2] < groups
-    results = []
+    group_of = [g for g in range(inputs["u"].shape[2]) for _ in range(len(orders) // inputs["u"].shape[2])]
+    results = [0] * inputs["u"].shape[2]
     for k, order in enumerate(orders):
-        u = inputs["u"][:, :, 0 if shared else k]
+        u = inputs["u"][:, :, group_of[k]]
         step = F.softplus(inputs["delta"][:, :, k] + inputs["delta_bias"][k])
         state, found = 0, {}
         for token in order:
             push = (step[:, token] * u[:, token])[..., None] * inputs["B"][:, token, k, None]
             state = torch.exp(step[:, token, :, None] * inputs["A"][k]) * state + push
             found[token] = (state * inputs["C"][:, token, k, None]).sum(-1) + inputs["D"][k] * u[:, token]
-        results.append(torch.stack([found[token] for token in range(len(order))], dim=1))
-    return sum(results).unsqueeze(2) if shared else torch.stack(results, dim=2)
+        results[group_of[k]] += torch.stack([found[token] for token in range(len(order))], dim=1)
+    return torch.stack(results, dim=2)
 
 
 def assert_equals_plain(inputs, orders, routes, backend, limit=1e-11):
@@ -101,12 +101,20 @@ def test_every_order_against_a_permutation_and_the_recurrence(order, height, wid
 
 @pytest.mark.parametrize("backend", (*FAST, "reference"))
 @pytest.mark.parametrize("channels", [1, 17, 70])
-@pytest.mark.parametrize("shared", [False, True], ids=["own tokens", "shared tokens"])
-def test_four_groups_in_one_call(shared, channels, backend):
-    """Shared tokens: the results of the four routes are added up, as are the gradients of the tokens."""
-    inputs = arguments(35, groups=4, channels=channels, shared=shared)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_four_routes_in_one_call(groups, channels, backend):
+    """The results of the routes of a group are added up, as are the gradients of its tokens."""
+    inputs = arguments(35, routes=4, channels=channels, groups=groups)
     orders = [tokens_of(order, 5, 7) for order in ORDERS]
     assert_equals_plain(inputs, orders, [route_of(order, 5, 7) for order in ORDERS], backend)
+
+
+@pytest.mark.parametrize("backend", (*FAST, "reference"))
+def test_several_tasks_with_all_orders_in_one_call(backend):
+    """3 groups of 4 routes over more than one chunk."""
+    orders = [tokens_of(order, 10, 7) for order in ORDERS] * 3
+    inputs = arguments(70, routes=12, channels=5, state=3, groups=3)
+    assert_equals_plain(inputs, orders, [route_of(order, 10, 7) for order in ORDERS] * 3, backend)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
@@ -131,7 +139,7 @@ def test_orders_of_all_tasks_with_more_than_65536_tokens(backend):
 @pytest.mark.parametrize("backend", FAST)
 def test_any_strides(backend):
     """Slices of wider rows, group-major projections and broadcast maps, as blocks hand them over."""
-    inputs = arguments(35, groups=2, channels=6)
+    inputs = arguments(35, routes=2, channels=6)
     wide = torch.cat((inputs["u"], inputs["u"]), dim=-1)
     strided = {**inputs, "u": wide[..., 6:], "delta": inputs["delta"].movedim(2, 0).contiguous().movedim(0, 2),
                "B": torch.cat((inputs["B"], inputs["C"]), dim=-1)[..., :2],
@@ -149,10 +157,11 @@ def test_any_strides(backend):
     assert torch.equal(scan_routes(**moved, routes=routes, backend=backend), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
-def test_half_results_of_four_routes_are_added_in_single_precision(backend):
+def test_half_results_of_several_routes_are_added_in_single_precision(backend, groups):
     device_of(backend)
-    inputs = {name: tensor.bfloat16() for name, tensor in arguments(35, groups=4, shared=True).items()}
+    inputs = {name: tensor.bfloat16() for name, tensor in arguments(35, routes=4, groups=groups).items()}
     routes = four_routes(5, 7)
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
     exact = scan_routes(**doubles, routes=routes, delta_softplus=True, backend="reference")
@@ -163,17 +172,17 @@ def test_half_results_of_four_routes_are_added_in_single_precision(backend):
 
 
 @pytest.mark.parametrize("backend", (*FAST, "reference"))
-@pytest.mark.parametrize("shared", [False, True], ids=["own tokens", "shared tokens"])
-def test_step_sizes_of_low_rank(shared, backend):
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_step_sizes_of_low_rank(groups, backend):
     """Brought to the channels inside the operator, as outside of it."""
     device = device_of(backend)
     dtype = torch.float32 if backend == "mamba_ssm" else torch.float64
-    inputs = arguments(35, groups=2, channels=6, shared=shared)
-    inputs |= {"delta": draw(1)(2, 35, 2, 3), "delta_weight": draw(2)(2, 6, 3)}
+    inputs = arguments(35, routes=4, channels=6, groups=groups)
+    inputs |= {"delta": draw(1)(2, 35, 4, 3), "delta_weight": draw(2)(4, 6, 3)}
     leaves = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in inputs.items()}
     wide = {**leaves, "delta": torch.einsum("bpkr,ker->bpke", leaves["delta"], leaves["delta_weight"])}
     del wide["delta_weight"]
-    routes, results = [Route(5, 7), Route(5, 7, by_column=True, reverse=True)], []
+    routes, results = four_routes(5, 7), []
     for tensors in (leaves, wide):
         y = scan_routes(**tensors, routes=routes, delta_softplus=True, backend=backend)
         results.append([y, *torch.autograd.grad((y * draw(9)(*y.shape).to(y)).sum(), list(leaves.values()))])
@@ -182,7 +191,7 @@ def test_step_sizes_of_low_rank(shared, backend):
 
 
 def test_step_sizes_of_low_rank_are_what_is_kept():
-    inputs = arguments(35, groups=2, channels=6) | {"delta": draw(1)(2, 35, 2, 3), "delta_weight": draw(2)(2, 6, 3)}
+    inputs = arguments(35, routes=2, channels=6) | {"delta": draw(1)(2, 35, 2, 3), "delta_weight": draw(2)(2, 6, 3)}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
         scan_routes(**{name: x.requires_grad_() for name, x in inputs.items()}, routes=[Route(5, 7)] * 2,
@@ -200,32 +209,50 @@ def test_s6_scan_of_one_group_equals_its_part_of_a_grouped_scan(backend):
         x, source = (normal(2, 35, 4, 6).to(device, torch.float32) for _ in range(2))
         routes = four_routes(5, 7)
         together, shared = s6_scan(x, weights, routes, source), s6_scan(x[:, :, :1], weights, routes)
-        total = 0
+        pairs = s6_scan(x[:, :, :2], weights, routes, source[:, :, :1])
+        total, total_of_pair = 0, torch.zeros_like(pairs)
         for k, route in enumerate(routes):
             own = S6Weights(*(value[k:k + 1] for value in weights))
             part = s6_scan(x[:, :, k:k + 1], own, [route], source[:, :, k:k + 1])
             torch.testing.assert_close(together[:, :, k:k + 1], part, rtol=1e-5, atol=1e-5)
             total = total + s6_scan(x[:, :, :1], own, [route])
+            total_of_pair[:, :, k // 2] += s6_scan(x[:, :, k // 2, None], own, [route], source[:, :, :1]).squeeze(2)
         torch.testing.assert_close(shared, total, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(pairs, total_of_pair, rtol=1e-5, atol=1e-4)
     finally:
         set_scan_backend("auto")
 
 
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("source_of", ["own", "one for all", None])
+def test_maps_of_several_tasks_in_one_call_equal_calls_one_by_one(source_of, window):
+    normal = draw()
+    weights = S6Weights(normal(12, 3 + 8, 6), normal(12, 6, 3), normal(12, 6), normal(12, 6, 4), normal(12, 6))
+    x, sources = normal(2, 5, 7, 3, 6), normal(2, 5, 7, 3, 6)
+    source = {"own": sources, "one for all": sources[:, :, :, 0], None: None}[source_of]
+    together = ss2d_core(x, weights, source, window)
+    for t in range(3):
+        own = S6Weights(*(value[4 * t:4 * t + 4] for value in weights))
+        source_t = source[:, :, :, t] if source_of == "own" else source
+        torch.testing.assert_close(together[:, :, :, t], ss2d_core(x[:, :, :, t], own, source_t, window), rtol=1e-12,
+                                   atol=1e-12)
+
+
 # ---- what torch sees of the operator ----
 
-def operator_inputs(shared=True):
-    inputs = arguments(35, groups=2, channels=5, batch=3, shared=shared)
+def operator_inputs(groups=1):
+    inputs = arguments(35, routes=2, channels=5, batch=3, groups=groups)
     inputs["delta"] = inputs["delta"].movedim(2, 0).contiguous().movedim(0, 2)
     return {name: x.requires_grad_() for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("kernel", ["cpp", "torch"])
 @pytest.mark.parametrize("low_rank", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
-def test_operator_is_registered_correctly(shared, low_rank, kernel):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_operator_is_registered_correctly(groups, low_rank, kernel):
     """Schema, fake tensors, autograd registration and AOT dispatch with fixed and with symbolic shapes."""
     device_of(kernel)
-    inputs = operator_inputs(shared=shared)
+    inputs = operator_inputs(groups)
     if low_rank:
         inputs |= {"delta": draw(1)(3, 35, 2, 3).requires_grad_(), "delta_weight": draw(2)(2, 5, 3).requires_grad_()}
     tensors = (*inputs.values(), *([] if low_rank else [None]))
@@ -257,7 +284,7 @@ def test_exports_as_one_node():
         def forward(self, u, delta, A, B, C):
             return scan_routes(u, delta, A, B, C, [Route(5, 7), Route(5, 7)])
 
-    inputs = [x.detach() for x in list(operator_inputs(shared=False).values())[:5]]
+    inputs = [x.detach() for x in list(operator_inputs(groups=2).values())[:5]]
     program = torch.export.export(Block(), tuple(inputs))
     assert [str(node.target) for node in program.graph.nodes].count("mtdp.scan.default") == 1
     torch.testing.assert_close(program.module()(*inputs), Block()(*inputs))
@@ -284,7 +311,7 @@ def test_states_are_kept_only_where_asked_for(kernel):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_cost_is_counted_by_torch_and_by_us(device):
-    inputs = {name: x.detach().to(device).requires_grad_() for name, x in operator_inputs(shared=True).items()}
+    inputs = {name: x.detach().to(device).requires_grad_() for name, x in operator_inputs().items()}
     macs = scan_flops(3, 35, 2 * 5, 2)
     assert macs == 9 * 3 * 35 * 10 * 2 + 3 * 35 * 10
     with FlopCounterMode(display=False) as torch_counter, count_scan_flops() as counter:
@@ -300,15 +327,23 @@ def test_cost_is_counted_by_torch_and_by_us(device):
 @pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "delta_bias"])
 @pytest.mark.parametrize("shape", [(2, 35, 2, 4)])
 def test_wrong_shape_names_the_argument(name, shape):
-    inputs = arguments(35, groups=2) | {name: torch.zeros(shape, dtype=torch.float64)}
+    inputs = arguments(35, routes=2) | {name: torch.zeros(shape, dtype=torch.float64)}
     with pytest.raises(ValueError, match=rf"{name if name != 'delta' else 'u'}.*expected|needs delta"):
         scan_routes(**inputs, routes=[Route(5, 7)] * 2)
 
 
+@pytest.mark.parametrize("groups", [0, 3, 8])
+def test_groups_must_divide_the_routes(groups):
+    inputs = arguments(35, routes=4) | {"u": torch.zeros(2, 35, groups, 3, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"u has shape \(2, 35, ., 3\), expected \(2, 35, G, 3\) with G groups that "
+                                         "divide 4 routes"):
+        scan_routes(**inputs, routes=four_routes(5, 7))
+
+
 @pytest.mark.parametrize("routes", [[Route(5, 7)], [Route(5, 7), Route(5, 6)]])
-def test_routes_must_cover_the_tokens_of_every_group(routes):
-    with pytest.raises(ValueError, match="2 groups of 35 tokens need as many routes of that length, got 5 x 7"):
-        scan_routes(**arguments(35, groups=2), routes=routes)
+def test_every_route_must_cover_the_tokens(routes):
+    with pytest.raises(ValueError, match="2 parameters over 35 tokens need as many routes of that length, got 5 x 7"):
+        scan_routes(**arguments(35, routes=2), routes=routes)
 
 
 def test_arguments_must_be_floating_and_on_one_device():

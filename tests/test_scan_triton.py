@@ -58,23 +58,24 @@ def test_every_order(order, height, width):
 @pytest.mark.parametrize("programs", [1, 4, 100])
 def test_a_route_in_one_span_or_several(programs, monkeypatch):
     monkeypatch.setattr(scan_triton, "INTERPRETED", Blocks(4, 1, programs))
-    assert_equals_reference(arguments(14, groups=1, channels=6, batch=1), [Route(2, 7, by_column=True, reverse=True)])
+    assert_equals_reference(arguments(14, channels=6, batch=1), [Route(2, 7, by_column=True, reverse=True)])
 
 
 @interpreted
-def test_four_routes_over_shared_tokens_are_added():
-    assert_equals_reference(arguments(6, groups=4, channels=5, batch=1, shared=True), four_routes(2, 3))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_routes_of_a_group_are_added(groups):
+    assert_equals_reference(arguments(6, routes=4, channels=5, batch=2 // groups, groups=groups), four_routes(2, 3))
 
 
 @interpreted
 @pytest.mark.parametrize("channels, state", [(1, 1), (33, 2), (3, 17)])
 def test_widths_that_fill_no_block(channels, state):
-    assert_equals_reference(arguments(5, groups=2, channels=channels, state=state, batch=1), [Route(1, 5), Route(5, 1)])
+    assert_equals_reference(arguments(5, routes=2, channels=channels, state=state, batch=1), [Route(1, 5), Route(5, 1)])
 
 
 @interpreted
 def test_step_sizes_of_low_rank_and_any_strides():
-    inputs = arguments(6, groups=2, channels=6, batch=2)
+    inputs = arguments(6, routes=2, channels=6, batch=2)
     inputs |= {"delta": draw(3)(2, 6, 2, 3), "delta_weight": draw(4)(2, 6, 3)}
     inputs["u"] = torch.cat((inputs["u"], inputs["u"]), dim=-1)[..., 6:]
     inputs["B"] = inputs["B"].mT.contiguous().mT
@@ -86,7 +87,7 @@ def test_step_sizes_of_low_rank_and_any_strides():
 @interpreted
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_error_against_float64_of_every_tensor(dtype, rounding):
-    inputs = {name: tensor.to(dtype) for name, tensor in arguments(9, groups=2, channels=8, batch=1).items()}
+    inputs = {name: tensor.to(dtype) for name, tensor in arguments(9, routes=2, channels=8, batch=1).items()}
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
     routes = [Route(3, 3), Route(3, 3, by_column=True, reverse=True)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -129,13 +130,13 @@ def test_decays_that_underflow_and_not_a_number():
 @interpreted
 @pytest.mark.parametrize("batch, tokens", [(0, 4), (2, 0)])
 def test_empty_batch_and_empty_sequence(batch, tokens):
-    found = results("triton", arguments(tokens, groups=2, batch=batch), [Route(1, tokens)] * 2)
+    found = results("triton", arguments(tokens, routes=2, batch=batch), [Route(1, tokens)] * 2)
     assert found["y"].shape == (batch, tokens, 2, 3) and not found["A"].any() and not found["state"].any()
 
 
 @interpreted
 def test_operator_is_registered_correctly():
-    inputs = arguments(5, groups=2, channels=3, state=2, batch=1)
+    inputs = arguments(5, routes=2, channels=3, state=2, batch=1)
     tensors = [*(x.requires_grad_() for x in inputs.values()), None]
     torch.library.opcheck(torch.ops.mtdp.scan.default, (*tensors, [1, 5, 0, 0, 5, 1, 1, 1], True, True, "triton"),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
@@ -159,7 +160,7 @@ from models.ops.scan_triton import CANDIDATES, Gradients, Inputs, Rows, Widths
 states, rows = "*fp32", Rows("*bf16", "i32", "i32", "i32")
 TYPES = {"inputs": Inputs(rows, rows, rows, rows, states, states, states, "*i64"), "y": rows, "grad_y": rows,
          "grads": Gradients(rows, rows, states, states, states, states), "widths": Widths("i32", "i32", "i32", "i32"),
-         "tokens": "i32", "span": "i32", "spans": "i32", "first_route": "i32"}
+         "tokens": "i32", "span": "i32", "spans": "i32", "route": "i32"}
 VARIANTS = {"span_kernel": {"SOFTPLUS": True, "BACK": False}, "scan_over_spans_kernel": {"BACK": True},
             "forward_kernel": {"SOFTPLUS": True, "KEEP": True, "ADD": True, "CHUNK": 32},
             "backward_kernel": {"SOFTPLUS": True, "ADD": True, "CHUNK": 32}}
@@ -187,12 +188,12 @@ def test_kernels_compile_for_a_gpu_without_one():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("blocks", CANDIDATES)
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_on_a_gpu_against_float64(dtype, rounding, shared, blocks, monkeypatch):
+def test_on_a_gpu_against_float64(dtype, rounding, groups, blocks, monkeypatch):
     monkeypatch.setattr(scan_triton, "CHUNK_TOKENS", 32)
     monkeypatch.setattr(scan_triton, "_choose_blocks", lambda args: blocks)
-    inputs = arguments(35 * 53, groups=4, channels=70, state=16, shared=shared)
+    inputs = arguments(35 * 53, routes=4, channels=70, state=16, groups=groups)
     inputs = {name: tensor.to("cuda", dtype) for name, tensor in inputs.items()}
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
     found = results_on_gpu("triton", inputs)

@@ -56,16 +56,17 @@ def four_routes(height: int, width: int) -> tuple[Route, Route, Route, Route]:
 
 
 def to_sequences(x: Tensor, routes: Sequence[Route]) -> Tensor:
-    """Rows of C columns, (B, P, K, C) or (B, P, 1, C) for all routes, to (B, K, C, P): a copy of each in its order."""
+    """Rows of C columns, (B, P, G, C) with G groups of consecutive routes, to (B, K, C, P): a copy for each route."""
     parts = []
     for k, route in enumerate(routes):
-        rows = x[:, :, k if x.shape[2] > 1 else 0]  # (B, P, C)
+        rows = x[:, :, k * x.shape[2] // len(routes)]  # (B, P, C)
         parts.append(rows if route.is_raster else rows[:, route.tokens(x.device)])
     return torch.stack(parts, dim=1).mT
 
 
-def from_sequences(y: Tensor, routes: Sequence[Route], shared: bool) -> Tensor:
-    """Sequences (B, K, C, P) back to spatial order: (B, P, K, C), or the sum of the routes (B, P, 1, C)."""
+def from_sequences(y: Tensor, routes: Sequence[Route], groups: int) -> Tensor:
+    """Sequences (B, K, C, P) back to spatial order, and the routes of each group added up: (B, P, G, C)."""
     parts = [y[:, k].mT if route.is_raster else y[:, k].mT[:, route.tokens(y.device).argsort()]
              for k, route in enumerate(routes)]
-    return sum(parts[1:], start=parts[0]).unsqueeze(2) if shared else torch.stack(parts, dim=2)
+    share = len(routes) // groups
+    return torch.stack([sum(parts[k + 1:k + share], start=parts[k]) for k in range(0, len(routes), share)], dim=2)

@@ -1,7 +1,8 @@
 """The arguments of one scan call: checked once, in one canonical form that every backend reads.
 
-Axes, in all files of the scan: B batch, P tokens or positions of a route, K routes, each with parameters of its own, E
-channels of a route, N state, R rank of the step size. (B, C and D are also names of parameters, as in the literature.)
+Axes, in all files of the scan: B batch, P tokens or positions of a route, K routes, each with parameters of its own, G
+groups of K / G consecutive routes that read the same tokens, E channels of a route, N state, R rank of the step size.
+(B, C and D are also names of parameters, as in the literature.)
 """
 
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from models.ops.routes import Route
 
 
 class ScanArgs(NamedTuple):
-    """Tokens in spatial order, rows of channels; one group of parameters per route."""
+    """Tokens in spatial order, rows of channels; parameters per route."""
 
-    u: Tensor  # (B, P, K, E), or (B, P, 1, E): all routes read the same tokens and their results are added up
+    u: Tensor  # (B, P, G, E): the routes of a group read the same tokens, and their results are added up
     delta: Tensor  # (B, P, K, E): step size before bias and softplus; (B, P, K, R) with delta_weight
     A: Tensor  # (K, E, N)
     B: Tensor  # (B, P, K, N)
@@ -33,9 +34,8 @@ class ScanArgs(NamedTuple):
         return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
     @property
-    def shared(self) -> bool:
-        """Do several routes read the same tokens?"""
-        return self.u.shape[2] == 1 and len(self.routes) > 1
+    def routes_per_group(self) -> int:
+        return len(self.routes) // self.u.shape[2]
 
     @property
     def scan_dtype(self) -> torch.dtype:
@@ -54,10 +54,12 @@ class ScanArgs(NamedTuple):
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """Rows (B, P, K or 1, E) with weights (K, F, E) to (B, P, K, F)."""
+    """Rows (B, P, G, E) with weights (K, F, E) of K routes, K / G for each group, to (B, P, K, F)."""
+    routes, features, _ = weight.shape
+    weight = weight.unflatten(0, (x.shape[2], -1)).flatten(1, 2)  # (G, K / G F, E)
     if x.shape[2] == 1:
-        return F.linear(x.squeeze(2), weight.flatten(0, 1)).unflatten(2, (weight.shape[0], -1))
-    return torch.einsum("bpke,kfe->bpkf", x, weight)
+        return F.linear(x.squeeze(2), weight[0]).unflatten(2, (routes, features))
+    return torch.einsum("bpge,gfe->bpgf", x, weight).unflatten(3, (-1, features)).flatten(2, 3)
 
 
 def check_scan(args: ScanArgs) -> None:
@@ -67,18 +69,20 @@ def check_scan(args: ScanArgs) -> None:
                          f"and A {tuple(args.A.shape)}")
     batch, tokens, num_routes, rank = args.delta.shape
     channels, state = rank if args.delta_weight is None else args.A.shape[1], args.A.shape[2]
-    rows, per_state = (batch, tokens, num_routes, channels), (batch, tokens, num_routes, state)
-    per_channel = (num_routes, channels)
-    expected = {"u": [rows, (batch, tokens, 1, channels)], "delta": [(*rows[:3], rank)],
-                "A": [(num_routes, channels, state)], "B": [per_state], "C": [per_state], "D": [per_channel],
-                "delta_bias": [per_channel], "delta_weight": [(num_routes, channels, rank)]}
+    groups = args.u.shape[2] if args.u.dim() == 4 else 0
+    if groups < 1 or num_routes % groups or tuple(args.u.shape) != (batch, tokens, groups, channels):
+        raise ValueError(f"scan: u has shape {tuple(args.u.shape)}, expected ({batch}, {tokens}, G, {channels}) with G "
+                         f"groups that divide {num_routes} routes, for delta {tuple(args.delta.shape)}")
+    per_state, per_channel = (batch, tokens, num_routes, state), (num_routes, channels)
+    expected = {"u": tuple(args.u.shape), "delta": (*per_state[:3], rank), "A": (*per_channel, state), "B": per_state,
+                "C": per_state, "D": per_channel, "delta_bias": per_channel, "delta_weight": (*per_channel, rank)}
     for name, tensor in args.tensors.items():
-        if tuple(tensor.shape) not in expected[name]:
-            raise ValueError(f"scan: {name} has shape {tuple(tensor.shape)}, expected "
-                             f"{' or '.join(map(str, expected[name]))} for delta {tuple(args.delta.shape)}")
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"scan: {name} has shape {tuple(tensor.shape)}, expected {expected[name]} for delta "
+                             f"{tuple(args.delta.shape)}")
         check_tensor(name, tensor, args.delta)
     if len(args.routes) != num_routes or any(route.length != tokens for route in args.routes):
-        raise ValueError(f"scan: {num_routes} groups of {tokens} tokens need as many routes of that length, got "
+        raise ValueError(f"scan: {num_routes} parameters over {tokens} tokens need as many routes of that length, got "
                          f"{', '.join(f'{r.rows} x {r.columns}' for r in args.routes) or 'none'}")
 
 

@@ -62,7 +62,7 @@ def mamba_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     y, last_state = kernel(u.flatten(1, 2), delta.flatten(1, 2), args.A.flatten(0, 1), B, C, D=D, z=None,
                            delta_bias=bias, delta_softplus=args.delta_softplus, return_last_state=True)
     per_route = (len(args.routes), -1)
-    y = from_sequences(y.unflatten(1, per_route), args.routes, args.shared)
+    y = from_sequences(y.unflatten(1, per_route), args.routes, args.u.shape[2])
     return y.to(out_dtype), last_state.unflatten(1, per_route)
 
 

@@ -31,7 +31,7 @@ def reference_scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(u)  # (B, K, E, P)
     if args.D is not None:
         y = y + args.D[..., None] * u
-    return from_sequences(y, args.routes, args.shared).to(out_dtype), state
+    return from_sequences(y, args.routes, args.u.shape[2]).to(out_dtype), state
 
 
 REFERENCE = ScanBackend(refusal=lambda needs: None, scan=reference_scan)

@@ -85,10 +85,10 @@ class _Layout:
 
     def __init__(self, args: ScanArgs):
         self.args, self.dtype = args, args.scan_dtype
-        batch, self.length, groups = args.delta.shape[:3]
+        batch, self.length, num_routes = args.delta.shape[:3]
         self.chunk_tokens = chunk_tokens(args.u.device)
         self.tokens = torch.stack([route.tokens(args.u.device) for route in args.routes])  # (K, P)
-        self.groups = torch.arange(groups, device=args.u.device)[:, None]
+        self.route_numbers = torch.arange(num_routes, device=args.u.device)[:, None]
         self.A = args.A.to(self.dtype).mT.contiguous()  # (K, N, E)
         self.state_shape = (batch, *self.A.shape)
         self.D, self.bias = (None if x is None else x.to(self.dtype).unsqueeze(1) for x in (args.D, args.delta_bias))
@@ -121,26 +121,29 @@ class _Layout:
         return decays, states_after
 
     def gather(self, x: Tensor, positions: slice) -> Tensor:
-        """(B, P, K, C) -> (S, B, K, C)."""
-        rows = x.permute(2, 1, 0, 3).expand(len(self.groups), -1, -1, -1)[self.groups, self.tokens[:, positions]]
+        """(B, P, K, C), or (B, P, G, C) of groups of routes, to (S, B, K, C)."""
+        group = self.route_numbers // (len(self.route_numbers) // x.shape[2])
+        rows = x.permute(2, 1, 0, 3)[group, self.tokens[:, positions]]
         return rows.permute(1, 2, 0, 3).to(self.dtype).contiguous()
 
     def sequence(self, x: Tensor, positions: slice) -> Tensor:
-        """(B, P, K, E) -> (S, B, K, 1, E)."""
+        """As `gather`, to (S, B, K, 1, E)."""
         return self.gather(x, positions).unsqueeze(-2)
 
     def new_rows(self, x: Tensor) -> Tensor:
-        """Target of `store`: routes that share their rows are added up, in the scan's dtype."""
-        return x.new_zeros(x.shape, dtype=self.dtype) if self.args.shared else x.new_empty(x.shape)
+        """Target of `store`: the routes of a group are added up, in the scan's dtype."""
+        added = self.args.routes_per_group > 1
+        return x.new_zeros(x.shape, dtype=self.dtype) if added else x.new_empty(x.shape)
 
     def store(self, target: Tensor, positions: slice, chunk: Tensor) -> None:
-        """Writes (S, B, K, 1, E) into (B, P, K, E), or adds the routes into (B, P, 1, E)."""
-        rows = chunk.flatten(-2).permute(2, 0, 1, 3)  # (K, S, B, C)
-        if target.shape[2] == len(self.groups):
-            target.permute(2, 1, 0, 3)[self.groups, self.tokens[:, positions]] = rows.to(target.dtype)
+        """Writes (S, B, K, 1, E) into (B, P, K, E), or adds the routes of each group into (B, P, G, E)."""
+        rows, tokens = chunk.flatten(-2).permute(2, 0, 1, 3), self.tokens[:, positions]  # (K, S, B, C)
+        if target.shape[2] == len(rows):
+            target.permute(2, 1, 0, 3)[self.route_numbers, tokens] = rows.to(target.dtype)
             return
-        for tokens, route_rows in zip(self.tokens[:, positions], rows, strict=True):
-            target[:, :, 0].transpose(0, 1).index_add_(0, tokens, route_rows)
+        for k, (route_tokens, route_rows) in enumerate(zip(tokens, rows, strict=True)):
+            group = k * target.shape[2] // len(rows)
+            target[:, :, group].transpose(0, 1).index_add_(0, route_tokens, route_rows)
 
 
 def _backward_chunk(layout: _Layout, chunk: _Chunk, first_state: Tensor, grad_state: Tensor, grad_out: Tensor,

@@ -26,12 +26,12 @@ LOG2_E = 1.4426950408889634
 
 
 class Rows(NamedTuple):
-    """A tensor (B, P, K, columns) as the kernels address it; the columns lie side by side."""
+    """A tensor (B, P, K or G, columns) as the kernels address it; the columns lie side by side."""
 
     data: Tensor
-    batch: int  # strides; that of a single row that serves all routes is 0
+    batch: int  # strides
     token: int
-    route: int
+    route: int  # of routes, or of their groups
 
 
 class Inputs(NamedTuple):
@@ -62,7 +62,7 @@ class Widths(NamedTuple):
     """Sizes that do not change with the size of an image; the kernels are compiled for them."""
 
     routes: int
-    launched_routes: int
+    groups: int
     channels: int
     states: int
 
@@ -123,12 +123,11 @@ class _Call:
         D, bias = (zeros if x is None else x.to(self.dtype).contiguous() for x in (args.D, args.delta_bias))
         self.inputs = Inputs(*(_rows(x) for x in (args.u, args.delta, args.B, args.C)), self.A, D, bias,
                              _route_table(args.routes, self.device))
-        # Routes that share their tokens run one after the other and add to the same rows.
-        self.launched_routes = 1 if args.shared else self.num_routes
-        self.widths = Widths(self.num_routes, self.launched_routes, self.channels, self.states)
+        self.groups = args.u.shape[2]
+        self.widths = Widths(self.num_routes, self.groups, self.channels, self.states)
         self.channel_blocks = -(-self.channels // blocks.channels)
         self.chunks = -(-self.tokens // CHUNK_TOKENS)
-        programs_per_span = self.channel_blocks * self.batch * self.launched_routes
+        programs_per_span = self.channel_blocks * self.batch * self.groups
         wanted_spans = -(-_multiprocessors(self.device) * blocks.programs // max(programs_per_span, 1))
         chunks_of_span = -(-self.chunks // max(min(wanted_spans, self.chunks), 1))
         self.span = chunks_of_span * CHUNK_TOKENS
@@ -161,24 +160,30 @@ class _Call:
         return states
 
     def launches(self) -> list[tuple[tuple[int, int, int], int, bool]]:
-        """(grid, first route, add) of the launches that together scan all routes."""
-        grid = self.spans, self.channel_blocks, self.batch * self.launched_routes
-        return [(grid, first, first > 0) for first in range(0, self.num_routes, self.launched_routes)]
+        """(grid, route in its group, add) of the launches: each scans one route of every group and adds to what the
+        launch before it has left in the rows of the group."""
+        grid = self.spans, self.channel_blocks, self.batch * self.groups
+        return [(grid, route, route > 0) for route in range(self.args.routes_per_group)]
+
+    def new_rows(self) -> Tensor:
+        """Like u, in the dtype in which the routes of a group are added up."""
+        u = self.args.u
+        return u.new_empty(u.shape, dtype=self.dtype if self.args.routes_per_group > 1 else u.dtype)
 
 
 def triton_forward(args: ScanArgs, keep_chunk_states: bool, blocks: Blocks | None = None,
                    ) -> tuple[Tensor, Tensor, Tensor]:
     """y like u, last state (B, K, E, N), and the states (chunks, B, K, N, E) before each chunk, or (0,)."""
     call = _Call(args, blocks or _choose_blocks(args))
-    y = args.u.new_empty(args.u.shape, dtype=call.dtype if args.shared else args.u.dtype)
+    y = call.new_rows()
     last_state = call.new_states()
     chunk_states = call.A.new_empty((call.chunks, *last_state.shape) if keep_chunk_states else 0)
     if call.batch and call.tokens:
         first_states = call.scan_over_spans(call.new_states())
-        for grid, first_route, add in call.launches():
+        for grid, route, add in call.launches():
             _kernels().forward_kernel[grid](
                 call.inputs, first_states, _rows(y), chunk_states, last_state, call.widths, call.tokens, call.span,
-                first_route, SOFTPLUS=args.delta_softplus, KEEP=keep_chunk_states, ADD=add, CHUNK=CHUNK_TOKENS,
+                route, SOFTPLUS=args.delta_softplus, KEEP=keep_chunk_states, ADD=add, CHUNK=CHUNK_TOKENS,
                 **call.tile)
     return y.to(args.u.dtype), last_state.mT.contiguous(), chunk_states
 
@@ -187,8 +192,7 @@ def triton_backward(args: ScanArgs, chunk_states: Tensor, grad_y: Tensor, grad_l
                     blocks: Blocks | None = None) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B, C, D, delta_bias; those without a token axis in the scan's dtype."""
     call = _Call(args, blocks or _choose_blocks(args))
-    tile = call.tile
-    grad_u = args.u.new_empty(args.u.shape, dtype=call.dtype if args.shared else args.u.dtype)
+    tile, grad_u = call.tile, call.new_rows()
     grad_delta = args.delta.new_empty(args.delta.shape)
     # one part of the gradients of B and C from each block of channels, one of A, D and the bias from each span
     grad_B_C = call.A.new_empty(call.channel_blocks, call.batch, call.tokens, call.num_routes, 2, call.states)
@@ -199,11 +203,11 @@ def triton_backward(args: ScanArgs, chunk_states: Tensor, grad_y: Tensor, grad_l
         grad_y = _rows(grad_y)
         grads = Gradients(_rows(grad_u), _rows(grad_delta), grad_B_C, grad_A, grad_D, grad_bias)
         grad_last_states = call.scan_over_spans(grad_last.to(call.dtype).mT.contiguous(), grad_y)
-        for grid, first_route, add in call.launches():
+        for grid, route, add in call.launches():
             scratch = call.A.new_empty(math.prod(grid) * CHUNK_TOKENS * tile["N"] * tile["E"])
             _kernels().backward_kernel[grid](
                 call.inputs, chunk_states, grad_last_states, grad_y, grads, scratch, call.widths, call.tokens,
-                call.span, first_route, SOFTPLUS=args.delta_softplus, ADD=add, CHUNK=CHUNK_TOKENS, **tile)
+                call.span, route, SOFTPLUS=args.delta_softplus, ADD=add, CHUNK=CHUNK_TOKENS, **tile)
     grad_B, grad_C = grad_B_C.sum(0).unbind(-2)
     return (grad_u.to(args.u.dtype), grad_delta, grad_A.sum((0, 1)).mT.contiguous(), grad_B.to(args.B.dtype),
             grad_C.to(args.C.dtype), grad_D.sum((0, 1)), grad_bias.sum((0, 1)))
@@ -217,7 +221,7 @@ def _choose_blocks(args: ScanArgs) -> Blocks:
     if torch.are_deterministic_algorithms_enabled():
         return CANDIDATES[0]
     device = args.u.device
-    return _fastest_blocks(device.index or 0, (*args.A.shape, args.shared, args.u.dtype, args.scan_dtype))
+    return _fastest_blocks(device.index or 0, (*args.A.shape, args.u.shape[2], args.u.dtype, args.scan_dtype))
 
 
 @functools.cache
@@ -227,13 +231,13 @@ def _fastest_blocks(device: int, kind: tuple) -> Blocks:
     return min(CANDIDATES, key=lambda blocks: do_bench(lambda: _both_ways(args, blocks), warmup=5, rep=20))
 
 
-def _example(device: torch.device, num_routes: int, channels: int, state: int, shared: bool, dtype: torch.dtype,
+def _example(device: torch.device, num_routes: int, channels: int, state: int, groups: int, dtype: torch.dtype,
              scan_dtype: torch.dtype, tokens: int = TUNING_TOKENS) -> ScanArgs:
     ones = functools.partial(torch.ones, device=device, dtype=dtype)
     B = C = ones(1, tokens, num_routes, state)
     D = bias = ones(num_routes, channels, dtype=scan_dtype)
     A = -ones(num_routes, channels, state, dtype=scan_dtype)
-    u, delta = ones(1, tokens, 1 if shared else num_routes, channels), ones(1, tokens, num_routes, channels)
+    u, delta = ones(1, tokens, groups, channels), ones(1, tokens, num_routes, channels)
     return ScanArgs(u, delta, A, B, C, D, bias, None, (Route(1, tokens),) * num_routes, True)
 
 
@@ -261,7 +265,7 @@ def _route_table(routes: tuple, device: torch.device) -> Tensor:
 
 def _rows(x: Tensor) -> Rows:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return Rows(x, x.stride(0), x.stride(1), 0 if x.shape[2] == 1 else x.stride(2))
+    return Rows(x, *x.stride()[:3])
 
 
 @functools.cache

@@ -31,7 +31,9 @@ def scan_routes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, route
     if `delta_softplus`.
 
     Args:
-        u: (B, P, K, E), or (B, P, 1, E) if all routes scan the same tokens; their results are then added up.
+        u: (B, P, G, E) in G groups, which divide the K routes: group g's tokens are scanned by routes g K / G to
+            (g + 1) K / G - 1, and the results of these are added up. With G = K every route has tokens of its own, with
+            G = 1 all share theirs.
         delta: (B, P, K, E), or (B, P, K, R) with delta_weight (K, E, R); then only R columns are kept for gradients.
         A: (K, E, N), real, negative for a decaying state.
         B, C: (B, P, K, N).

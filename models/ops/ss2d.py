@@ -4,6 +4,7 @@ The functions hold no parameters, so every block of the Mamba family can use the
 References: Gu and Dao, "Mamba", 2023 (S6); Liu et al., "VMamba", 2024 (the four routes).
 
 Axes: those of `models.ops.scan_args`; H W grid of a map, D its channels.
+Several maps of one size, each with routes and weights of its own (those of T tasks, say), are groups of one call.
 """
 
 from collections.abc import Sequence
@@ -28,10 +29,11 @@ class S6Weights(NamedTuple):
 
 
 def s6_scan(x: Tensor, weights: S6Weights, routes: Sequence[Route], source: Tensor | None = None) -> Tensor:
-    """Scans tokens (B, P, K, E), group k along route k, in one call; returns (B, P, K, E).
+    """Scans tokens (B, P, G, E) along K routes, in one call; returns (B, P, G, E), for each group the sum of its K / G
+    routes, which follow each other in `routes` and `weights`.
 
-    With x (B, P, 1, E) all routes scan the same tokens, and the result (B, P, 1, E) is the sum of the routes. Step
-    sizes, B and C are computed from `source`, of the same shape, where it is given (cross scan).
+    Step sizes, B and C are computed from `source`, where it is given (cross scan): also (B, P, G, E), though it may
+    have another number of groups, e.g. one that serves all routes.
     """
     state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
     features = project(x if source is None else source, weights.x_proj)  # (B, P, K, R + 2 N)
@@ -45,24 +47,27 @@ def ss2d_core(x: Tensor, weights: S6Weights, source: Tensor | None = None, windo
 
     Routes: row by row, column by column, and the reverse of each. Step sizes, B and C are computed from
     the map `source` (default x). `window` > 0 visits the map in windows of that side; 0 is the whole map.
+    Maps (B, H, W, G, D) are G maps with weights of K = 4 G routes, four for each; a source (B, H, W, D) serves all.
     """
     height, width = x.shape[1:3]
-    tokens = [None if m is None else m.flatten(1, 2).unsqueeze(2) for m in (x, source)]  # (B, H W, 1, D)
+    tokens = [m if m is None else (m if m.dim() == 5 else m.unsqueeze(3)).flatten(1, 2) for m in (x, source)]
     if window:
         y = _window_scan(*tokens, weights, height, width, window)
     else:
-        y = s6_scan(tokens[0], weights, four_routes(height, width), tokens[1])
-    return y.squeeze(2).unflatten(1, (height, width))
+        y = s6_scan(tokens[0], weights, four_routes(height, width) * tokens[0].shape[2], tokens[1])
+    return y.reshape(x.shape)
 
 
 def _window_scan(x: Tensor, source: Tensor | None, weights: S6Weights, height: int, width: int, window: int) -> Tensor:
     """No strides describe cut windows: the tokens are copied into window order, once by row and once by column."""
     rows = window_positions(height, width, window, x.device)
     columns = window_positions(width, height, window, x.device).view(width, height).T.flatten()
-    total, line = 0, Route(1, height * width)
+    total, line, groups = 0, Route(1, height * width), x.shape[2]
     for k, position in enumerate((rows, columns)):  # position of each pixel in route k; k + 2 is its reverse
-        order, pair = position.argsort(), S6Weights(*(weight[k::2] for weight in weights))
-        ordered = s6_scan(x[:, order], pair, (line, line.reversed()), None if source is None else source[:, order])
+        order = position.argsort()
+        pairs = S6Weights(*(weight.unflatten(0, (groups, 4))[:, k::2].flatten(0, 1) for weight in weights))
+        ordered = s6_scan(x[:, order], pairs, (line, line.reversed()) * groups,
+                          None if source is None else source[:, order])
         total = total + ordered[:, position]
     return total
 

@@ -9,14 +9,15 @@ There are no atomics: programs that share a sum write their part of it, and the 
 The same source runs on CUDA and, with TRITON_INTERPRET=1, on a CPU. The dtype of A, float32 or float64, is that of the
 arithmetic. A is multiplied by log2(e) beforehand: decay = exp2(A * step).
 
-Axes: b image of the batch, k route (with its parameters), t token of a chunk, e channel, n state.
+Axes: b image of the batch, k route (with its parameters), g group of consecutive routes that share u and y, t token of
+    a chunk, e channel, n state.
     E channels and N states of a tile, the latter padded to a power of two; (i, j) outer and inner index of a position.
 Terms: chunk: CHUNK positions of a route; the state before each is kept for the backward pass.
     span: some chunks; sequence: one pair (b, k); all states are stored as (.., sequence, n, e).
 Arguments, tuples of `models.ops.scan_triton`:
-    Rows: address and strides of a tensor (b, token, k, columns). Inputs: the scan's tensors. Widths: routes in all and
-    in this launch, channels, states. What changes with the image size alone (`tokens`, `span`) and `first_route` are
-    plain arguments, because only those can be kept from being compiled in.
+    Rows: address and strides of a tensor (b, token, k or g, columns). Inputs: the scan's tensors. Widths: routes,
+    groups, channels, states. What changes with the image size alone (`tokens`, `span`) and `route`, the number of the
+    launched route in each group, are plain arguments, because only those can be kept from being compiled in.
 
 Reference: Gu and Dao, "Mamba", 2023, section 3.3; Dao and Gu, "Mamba-2", 2024, section 6 (chunks of time in parallel).
 """
@@ -100,6 +101,7 @@ def span_kernel(inputs, grad_y, last_states, step_sums, widths, tokens, span, SO
     before each span if that of the state behind it is zero."""
     index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.routes
     k = tl.program_id(2) % widths.routes
+    g = k // (widths.routes // widths.groups)
     e, n, e_exists, n_exists, both_exist, tile = block_of_channels(tl.program_id(1), widths, N, E)
     dtype: tl.constexpr = inputs.A.dtype.element_ty
     A = tl.load(inputs.A + (k * widths.states + n[:, None]) * widths.channels + e[None, :], both_exist, 0.0)
@@ -119,10 +121,10 @@ def span_kernel(inputs, grad_y, last_states, step_sums, widths, tokens, span, SO
         decay = tl.exp2(A * step[None, :])
         if BACK:
             C = load_row(inputs.C, b, token, k, n, n_exists, dtype)
-            state = decay * (state + C[:, None] * load_row(grad_y, b, token, k, e, e_exists, dtype)[None, :])
+            state = decay * (state + C[:, None] * load_row(grad_y, b, token, g, e, e_exists, dtype)[None, :])
         else:
             B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
-            step_u = step * load_row(inputs.u, b, token, k, e, e_exists, dtype)
+            step_u = step * load_row(inputs.u, b, token, g, e, e_exists, dtype)
             state = decay * state + B[:, None] * step_u[None, :]
         step_sum += step
         i, j = next_position(i, j, inner, direction)
@@ -152,15 +154,16 @@ def scan_over_spans_kernel(A, states, step_sums, initial, widths, spans, BACK: t
         state = tl.exp2(A * step_sum[None, :]) * state + from_zero
 
 
-@triton.jit(do_not_specialize=["tokens", "span", "first_route"])
-def forward_kernel(inputs, first_states, y, chunk_states, last_state, widths, tokens, span, first_route,
+@triton.jit(do_not_specialize=["tokens", "span", "route"])
+def forward_kernel(inputs, first_states, y, chunk_states, last_state, widths, tokens, span, route,
                    SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr,
                    N: tl.constexpr, E: tl.constexpr):
     """y of a span from its first state, the states before its chunks if KEEP and, behind the last span, the last state.
     With ADD, y is added to what another route has left there."""
-    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.launched_routes
-    k = first_route + tl.program_id(2) % widths.launched_routes
-    sequences = tl.num_programs(2) // widths.launched_routes * widths.routes
+    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.groups
+    g = tl.program_id(2) % widths.groups
+    k = g * (widths.routes // widths.groups) + route
+    sequences = tl.num_programs(2) // widths.groups * widths.routes
     sequence, size = b * widths.routes + k, widths.states * widths.channels
     e, n, e_exists, n_exists, both_exist, tile = block_of_channels(tl.program_id(1), widths, N, E)
     dtype: tl.constexpr = inputs.A.dtype.element_ty
@@ -178,12 +181,12 @@ def forward_kernel(inputs, first_states, y, chunk_states, last_state, widths, to
                 tl.store(chunk_states + chunk * size + tile, state, both_exist)
         token = i * outer_stride + j * inner_stride
         step, _slope = load_step(inputs.delta, b, token, k, e, bias, e_exists, dtype, SOFTPLUS)
-        u = load_row(inputs.u, b, token, k, e, e_exists, dtype)
+        u = load_row(inputs.u, b, token, g, e, e_exists, dtype)
         B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
         C = load_row(inputs.C, b, token, k, n, n_exists, dtype)
         state = tl.exp2(A * step[None, :]) * state + B[:, None] * (step * u)[None, :]
         out = tl.sum(C[:, None] * state, 0) + D * u
-        target = addresses(y, b, token, k, e)
+        target = addresses(y, b, token, g, e)
         if ADD:
             out += tl.load(target, e_exists, 0.0).to(dtype)
         tl.store(target, out.to(y.data.dtype.element_ty), e_exists)
@@ -193,16 +196,16 @@ def forward_kernel(inputs, first_states, y, chunk_states, last_state, widths, to
 
 
 @triton.jit
-def recompute_states(inputs, state, A, bias, b, k, route, length, block, scratch, slab, dtype: tl.constexpr,
+def recompute_states(inputs, state, A, bias, b, k, g, start, length, block, scratch, slab, dtype: tl.constexpr,
                      SOFTPLUS: tl.constexpr, SIZE: tl.constexpr):
     """Writes the state before each token of a chunk to `scratch`, (t, n, e); returns (i, j) behind the chunk."""
     e, n, e_exists, n_exists, _both_exist, _tile = block
-    i, j, outer_stride, inner_stride, inner, direction = route
+    i, j, outer_stride, inner_stride, inner, direction = start
     for t in range(length):
         tl.store(scratch + t * SIZE + slab, state)
         token = i * outer_stride + j * inner_stride
         step, _slope = load_step(inputs.delta, b, token, k, e, bias, e_exists, dtype, SOFTPLUS)
-        step_u = step * load_row(inputs.u, b, token, k, e, e_exists, dtype)
+        step_u = step * load_row(inputs.u, b, token, g, e, e_exists, dtype)
         B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
         state = tl.exp2(A * step[None, :]) * state + B[:, None] * step_u[None, :]
         i, j = next_position(i, j, inner, direction)
@@ -210,8 +213,8 @@ def recompute_states(inputs, state, A, bias, b, k, route, length, block, scratch
 
 
 @triton.jit
-def backward_step(inputs, grad_y, grads, grad_state, sums, parameters, b, k, token, state_before, part, widths, block,
-                  dtype: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr):
+def backward_step(inputs, grad_y, grads, grad_state, sums, parameters, b, k, g, token, state_before, part, widths,
+                  block, dtype: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr):
     """Back through one token: writes the gradients of its u, delta and, as row `part` of grads.B_C, of its B and C.
 
     From the gradient of the state behind the token to that of the state before it (which lies at the addresses
@@ -222,10 +225,10 @@ def backward_step(inputs, grad_y, grads, grad_state, sums, parameters, b, k, tok
     A, D, bias = parameters
     sum_A, sum_D, sum_bias = sums
     step, slope = load_step(inputs.delta, b, token, k, e, bias, e_exists, dtype, SOFTPLUS)
-    u = load_row(inputs.u, b, token, k, e, e_exists, dtype)
+    u = load_row(inputs.u, b, token, g, e, e_exists, dtype)
     B = load_row(inputs.B, b, token, k, n, n_exists, dtype)
     C = load_row(inputs.C, b, token, k, n, n_exists, dtype)
-    grad_out = load_row(grad_y, b, token, k, e, e_exists, dtype)
+    grad_out = load_row(grad_y, b, token, g, e, e_exists, dtype)
     decay = tl.exp2(A * step[None, :])
     decayed = decay * tl.load(state_before)
     grad_state += C[:, None] * grad_out[None, :]
@@ -239,21 +242,22 @@ def backward_step(inputs, grad_y, grads, grad_state, sums, parameters, b, k, tok
     sum_bias += grad_step
     sum_D += grad_out * u
     tl.store(addresses(grads.delta, b, token, k, e), grad_step.to(grads.delta.data.dtype.element_ty), e_exists)
-    target, grad_u = addresses(grads.u, b, token, k, e), grad_step_u * step + D * grad_out
+    target, grad_u = addresses(grads.u, b, token, g, e), grad_step_u * step + D * grad_out
     if ADD:
         grad_u += tl.load(target, e_exists, 0.0).to(dtype)
     tl.store(target, grad_u.to(grads.u.data.dtype.element_ty), e_exists)
     return decay * grad_state, sum_A, sum_D, sum_bias
 
 
-@triton.jit(do_not_specialize=["tokens", "span", "first_route"])
-def backward_kernel(inputs, chunk_states, grad_last_states, grad_y, grads, scratch, widths, tokens, span, first_route,
+@triton.jit(do_not_specialize=["tokens", "span", "route"])
+def backward_kernel(inputs, chunk_states, grad_last_states, grad_y, grads, scratch, widths, tokens, span, route,
                     SOFTPLUS: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, E: tl.constexpr):
     """All gradients of a span, chunk by chunk from its end: the states again, from the one before the chunk, into
     `scratch`, then back through it by grad_state_p = C_p grad_y_p + exp(step_{p+1} A) grad_state_{p+1}."""
-    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.launched_routes
-    k = first_route + tl.program_id(2) % widths.launched_routes
-    images = tl.num_programs(2) // widths.launched_routes
+    index, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64) // widths.groups
+    g = tl.program_id(2) % widths.groups
+    k = g * (widths.routes // widths.groups) + route
+    images = tl.num_programs(2) // widths.groups
     sequence, sequences, size = b * widths.routes + k, images * widths.routes, widths.states * widths.channels
     block_index = tl.program_id(1)
     block = block_of_channels(block_index, widths, N, E)
@@ -274,17 +278,17 @@ def backward_kernel(inputs, chunk_states, grad_last_states, grad_y, grads, scrat
     for count in range(chunks):
         begin = span_begin + (chunks - 1 - count) * CHUNK
         length = tl.minimum(span_end - begin, CHUNK).to(tl.int32)
-        route = start_at(inputs.routes, k, begin)
-        _i, _j, outer_stride, inner_stride, inner, direction = route
+        start = start_at(inputs.routes, k, begin)
+        _i, _j, outer_stride, inner_stride, inner, direction = start
         state = tl.load(chunk_states + (begin // CHUNK * sequences + sequence) * size + tile, both_exist, 0.0)
-        i, j = recompute_states(inputs, state, A, bias, b, k, route, length, block, scratch, slab, dtype, SOFTPLUS,
-                                N * E)
+        i, j = recompute_states(inputs, state, A, bias, b, k, g, start, length, block, scratch, slab, dtype,
+                                SOFTPLUS, N * E)
         tl.debug_barrier()
         for back in range(length):
             i, j = next_position(i, j, inner, -direction)
             token = i * outer_stride + j * inner_stride
             grad_state, sum_A, sum_D, sum_bias = backward_step(
-                inputs, grad_y, grads, grad_state, (sum_A, sum_D, sum_bias), (A, D, bias), b, k, token,
+                inputs, grad_y, grads, grad_state, (sum_A, sum_D, sum_bias), (A, D, bias), b, k, g, token,
                 scratch + (length - 1 - back) * N * E + slab, (parts + token) * widths.routes + k, widths, block, dtype,
                 SOFTPLUS, ADD)
         tl.debug_barrier()

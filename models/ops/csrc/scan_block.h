@@ -104,7 +104,7 @@ struct BlockScan {
       for (int64_t v = 0; v < vecs; ++v) out[t * vecs + v] = D[v] * u[t * vecs + v];
     for (int64_t v = 0; v < vecs; ++v)
       for (int64_t n = 0; n < call.padded_states; n += kStates) scan_states(v, n);
-    store_rows(out, y, call.shared && k > 0);
+    store_rows(out, y, k % call.routes_per_group > 0);
   }
 
   // Moves states n .. n + kStates - 1 of vector v through the chunk and adds their share to `out`.
@@ -190,7 +190,7 @@ struct BlockScanBackward : BlockScan<S> {
       }
     }
     finish_gradients();
-    this->store_rows(grad_step_u, grad_u_rows, call.shared);
+    this->store_rows(grad_step_u, grad_u_rows, call.routes_per_group > 1);
     this->store_rows(grad_step, grad_delta_rows, false);
   }
 

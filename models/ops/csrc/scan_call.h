@@ -40,24 +40,25 @@ struct Route {
   }
 };
 
-// Rows of a (batch, tokens, routes, columns) tensor of any floating type, read and written as S.
+// Rows of a (batch, tokens, routes or groups of routes, columns) tensor of any floating type, read and written as S.
 struct Rows {
   Tensor tensor;
   char* data;
   ScalarType type;
-  int64_t size, batch, token, route;
+  int64_t size, batch, token, group, routes_per_group;
 
-  explicit Rows(const Tensor& source) : tensor(source.stride(3) == 1 ? source : source.contiguous()) {
+  Rows(const Tensor& source, int64_t num_routes) : tensor(source.stride(3) == 1 ? source : source.contiguous()) {
     data = static_cast<char*>(tensor.data_ptr());
     type = tensor.scalar_type();
     size = tensor.element_size();
     batch = tensor.stride(0) * size;
     token = tensor.stride(1) * size;
-    route = tensor.size(2) == 1 ? 0 : tensor.stride(2) * size;  // one row serves all routes
+    group = tensor.stride(2) * size;
+    routes_per_group = num_routes / tensor.size(2);
   }
 
   char* at(int64_t b, int64_t t, int64_t k, int64_t first) const {
-    return data + b * batch + t * token + k * route + first * size;
+    return data + b * batch + t * token + k / routes_per_group * group + first * size;
   }
 
   template <typename F>
@@ -108,16 +109,17 @@ struct Call {
   Rows u, delta, B, C;
   Tensor A, D, bias;  // (k, n, c), (k, c), (k, c) as S
   std::vector<Route> routes;
-  bool softplus, shared;
+  bool softplus;
   int64_t batch, tokens, num_routes, channels, states;
+  int64_t groups, routes_per_group;  // routes of a group read the same rows of u and add their results up
   int64_t padded_states, chunks, vecs, blocks;
 
   Call(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
        const OptionalTensor& D_, const OptionalTensor& bias_, at::IntArrayRef flat_routes, bool softplus_)
-      : u(u_), delta(delta_), B(B_), C(C_), softplus(softplus_) {
+      : u(u_, A_.size(0)), delta(delta_, A_.size(0)), B(B_, A_.size(0)), C(C_, A_.size(0)), softplus(softplus_) {
     batch = delta_.size(0), tokens = delta_.size(1), num_routes = delta_.size(2), channels = delta_.size(3);
     states = A_.size(2);
-    shared = u_.size(2) == 1 && num_routes > 1;
+    groups = u_.size(2), routes_per_group = num_routes / groups;
     const auto type = c10::CppTypeToScalarType<S>::value;
     A = A_.to(type).transpose(1, 2).contiguous();
     const auto zeros = [&] { return at::zeros({num_routes, channels}, A.options()); };
@@ -134,8 +136,8 @@ struct Call {
     cut_channels();
   }
 
-  // Scans that may run side by side; routes that share their input run one after the other.
-  int64_t parallel_scans() const { return batch * (shared ? 1 : num_routes); }
+  // Scans that may run side by side; the routes of a group run one after the other.
+  int64_t parallel_scans() const { return batch * groups; }
 
   // Blocks of equal width, a function of the shape alone: sums over channels are taken block by block.
   void cut_channels() {
@@ -157,11 +159,8 @@ struct Call {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t scan = task / parts, part = task % parts;
         const int64_t first_block = part * blocks / parts, end_block = (part + 1) * blocks / parts;
-        if (shared) {
-          run(scan, int64_t{0}, num_routes, first_block, end_block);
-        } else {
-          run(scan / num_routes, scan % num_routes, scan % num_routes + 1, first_block, end_block);
-        }
+        const int64_t first_route = scan % groups * routes_per_group;
+        run(scan / groups, first_route, first_route + routes_per_group, first_block, end_block);
       }
     });
   }

@@ -5,7 +5,7 @@
 // state before each chunk; the backward pass computes the states of one chunk at a time again from there, into a buffer
 // that fits the first-level cache, and goes back through it.
 //
-// Tasks (batch, route, block) run in parallel. Where all routes share their input, one task runs its routes one after
+// Tasks (batch, group of routes, block) run in parallel. Routes of a group share their input; a task runs them one after
 // the other, so that their results add up in place. The gradients of B and C sum over the blocks of a route: blocks
 // write partial sums for a window of tokens, which are then added in a fixed order. No result depends on the number of
 // threads.
@@ -28,12 +28,12 @@ template <typename S>
 std::tuple<Tensor, Tensor, Tensor> forward(const Call<S>& call, const Tensor& u, bool keep_chunk_states) {
   const auto options = call.A.options();
   // Half-precision results of several routes are added up in single precision.
-  const Tensor y = at::empty(u.sizes(), call.shared ? options : u.options());
+  const Tensor y = at::empty(u.sizes(), call.routes_per_group > 1 ? options : u.options());
   const Tensor last = at::zeros({call.batch, call.num_routes, call.states, call.channels}, options);
   const Tensor chunk_states = keep_chunk_states
       ? at::empty({call.chunks, call.batch, call.num_routes, call.states, call.channels}, options)
       : at::empty({0}, options);
-  const Rows y_rows(y);
+  const Rows y_rows(y, call.num_routes);
   call.for_each_task([&](int64_t b, int64_t first_route, int64_t end_route, int64_t first_block, int64_t end_block) {
     for (int64_t k = first_route; k < end_route; ++k) {
       std::deque<BlockScan<S>> scans;
@@ -97,15 +97,16 @@ std::vector<Tensor> backward(const Call<S>& call, const Tensor& chunk_states, co
   const int64_t kept = call.chunks * call.batch * call.num_routes * call.states * call.channels;
   TORCH_CHECK(chunk_states.numel() == kept, "scan: ", chunk_states.numel(), " kept states where ", kept, " are needed");
   const auto dense_like = [](const Rows& rows) { return at::empty(rows.tensor.sizes(), rows.tensor.options()); };
-  const Tensor grad_u = call.shared ? at::zeros(call.u.tensor.sizes(), options) : dense_like(call.u);
+  const Tensor grad_u = call.routes_per_group > 1 ? at::zeros(call.u.tensor.sizes(), options) : dense_like(call.u);
   const Tensor grad_delta = dense_like(call.delta), grad_B = dense_like(call.B), grad_C = dense_like(call.C);
   RunningGradients running;
   running.grad_state = grad_last.to(call.A.scalar_type()).transpose(2, 3).clone(at::MemoryFormat::Contiguous);
   running.A = at::zeros_like(running.grad_state);
   running.D = at::zeros({call.batch, call.num_routes, call.channels}, options);
   running.bias = at::zeros_like(running.D);
-  const Rows grad_y_rows(grad_y), grad_u_rows(grad_u), grad_delta_rows(grad_delta);
-  const Rows grad_B_rows(grad_B), grad_C_rows(grad_C);
+  const auto rows = [&](const Tensor& tensor) { return Rows(tensor, call.num_routes); };
+  const Rows grad_y_rows = rows(grad_y), grad_u_rows = rows(grad_u), grad_delta_rows = rows(grad_delta);
+  const Rows grad_B_rows = rows(grad_B), grad_C_rows = rows(grad_C);
 
   const int64_t size = 2 * kChunk * call.padded_states, sequences = call.batch * call.num_routes;
   const int64_t window = reduction_window(call);
