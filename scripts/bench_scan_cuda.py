@@ -29,6 +29,7 @@ from scripts.scan_contenders import CHANNELS, PASSES, STATE
 HEIGHT, WIDTH, TASKS = 112, 144, 4  # the finest maps of BIM on NYUD
 EXP_ROUNDS = 512
 GPU = torch.device("cuda")
+OURS = ("triton",)  # backends; numbers of the others are given as ratios to the first
 Contenders = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
 
 
@@ -61,10 +62,10 @@ def bench_one_scan(repeats: int) -> list[Row]:
     rows = []
     for length in (HEIGHT * WIDTH, TASKS * HEIGHT * WIDTH):
         for dtype in (torch.float32, torch.bfloat16):
-            inputs = [x.cuda().to(dtype if i in (0, 1, 3, 4) else torch.float32)
+            inputs = [x.to(GPU, dtype if i in (0, 1, 3, 4) else torch.float32)
                       for i, x in enumerate(scans.scan_inputs(length, CHANNELS))]
             sequence = [x.squeeze(2).mT.contiguous() if x.dim() == 4 else x.squeeze(0) for x in inputs]
-            contenders: Contenders = {"triton": (scans.scan_with("triton"), inputs)}
+            contenders: Contenders = {name: (scans.scan_with(name), inputs) for name in OURS}
             if kernel := _mamba():
                 contenders["mamba_ssm"] = (lambda u, s, A, B, C, D, bias, f=kernel: f(u, s, A, B.unsqueeze(1),
                                            C.unsqueeze(1), D, None, bias, True), sequence)
@@ -77,22 +78,38 @@ def bench_one_scan(repeats: int) -> list[Row]:
 def bench_orders(repeats: int) -> list[Row]:
     """SS2D and BI-Scan with their projections, copies included."""
     torch.manual_seed(0)
-    four, bi = S6(CHANNELS, rank=12, routes=4).cuda(), BIScan(CHANNELS, rank=12, state=STATE).cuda()
+    four, bi = S6(CHANNELS, rank=12, routes=4).to(GPU), BIScan(CHANNELS, rank=12, state=STATE).to(GPU)
     rows, kernel = [], _mamba()
-    set_scan_backend("triton")
     for batch in (1, 4):
-        x = torch.randn(batch, HEIGHT, WIDTH, CHANNELS, device="cuda")
-        feat = torch.randn(batch, TASKS, HEIGHT, WIDTH, CHANNELS, device="cuda")
+        x = torch.randn(batch, HEIGHT, WIDTH, CHANNELS, device=GPU)
+        feat = torch.randn(batch, TASKS, HEIGHT, WIDTH, CHANNELS, device=GPU)
         parts = {"SS2D": (x, four, lambda x, *_: ss2d_core(x, four.weights),
                           lambda x, *_: scans.usual_ss2d(x, four.weights, kernel)),
                  "BI-Scan": (feat, bi, lambda x, *_: bi(x), lambda x, *_: scans.usual_bi_scan(bi, x, kernel))}
         for what, (given, module, ours, usual) in parts.items():
             inputs = [given, *module.parameters()]
-            contenders = {"triton, routes": (ours, inputs)} | ({"mamba_ssm, usual": (usual, inputs)} if kernel else {})
+            contenders = {f"{name}, routes": (_with_backend(name, ours), inputs) for name in OURS}
+            contenders |= {"mamba_ssm, usual": (usual, inputs)} if kernel else {}
+            _assert_equal(contenders)
             exponentials = given[..., 0].numel() * CHANNELS * STATE * (4 if what == "SS2D" else 2)
             rows += _compare(f"{what}, batch {batch}", contenders, repeats, exponentials, _bytes([given] * 2))
     set_scan_backend("auto")
     return rows
+
+
+def _with_backend(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*inputs):
+        set_scan_backend(name)
+        return forward(*inputs)
+    return run
+
+
+def _assert_equal(contenders: Contenders) -> None:
+    """All compute the same, or there is nothing to compare."""
+    with torch.no_grad():
+        expected, *others = (forward(*inputs) for forward, inputs in contenders.values())
+    for other in others:
+        torch.testing.assert_close(other, expected, rtol=1e-2, atol=1e-2)
 
 
 PARTS = {"ceilings": bench_ceilings, "scan": bench_one_scan, "orders": bench_orders}

@@ -1,5 +1,6 @@
 """Which backend runs a scan: requests, fallbacks and their reasons, the log line, and what mamba_ssm is given."""
 
+import dataclasses
 import importlib.abc
 import logging
 import subprocess
@@ -13,7 +14,7 @@ from models.ops import SCAN_BACKENDS, scan_choice, scan_cpp, scan_mamba
 from models.ops import selective_scan as selective_scan_module
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs
-from models.ops.scan_choice import set_scan_backend
+from models.ops.scan_choice import ScanNeeds, choose_backend, set_scan_backend
 from models.ops.scan_reference import reference_scan
 from models.ops.selective_scan import selective_scan
 from tests.scan_backends import device_of, random_inputs
@@ -43,9 +44,11 @@ def test_the_table_is_read_without_pytorch_and_every_row_is_a_backend():
     assert SCAN_BACKENDS.load("auto") is None
 
 
-def scan_log(caplog, **kwargs):
+def scan_log(caplog, level="INFO", **kwargs):
+    """Log lines of a scan, which all have that level."""
     with caplog.at_level(logging.INFO, logger="models.ops.scan_choice"):
         selective_scan(**random_inputs(), **kwargs)
+    assert {record.levelname for record in caplog.records} <= {level}
     return [record.getMessage() for record in caplog.records]
 
 
@@ -57,11 +60,28 @@ def test_auto_on_cpu_is_cpp_where_it_builds_and_says_so_once(caplog):
 
 def test_auto_without_compiled_kernels_is_torch_and_says_why_once(caplog, monkeypatch):
     monkeypatch.setattr(scan_cpp, "find_cpp_kernel", lambda: "no compiled kernels: the compiler 'c++' was not found")
-    scan_log(caplog)
     reason = "no compiled kernels: the compiler 'c++' was not found"
-    assert scan_log(caplog) == [f"selective scan: torch backend ({reason})"]
+    scan_log(caplog, "WARNING")
+    assert scan_log(caplog, "WARNING") == [
+        f"selective scan: torch backend (training and inference are slower than with cpp: {reason})"]
     with pytest.raises(ValueError, match="'cpp' was requested by the backend argument but cannot run: no compiled"):
         selective_scan(**random_inputs(), backend="cpp")
+
+
+@pytest.mark.parametrize("refused, chosen", [((), "triton"), (("triton",), "mamba_ssm"),
+                                             (("triton", "mamba_ssm"), "torch")])
+def test_a_slower_backend_on_cuda_is_a_warning_with_the_consequence(refused, chosen, caplog, monkeypatch):
+    for name in ("triton", "mamba_ssm"):
+        backend = SCAN_BACKENDS.load(name)
+        refusal = f"{name} is broken" if name in refused else None
+        monkeypatch.setitem(scan_choice._loaded, name, dataclasses.replace(backend, refusal=lambda _, r=refusal: r))
+    with caplog.at_level(logging.INFO, logger="models.ops.scan_choice"):
+        assert choose_backend(ScanNeeds("cuda", torch.float32, 16, False), "auto")[0] == chosen
+    record, = caplog.records
+    assert record.levelname == ("WARNING" if refused else "INFO")
+    why = (f"training and inference are slower than with {' or '.join(refused)}: "
+           + "; ".join(f"{name} is broken" for name in refused)) if refused else "the fastest here"
+    assert record.getMessage() == f"selective scan: {chosen} backend ({why})"
 
 
 def test_argument_beats_environment_beats_configuration(caplog, monkeypatch):

@@ -1,5 +1,5 @@
 """The Triton kernels under the interpreter, on the CPU: every order, dtype, odd size and way of cutting a call; and
-that they compile for GPUs. What needs a GPU is marked so.
+that they compile for GPUs, where tests/test_scan_gpu.py runs them.
 
 The interpreter needs a hundred microseconds per operation, so that sequences are short and chunks shorter.
 """
@@ -14,7 +14,7 @@ import torch
 from models.ops import scan_triton
 from models.ops.routes import Route, four_routes
 from models.ops.scan_choice import ScanNeeds
-from models.ops.scan_triton import CANDIDATES, Blocks, find_triton, triton_refusal
+from models.ops.scan_triton import Blocks, find_triton, triton_refusal
 from models.ops.selective_scan import scan_routes, selective_scan
 from tests.scan_backends import draw, relative_error
 from tests.shared import ROOT
@@ -183,27 +183,3 @@ def test_kernels_compile_for_a_gpu_without_one():
     sizes = {name: (int(code), int(shared)) for name, code, shared in map(str.split, run.stdout.splitlines())}
     assert all(code > 1000 for code, _ in sizes.values())
     assert sizes["span_kernel"][1] == sizes["forward_kernel"][1] == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("blocks", CANDIDATES)
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_on_a_gpu_against_float64(dtype, rounding, groups, blocks, monkeypatch):
-    monkeypatch.setattr(scan_triton, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr(scan_triton, "_choose_blocks", lambda args: blocks)
-    inputs = arguments(35 * 53, routes=4, channels=70, state=16, groups=groups)
-    inputs = {name: tensor.to("cuda", dtype) for name, tensor in inputs.items()}
-    doubles = {name: tensor.double() for name, tensor in inputs.items()}
-    found = results_on_gpu("triton", inputs)
-    again, expected = results_on_gpu("triton", inputs), results_on_gpu("reference", doubles)
-    for a, b, c in zip(found, again, expected, strict=True):
-        assert torch.equal(a, b) and relative_error(a, c) < rounding
-
-
-def results_on_gpu(backend, inputs):
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
-    y = scan_routes(**dict(zip(inputs, leaves, strict=True)), routes=four_routes(35, 53), delta_softplus=True,
-                    backend=backend)
-    return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]

@@ -3,6 +3,7 @@
 A request counts in this order: the argument of the call, the variable SCAN_BACKEND, `set_scan_backend` (the key
 `scan_backend` of an experiment). A backend asked for by name runs, or the call raises. Without a request it is the
 first of the table that is meant for the device and can run: triton, then mamba_ssm on CUDA; cpp on a CPU; else torch.
+Where it is not the first of these, training and inference are slower than they could be: a warning.
 """
 
 import logging
@@ -82,15 +83,17 @@ def _choose(device: str, dtype: torch.dtype, num_states: int, state_gradient: bo
         refusal = _load(name).refusal(needs)
         if refusal:
             raise ValueError(f"scan backend '{name}' was requested by {source} but cannot run: {refusal}")
-        return _log_choice(name, f"requested by {source}")
-    refusals = []
+        return _log_choice(logging.INFO, name, f"requested by {source}")
+    refusals: dict[str, str] = {}
     for name in SCAN_BACKENDS:
         if name != "auto" and device in _load(name).fastest_on:
             refusal = _load(name).refusal(needs)
             if not refusal:
-                return _log_choice(name, "; ".join(refusals) or "the fastest here")
-            refusals.append(refusal)
-    return _log_choice("torch", "; ".join(refusals) or f"no other for {device} tensors")
+                return _log_automatic_choice(name, refusals)
+            refusals[name] = refusal
+    if not refusals:
+        return _log_choice(logging.INFO, "torch", f"no other for {device} tensors")
+    return _log_automatic_choice("torch", refusals)
 
 
 def _load(name: str) -> ScanBackend:
@@ -106,8 +109,16 @@ def _known(name: str, place: str) -> str:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _log_choice(name: str, reason: str) -> str:
+def _log_automatic_choice(name: str, refusals: dict[str, str]) -> str:
+    """`refusals`: of the faster backends, by name."""
+    if not refusals:
+        return _log_choice(logging.INFO, name, "the fastest here")
+    return _log_choice(logging.WARNING, name, f"training and inference are slower than with {' or '.join(refusals)}: "
+                       + "; ".join(refusals.values()))
+
+
+def _log_choice(level: int, name: str, reason: str) -> str:
     if (name, reason) not in _logged:
         _logged.add((name, reason))
-        logger.info("selective scan: %s backend (%s)", name, reason)
+        logger.log(level, "selective scan: %s backend (%s)", name, reason)
     return name

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.ops.routes import Route
 from models.ops.scan_args import ScanArgs
 from models.ops.scan_choice import Kernels, ScanBackend, ScanNeeds
-from models.ops.scan_torch import torch_backward, torch_forward
+from models.ops.scan_probe import probe
 from utils.extension import first_line
 
 CHUNK_TOKENS = 32  # a GPU wants few launches
@@ -98,10 +98,11 @@ def find_triton(device: str) -> str | None:
         return f"the triton kernels need CUDA tensors, got tensors on {device}"
     if not torch.cuda.is_available():
         return "triton is installed but no CUDA device is available"
-    try:
-        return _probe()
-    except Exception as error:  # compilers fail in many ways; whichever it was, it is said
-        return f"the triton probe call failed: {type(error).__name__}: {first_line(error)}"
+    fixed = {"blocks": CANDIDATES[0]}  # candidates are timed for the sizes of a model
+    kernels = Kernels(functools.partial(triton_forward, **fixed), functools.partial(triton_backward, **fixed),
+                      TRITON.kernels.chunk_tokens)
+    reason = probe(kernels, torch.device("cuda"))
+    return reason and f"the triton kernels cannot be used: {reason}"
 
 
 def triton_refusal(needs: ScanNeeds) -> str | None:
@@ -232,8 +233,8 @@ def _fastest_blocks(device: int, kind: tuple) -> Blocks:
 
 
 def _example(device: torch.device, num_routes: int, channels: int, state: int, groups: int, dtype: torch.dtype,
-             scan_dtype: torch.dtype, tokens: int = TUNING_TOKENS) -> ScanArgs:
-    ones = functools.partial(torch.ones, device=device, dtype=dtype)
+             scan_dtype: torch.dtype) -> ScanArgs:
+    tokens, ones = TUNING_TOKENS, functools.partial(torch.ones, device=device, dtype=dtype)
     B = C = ones(1, tokens, num_routes, state)
     D = bias = ones(num_routes, channels, dtype=scan_dtype)
     A = -ones(num_routes, channels, state, dtype=scan_dtype)
@@ -245,17 +246,6 @@ def _both_ways(args: ScanArgs, blocks: Blocks) -> tuple[Tensor, ...]:
     """y, the last state, and the gradients where these two stand for their own gradients."""
     y, last_state, chunk_states = triton_forward(args, True, blocks)
     return y, last_state, *triton_backward(args, chunk_states, y, last_state, blocks)
-
-
-def _probe() -> str | None:
-    """Runs a small scan with gradients on the GPU; why its results are wrong, or None."""
-    args = _example(torch.device("cuda"), 2, 40, 16, True, torch.float32, torch.float32, tokens=100)
-    expected, expected_state, chunk_states = torch_forward(args, True)
-    truth = (expected, expected_state, *torch_backward(args, chunk_states, expected, expected_state))
-    for found, right in zip(_both_ways(args, CANDIDATES[0]), truth, strict=True):
-        if not torch.allclose(found, right, rtol=1e-3, atol=1e-3 * float(right.abs().max())):
-            return "the triton probe call gave wrong results"
-    return None
 
 
 @functools.lru_cache(maxsize=256)
