@@ -1,67 +1,23 @@
-"""What all data sets share: a description (`DatasetSpec`), where files lie (`Source`), one `Dataset` class.
+"""`MultiTaskDataset`: the images of a split with their labels, as a `data.spec.DatasetSpec` describes them.
 
-A data set is a table: its tasks with their class counts, and per label the files and the function that reads
-them. Nothing here or in the data sets branches on a task. Everything that can be wrong with a data folder
-is found before the first batch, or names the file it is about. PyTorch is not needed to read this file, so that an
-experiment file can be checked against a data set at once.
+Everything that can be wrong with a data folder is found before the first batch, or names the file it is about.
+PyTorch is not needed to read this file.
 """
 
 import os
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from data.labels import LabelRules
-from evaluation.boundary.settings import BoundaryTruth
-from utils.files import read_rgb
+from data.spec import DatasetSpec, find_folder
+from data.splits import PICTURES, explain_unknown, id_of
 
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """Facts about a data set. `tasks` maps each task to its output channels, in the task table's order."""
-
-    name: str
-    folder: str                                     # below db_root
-    tasks: Mapping[str, int]
-    image_size: tuple[int, int]                     # (H, W) of the network's input
-    class_names: Mapping[str, tuple[str, ...]]      # of the tasks that have classes
-    boundary: BoundaryTruth | None = None           # ground truth of the boundary score
-    label_size: tuple[int, int] | None = None       # (H, W) of the labels; None: as the network's input
-    depth_range: tuple[float, float] | None = None  # depth is scored strictly between these; None: wherever not void
-    colours: Mapping[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)   # of classes; else VOC's
-    splits: tuple[str, ...] = ("train", "val")
-    split_file: str | None = None                   # list of ids, e.g. "gt_sets/{split}.txt"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files of one label, and their reader: `read(*paths)`, a map as H x W x C float32, the image as uint8.
-
-    A pattern may hold alternatives, "a/{id}.png|b/{id}.png": the first that exists is taken.
-    """
-
-    files: tuple[str, ...]
-    read: Callable[..., Any]
-
-
-def read_image(path: Path) -> np.ndarray:
-    """The stored pixels, H x W x 3 uint8 RGB; no EXIF turn, because labels belong to the stored pixels."""
-    return read_rgb(path, apply_exif=False)
-
-
-def find_folder(root: str | Path, spec: DatasetSpec) -> Path:
-    """The data set's folder: `root`/`spec.folder`, or `root` itself where that already is the folder."""
-    root = Path(root).expanduser()
-    if (root / spec.folder).is_dir():
-        return root / spec.folder
-    if root.name == spec.folder and root.is_dir():
-        return root
-    raise FileNotFoundError(f"data folder not found: {root / spec.folder} (set db_root in the config "
-                            f"or on the command line, or $DB_ROOT, to the folder holding {spec.folder}/)")
+ANY_ENDING = ".*"
+ENDINGS = (*PICTURES, ".npy", ".npz", ".mat", ".exr", ".pfm", ".hdr")      # of the files that ANY_ENDING stands for
 
 
 class MultiTaskDataset:
@@ -73,71 +29,62 @@ class MultiTaskDataset:
     `labels` maps each wanted task to the rules of its label.
     """
 
-    spec: ClassVar[DatasetSpec]
-    sources: ClassVar[Mapping[str, Source]]      # "image" and every task of `spec`
-
-    def __init__(self, root: str | Path, split: str, labels: Mapping[str, LabelRules],
+    def __init__(self, spec: DatasetSpec, root: str | Path, split: str, labels: Mapping[str, LabelRules],
                  transform: Callable[[dict, random.Random], dict] | None = None):
-        spec = self.spec
         if split not in spec.splits:
             raise ValueError(f"{spec.name} has no split {split!r}; valid: {', '.join(spec.splits)}")
-        if absent := [name for name in labels if name not in spec.tasks]:
+        if absent := [name for name in labels if name not in spec.labels]:
             raise ValueError(f"{spec.name} has no labels for {', '.join(absent)}; "
-                             f"its tasks: {', '.join(spec.tasks)}")
+                             f"its tasks: {', '.join(spec.labels)}")
+        self.spec, self.split, self.transform = spec, split, transform
         self.folder = find_folder(root, spec)
-        self.split, self.transform = split, transform
-        self.labels = {name: labels[name] for name in spec.tasks if name in labels}
-        self.ids = self.list_ids(split)
+        self.labels = {name: spec.labels[name].rules or labels[name] for name in spec.labels if name in labels}
+        self.files = Files(self.folder)
+        self.ids = spec.splits[split].ids(self.folder, spec.image.files[0])
         self.check_files()
         self.ids = self.select_ids()
         if not self.ids:
             raise ValueError(f"split {split!r} of {spec.name} in {self.folder} lists no images")
 
-    def list_ids(self, split: str) -> list[str]:
-        """Image ids of a split, in file order."""
-        path = self.folder / self.spec.split_file.format(split=split)
-        if not path.is_file():
-            raise FileNotFoundError(f"split file not found: {path} (one image id per line)")
-        return path.read_text(encoding="utf-8").split()
-
     def select_ids(self) -> list[str]:
-        """The ids this run uses; a data set may leave out images that cannot supervise any of its tasks."""
-        return self.ids
+        """The ids this run uses: where there is one task, only those whose label can say something about it."""
+        [*tasks] = self.labels
+        informs = self.spec.labels[tasks[0]].informs if len(tasks) == 1 else None
+        return self.ids if informs is None else [name for name in self.ids if informs(*self.paths(tasks[0], name))]
+
+    def patterns(self, key: str) -> tuple[str, ...]:
+        """Patterns of the files of one map, "image" or a task."""
+        return (self.spec.image if key == "image" else self.spec.labels[key]).files
 
     def paths(self, key: str, name: str) -> tuple[Path, ...]:
-        """Files of one map ("image" or a task) of the image with this id."""
-        found = []
-        for pattern in self.sources[key].files:
-            options = [self.folder / option.format(id=name) for option in pattern.split("|")]
-            found.append(next((p for p in options[:-1] if p.is_file()), options[-1]))
-        return tuple(found)
+        """Files of one map ("image" or a task) of the image with this id; those that are missing as they would be."""
+        return tuple(self.folder / (self.files.find(pattern, name) or pattern.split("|")[-1].format(id=name))
+                     for pattern in self.patterns(key))
 
     def missing_files(self) -> list[Path]:
         """Files the split needs that are not there; lists each folder once: fast on network disks."""
-        listings: dict[str, set[str]] = {}
-
-        def exists(relative: str) -> bool:
-            folder, _, file = relative.rpartition("/")
-            if folder not in listings:
-                path = self.folder / folder
-                listings[folder] = set(os.listdir(path)) if path.is_dir() else set()
-            return file in listings[folder]
-
-        patterns = dict.fromkeys(p for key in ("image", *self.labels) for p in self.sources[key].files)
-        missing = []
-        for pattern in patterns:
-            options = pattern.split("|")
-            missing += [self.folder / options[-1].format(id=name) for name in self.ids
-                        if not any(exists(option.format(id=name)) for option in options)]
-        return missing
+        patterns = dict.fromkeys(p for key in ("image", *self.labels) for p in self.patterns(key))
+        return [self.folder / pattern.split("|")[-1].format(id=name) for pattern in patterns for name in self.ids
+                if self.files.find(pattern, name) is None]
 
     def check_files(self) -> None:
         """Raises FileNotFoundError with the number of missing files and the first of them."""
         if missing := self.missing_files():
             shown = ", ".join(str(p.relative_to(self.folder)) for p in missing[:5])
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise FileNotFoundError(f"{len(missing)} file(s) of split {self.split!r} "
-                                    f"({len(self.ids)} images) missing in {self.folder}: {shown}{more}")
+            raise FileNotFoundError(f"{len(missing)} file(s) of split {self.split!r} ({len(self.ids)} images) missing "
+                                    f"in {self.folder}: {shown}{more}{self._explain()}")
+
+    def _explain(self) -> str:
+        """Why the first image that is not there may be missed."""
+        [pattern] = self.spec.image.files
+        unknown = next((name for name in self.ids if self.files.find(pattern, name) is None), None)
+        if unknown is None:
+            return ""
+        folder = pattern.partition("{id}")[0].rpartition("/")[0]
+        prefix = f"{folder}/" if folder else ""
+        known = {id_of(f"{prefix}{file}", pattern) for file in self.files.names(folder)}
+        return explain_unknown(unknown, known - {None})
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,11 +96,70 @@ class MultiTaskDataset:
 
     def read(self, key: str, name: str) -> Any:
         """One label, or the image, exactly as stored in its files (maps: own size, H x W x C)."""
-        return self.sources[key].read(*self.paths(key, name))
+        source = self.spec.image if key == "image" else self.spec.labels[key]
+        return source.read(*self.paths(key, name))
 
     def load(self, name: str) -> dict:
         """Image and labels of one id, untransformed; labels of another size are resized to the image's."""
         image = self.read("image", name)
         size = image.shape[:2]
-        labels = {key: rules.fit(self.read(key, name), size) for key, rules in self.labels.items()}
-        return {"image": image, **labels, "meta": {"name": self.paths("image", name)[0].stem, "size": size}}
+        labels = {}
+        for key, rules in self.labels.items():
+            label = self.read(key, name)
+            self._check_geometry(key, name, size, np.shape(label)[:2])
+            labels[key] = rules.fit(label, size)
+        output = self.spec.output_name.format(id=name, stem=self.paths("image", name)[0].stem)
+        return {"image": image, **labels, "meta": {"name": output, "size": size}}
+
+    def _check_geometry(self, task: str, name: str, image: tuple[int, int], label: tuple[int, ...]) -> None:
+        """A label map shows what its image shows: equal sides, or the same aspect ratio to within a pixel of either."""
+        if len(label) != 2 or label in (image, (1, 1)) or self.labels[task].same_view(label, image):
+            return
+        turned = self.labels[task].same_view(label[::-1], image)
+        advice = (" (one of them is turned by 90 degrees: does the photograph carry an EXIF orientation?)" if turned
+                  else ", another aspect ratio")
+        raise ValueError(f"{self.paths(task, name)[0]} is {label[0]} x {label[1]} (height x width), its image "
+                         f"{self.paths('image', name)[0]} {image[0]} x {image[1]}{advice}: they do not show the same")
+
+
+class Files:
+    """Which files there are below a folder; each sub-folder is listed once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._names: dict[str, frozenset[str]] = {}
+        self._stems: dict[str, dict[str, str]] = {}
+
+    def names(self, folder: str) -> frozenset[str]:
+        """File names in a sub-folder; none where it does not exist."""
+        if folder not in self._names:
+            path = self.folder / folder
+            self._names[folder] = frozenset(os.listdir(path)) if path.is_dir() else frozenset()
+        return self._names[folder]
+
+    def find(self, pattern: str, name: str) -> str | None:
+        """Path below the folder of the first alternative of a pattern that exists for this id."""
+        for option in pattern.split("|"):
+            relative = option.format(id=name)
+            folder, _, file = relative.rpartition("/")
+            if not file.endswith(ANY_ENDING):
+                if file in self.names(folder):
+                    return relative
+            elif (found := self._stem(folder).get(file.removesuffix(ANY_ENDING))) is not None:
+                return f"{folder}/{found}" if folder else found
+        return None
+
+    def _stem(self, folder: str) -> dict[str, str]:
+        """Files of a sub-folder by their names without ending; two that differ in the ending alone are a ValueError."""
+        if folder not in self._stems:
+            stems: dict[str, str] = {}
+            for file in sorted(self.names(folder)):
+                stem, dot, ending = file.rpartition(".")
+                if f"{dot}{ending}".lower() not in ENDINGS:
+                    continue
+                if stem in stems:
+                    raise ValueError(f"{self.folder / folder} holds {stems[stem]} and {file}: which of them belongs to "
+                                     f"{stem!r}? Remove one, or write the ending in the data set's file pattern")
+                stems[stem] = file
+            self._stems[folder] = stems
+        return self._stems[folder]

@@ -26,6 +26,10 @@ class LabelRules(ABC):
     def fit(self, label: Any, size: tuple[int, int]) -> Any:
         """The label of a file, brought to the size of its image."""
 
+    def same_view(self, label: tuple[int, int], image: tuple[int, int]) -> bool:
+        """Whether a label of this size can show what an image of that size shows."""
+        return True
+
     @abstractmethod
     def resize(self, label: Any, size: tuple[int, int]) -> Any:
         """At another size, values as they are."""
@@ -71,6 +75,11 @@ class MapLabel(LabelRules):
     interp: str = "nearest"
     pad_value: float = VOID
     guides_crop: bool = False
+
+    def same_view(self, label: tuple[int, int], image: tuple[int, int]) -> bool:
+        """The same aspect ratio, up to the rounding of the smaller one's sides."""
+        small, large = sorted((label, image))
+        return abs(small[0] * large[1] - small[1] * large[0]) <= max(large)
 
     def fit(self, label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return label if label.shape[:2] == size else resize_map(label, size, INTERPOLATION[self.interp])

@@ -33,7 +33,7 @@ class DepthMeter(Meter):
 
     @classmethod
     def for_task(cls, context: TaskContext) -> "DepthMeter":
-        return cls(context.ignore_index, context.depth_range)
+        return cls(context.ignore_index, context.valid_range)
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = torch.ones_like(target, dtype=torch.bool)

@@ -44,17 +44,18 @@ class Split:
 class TaskContext:
     """What a loss, an evaluator or a view of a task may depend on besides its inputs.
 
-    num_channels: of the network's output. edge_w: weight of the edge class in its loss. depth_range: depth is scored
-    strictly between these. The fields from `split` on matter in an evaluation only; without a split nothing can be
-    evaluated that needs more than the labels of a batch.
+    num_channels: of the network's output. edge_w: weight of the edge class in its loss. valid_range: values are scored
+    strictly between these. unit: of the values, "m" or "px". The fields from `split` on matter in an evaluation only;
+    without a split nothing can be evaluated that needs more than the labels of a batch.
     """
 
     num_channels: int
     ignore_index: int = 255
     edge_w: float = 0.95
     class_names: tuple[str, ...] = ()
-    depth_range: tuple[float, float] | None = None
+    valid_range: tuple[float, float] | None = None
     colours: tuple[tuple[int, int, int], ...] = ()
+    unit: str = ""
     split: Split | None = None
     boundary: BoundarySettings = BoundarySettings()
     boundary_mode: Mode = "off"

@@ -116,7 +116,7 @@ def check_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelR
     # The data set without its own start-up checks, so that everything wrong can be listed at once.
     lenient = {"check_files": lambda self: None, "select_ids": lambda self: self.ids}
     try:
-        dataset = type(name, (DATASETS.load(name),), lenient)(db_root, split, labels)
+        dataset = type("Lenient", (MultiTaskDataset,), lenient)(DATASETS.load(name), db_root, split, labels)
     except (ValueError, OSError) as error:
         return [str(error)]
     missing = dataset.missing_files()
@@ -138,8 +138,8 @@ def check_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelR
 
 def check(db_root: str, dataset: str, split: str | None, tasks: list[str] | None, limit: int | None) -> int:
     """0 if all is well, 1 with a list of problems otherwise."""
-    spec = DATASETS.load(dataset).spec
-    labels = label_rules(tasks or spec.tasks)
+    spec = DATASETS.load(dataset)
+    labels = label_rules(tasks or spec.labels)
     problems = list(dict.fromkeys(problem for name in ([split] if split else spec.splits)
                                   for problem in check_split(dataset, db_root, name, labels, limit)))
     more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []

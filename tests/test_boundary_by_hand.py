@@ -23,7 +23,7 @@ from evaluation.evaluator import Split
 BACKENDS = ["scipy", pytest.param("compiled", marks=pytest.mark.skipif(pick_backend() != "compiled",
                                                                        reason="no compiler"))]
 
-PASCAL = DATASETS.load("PASCALContext").spec
+PASCAL = DATASETS.load("PASCALContext")
 
 
 def column(at: int, value: float = 1.0, size: tuple[int, int] = (30, 40)) -> np.ndarray:

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import main as command_line
+from data.base import MultiTaskDataset
 from data.datasets import DATASETS
 from data.datasets.nyud import NYUD as NYUDv2
 from evaluation.boundary.__main__ import main, score_pairs
@@ -42,7 +43,8 @@ EDGE = TASKS.load("edge")
 
 def split_of(dataset) -> Split:
     """What an evaluation on this data set covers."""
-    return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids), dataset.spec.boundary)
+    return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids),
+                 dataset.spec.labels["edge"].boundary)
 
 
 def save(path, array) -> None:
@@ -326,7 +328,7 @@ def test_the_boundary_score_stands_for_the_task_where_it_was_run():
 
 
 def test_pascal_images_can_be_those_of_the_published_list(example_root):
-    dataset = split_of(DATASETS.load("PASCALContext")(example_root, "val", label_rules(["edge"])))
+    dataset = split_of(MultiTaskDataset(DATASETS.load("PASCALContext"), example_root, "val", label_rules(["edge"])))
     path = example_root / "PASCALContext" / "ImageSets" / "Context" / "test_new.txt"
     assert "which is not at" in truth_source(dataset, "auto").covered
     with pytest.raises(FileNotFoundError, match=r"test_new\.txt .*SEISM.*boundary_kwargs.images=all"):
@@ -345,7 +347,7 @@ def test_pascal_images_can_be_those_of_the_published_list(example_root):
 
 def test_fast_scores_every_eighth_image():
     def split(number: int) -> Split:
-        return Split("NYUD", "val", Path(), tuple(map(str, range(number))), NYUDv2.spec.boundary)
+        return Split("NYUD", "val", Path(), tuple(map(str, range(number))), NYUDv2.labels["edge"].boundary)
     for number, stride in ((654, 8), (40, 1), (100, 3)):
         assert truth_source(split(number), "auto", fast=True).names == {str(i) for i in range(0, number, stride)}
     assert "a sample of 82 from all of val" in truth_source(split(654), "auto", fast=True).covered
@@ -355,7 +357,7 @@ def test_only_listed_images_are_counted_and_nan_is_refused(example_root):
     import dataclasses
 
     import torch
-    dataset = DATASETS.load("PASCALContext")(example_root, "val", label_rules(["edge"]))
+    dataset = MultiTaskDataset(DATASETS.load("PASCALContext"), example_root, "val", label_rules(["edge"]))
     source = dataclasses.replace(truth_source(split_of(dataset), "all"), names=frozenset(dataset.ids[1:3]))
     meta = [{"name": name, "size": (64, 96)} for name in dataset.ids]
     prediction = torch.rand(len(meta), 1, 64, 96)

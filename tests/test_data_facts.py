@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from data.base import read_image
 from data.datasets import DATASETS
 from data.datasets.cityscapes import COLOURS as CITYSCAPES
 from data.datasets.cityscapes import read_disparity
 from data.datasets.pascal_context import NORMALS_IDS, has_people, read_edge, read_human_parts, read_normals
+from data.spec import LabelSpec, read_image
+from data.splits import SplitGlob, listed
 from utils.engine.views import (
     VOC,
     colour_classes,
@@ -22,7 +23,7 @@ from utils.engine.views import (
     voc_palette,
 )
 
-SPECS = {name: DATASETS.load(name).spec for name in DATASETS}
+SPECS = {name: DATASETS.load(name) for name in DATASETS}
 MAT = "pascal-context/trainval/{id}.mat"
 VALUES = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -38,15 +39,13 @@ def label_map(path: Path, labels: list | np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize(("name", "facts"), [
-    ("NYUD", {"folder": "NYUDv2", "image_size": (448, 576), "label_size": None, "depth_range": None,
-              "splits": ("train", "val"), "split_file": "gt_sets/{split}.txt",
+    ("NYUD", {"folder": "NYUDv2", "image_size": (448, 576), "label_size": None, "splits": listed("gt_sets/{split}.txt"),
               "tasks": {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}}),
     ("PASCALContext", {"folder": "PASCALContext", "image_size": (512, 512), "label_size": None,
-                       "depth_range": None, "splits": ("train", "val"),
-                       "split_file": "ImageSets/Context/{split}.txt",
+                       "splits": listed("ImageSets/Context/{split}.txt"),
                        "tasks": {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}}),
     ("Cityscapes", {"folder": "cityscapes", "image_size": (512, 1024), "label_size": (1024, 2048),
-                    "boundary": None, "depth_range": (0, 80), "splits": ("train", "val"), "split_file": None,
+                    "splits": {s: SplitGlob(f"leftImg8bit/{s}/*/*_leftImg8bit.png") for s in ("train", "val")},
                     "tasks": {"semseg": 19, "depth": 1}}),
 ])
 def test_specifications(name, facts):
@@ -54,12 +53,15 @@ def test_specifications(name, facts):
     assert spec.name == name
     assert {fact: getattr(spec, fact) for fact in facts} == facts
     assert list(spec.tasks) == list(facts["tasks"])
+    ranges = {task: label.valid_range for task, label in spec.labels.items() if label.valid_range}
+    assert ranges == ({"depth": (0, 80)} if name == "Cityscapes" else {})
+    assert spec.labels.get("depth", LabelSpec((), None)).unit == {"NYUD": "m", "Cityscapes": "px"}.get(name, "")
 
 
 @pytest.mark.parametrize(("name", "max_dist", "kind", "published_list"), [
     ("NYUD", 0.011, "nyud", None), ("PASCALContext", 0.0075, "regions", "ImageSets/Context/test_new.txt")])
 def test_boundary_score(name, max_dist, kind, published_list):
-    truth = SPECS[name].boundary
+    truth = SPECS[name].labels["edge"].boundary
     assert (truth.max_dist, truth.kind, truth.published_list) == (max_dist, kind, published_list)
 
 
@@ -70,7 +72,7 @@ def test_boundary_score(name, max_dist, kind, published_list):
     ("Cityscapes", "semseg", 19, {0: "road", 10: "sky", 11: "person", 18: "bicycle"}),
 ])
 def test_class_names(name, task, number, some):
-    names = SPECS[name].class_names[task]
+    names = SPECS[name].labels[task].classes
     assert len(names) == number and {index: names[index] for index in some} == some
 
 
@@ -86,10 +88,10 @@ def test_class_names(name, task, number, some):
         "depth": ("disparity/{id}_disparity.png", "gtFine/{id}_gtFine_labelIds.png")}),
 ])
 def test_file_patterns(name, files):
-    dataset = DATASETS.load(name)
-    found = {key: source.files for key, source in dataset.sources.items()}
-    if dataset.spec.boundary is not None:
-        found["score"] = dataset.spec.boundary.files
+    spec = SPECS[name]
+    found = {"image": spec.image.files, **{task: label.files for task, label in spec.labels.items()}}
+    if "edge" in spec.labels:
+        found["score"] = spec.labels["edge"].boundary.files
     assert found == files
 
 
@@ -105,7 +107,7 @@ def test_file_patterns(name, files):
 ])
 def test_label_tables(tmp_path, name, task, values, expected):
     path = png(tmp_path / "label.png", np.array([values], np.uint8))
-    label = DATASETS.load(name).sources[task].read(path)
+    label = DATASETS.load(name).labels[task].read(path)
     assert label.shape == (1, len(expected), 1) and label.dtype == np.float32
     assert label[0, :, 0].tolist() == pytest.approx(list(expected))
 
@@ -116,18 +118,18 @@ def test_label_tables(tmp_path, name, task, values, expected):
 def test_values_beyond_the_classes_are_refused(tmp_path, name, values, found, valid):
     path = png(tmp_path / "label.png", np.array([values], np.uint8))
     with pytest.raises(ValueError, match=rf"label\.png: label value\(s\) {found} out of range; valid: {valid}$"):
-        DATASETS.load(name).sources["semseg"].read(path)
+        DATASETS.load(name).labels["semseg"].read(path)
 
 
 def test_normals_of_nyud_are_never_zero(tmp_path):
-    normals = DATASETS.load("NYUD").sources["normals"].read(png(tmp_path / "n.png", np.stack([VALUES] * 3, axis=-1)))
+    normals = DATASETS.load("NYUD").labels["normals"].read(png(tmp_path / "n.png", np.stack([VALUES] * 3, axis=-1)))
     assert normals[0, 0].tolist() == [-1] * 3 and normals[15, 15].tolist() == [1] * 3
     assert normals[3, 3, 0] == pytest.approx(2 * 51 / 255 - 1) and (normals != 0).all()
 
 
 def test_nyud_depth_is_in_metres(tmp_path):
     np.save(tmp_path / "d.npy", np.array([[0, 2.5]], np.float64))
-    assert DATASETS.load("NYUD").sources["depth"].read(tmp_path / "d.npy").tolist() == [[[0], [2.5]]]
+    assert DATASETS.load("NYUD").labels["depth"].read(tmp_path / "d.npy").tolist() == [[[0], [2.5]]]
 
 
 def test_images_keep_the_order_of_colours(tmp_path):
@@ -236,7 +238,7 @@ def hex_of(colours) -> str:
 def test_palettes():
     assert hex_of(CITYSCAPES) == ("804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c "
                                   "ff0000 00008e 000046 003c64 005064 0000e6 770b20")
-    assert SPECS["Cityscapes"].colours == {"semseg": CITYSCAPES} and not SPECS["NYUD"].colours
+    assert SPECS["Cityscapes"].labels["semseg"].colours == CITYSCAPES and not SPECS["NYUD"].labels["semseg"].colours
     assert hex_of(VOC[:10]) == "000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000"
     assert hex_of(VOC[[20, 21, 64, 255]]) == "004080 804080 200000 e0e0c0"
     assert VOC.shape == (256, 3) and len(np.unique(VOC, axis=0)) == 256 and len(voc_palette(7)) == 7

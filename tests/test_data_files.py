@@ -9,11 +9,12 @@ from PIL import Image
 from scipy.io import savemat
 from scipy.io.matlab import MatReadError
 
-from data.base import find_folder
+from data.base import MultiTaskDataset
 from data.datasets import DATASETS
 from data.labels import MapLabel
+from data.spec import find_folder
 from utils.engine.tasks import label_rules
-from utils.files import class_table, read_depth, read_mat, read_rgb, read_table, read_uint8, read_uint16
+from utils.files import class_table, read_classes, read_depth, read_mat, read_rgb, read_table, read_uint8, read_uint16
 
 
 def rules(*names: str):
@@ -106,9 +107,9 @@ def test_tables_translate_every_value(tmp_path):
     table = class_table({3: 0, 5: 1, 255: 255}, other=9)
     assert np.flatnonzero(table != 9).tolist() == [3, 5, 255] and table.dtype == np.float32 and len(table) == 256
     path = save(tmp_path / "l.png", np.array([[3, 5, 255, 4]], np.uint8))
-    assert read_table(path, table).tolist() == [[[0], [1], [255], [9]]]
+    assert read_classes(path, table).tolist() == read_table(path, table).tolist() == [[[0], [1], [255], [9]]]
     with pytest.raises(ValueError, match=r"l\.png: label value\(s\) 3\.\.5, 255 out of range; valid: 7, 9\.\.10$"):
-        read_table(path, class_table({7: 0, 9: 1, 10: 2}))
+        read_classes(path, class_table({7: 0, 9: 1, 10: 2}))
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def pascal(root: Path, number: int = 7) -> Path:
 
 
 def opened(root: Path, transform=None, split: str = "train"):
-    return DATASETS.load("PASCALContext")(root, split, rules("semseg"), transform)
+    return MultiTaskDataset(DATASETS.load("PASCALContext"), root, split, rules("semseg"), transform)
 
 
 def test_the_first_file_that_exists_is_read(tmp_path):
@@ -230,7 +231,7 @@ def test_missing_folders_are_missing_files(tmp_path):
 
 
 def test_folders_are_found_below_the_root_or_are_it(tmp_path, monkeypatch):
-    spec, folder = DATASETS.load("PASCALContext").spec, pascal(tmp_path)
+    spec, folder = DATASETS.load("PASCALContext"), pascal(tmp_path)
     assert find_folder(tmp_path, spec) == find_folder(str(folder), spec) == folder
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_folder("~", spec) == folder
@@ -252,12 +253,12 @@ def test_labels_are_resized_by_their_rule():
 
 
 def test_cityscapes_lists_its_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"folder of split 'train' not found: .*leftImg8bit/train"):
+    with pytest.raises(FileNotFoundError, match=r"folder of the images not found: .*leftImg8bit/train"):
         (tmp_path / "cityscapes").mkdir()
-        DATASETS.load("Cityscapes")(tmp_path, "train", {})
+        MultiTaskDataset(DATASETS.load("Cityscapes"), tmp_path, "train", {})
     for name in ("bonn/b_2", "aachen/a_1", "bonn/b_1"):
         path = tmp_path / "cityscapes" / "leftImg8bit" / "train" / f"{name}_leftImg8bit.png"
         save(path, np.zeros((2, 2, 3), np.uint8))
-    dataset = DATASETS.load("Cityscapes")(tmp_path, "train", {})
+    dataset = MultiTaskDataset(DATASETS.load("Cityscapes"), tmp_path, "train", {})
     assert dataset.ids == ["train/aachen/a_1", "train/bonn/b_1", "train/bonn/b_2"]
     assert dataset[0]["meta"]["name"] == "a_1_leftImg8bit"

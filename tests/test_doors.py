@@ -13,6 +13,7 @@ from PIL import Image
 
 from data.datasets import DATASETS
 from data.labels import LabelRules
+from data.spec import LabelSpec
 from evaluation.evaluator import Evaluator, Score
 from losses.balancing import BALANCING
 from models.backbones import BACKBONES, BackboneEntry
@@ -140,13 +141,13 @@ def write_rooms(root, size=(64, 96), number=6) -> None:
 def rooms(outside, tiny, tmp_path, monkeypatch):
     """rooms(task, channels, source): arguments of a run on the README's data set with one task more."""
     write_rooms(tmp_path)
-    kind = importlib.import_module(outside("my_rooms")).MyRooms
+    rooms = importlib.import_module(outside("my_rooms")).MyRooms
 
     def arguments(task: str | None = None, channels: int = 1, source: object = None) -> list[str]:
-        spec, sources = kind.spec, kind.sources
+        spec = rooms
         if task is not None:
-            spec, sources = replace(spec, tasks={**spec.tasks, task: channels}), {**sources, task: source}
-        monkeypatch.setitem(DATASETS, "MyRooms", type("MyRooms", (kind,), {"spec": spec, "sources": sources}))
+            spec = replace(spec, labels={**spec.labels, task: LabelSpec(source.files, source.read, channels)})
+        monkeypatch.setitem(DATASETS, "MyRooms", spec)
         on = ", ".join(f"include_{name}: true" for name in spec.tasks)
         kept = [a for a in tiny if not a.startswith(("db_root", "model_kwargs"))]
         return [*kept, *THREE_STEPS, f"db_root={tmp_path}", "train_db_name=MyRooms", "val_db_name=MyRooms",
@@ -165,7 +166,7 @@ def test_data_set(rooms):
 
 
 def test_task(rooms, outside, tmp_path, monkeypatch):
-    from data.base import Source
+    from data.spec import Source
     from utils.files import read_table
     monkeypatch.setitem(TASKS, "albedo", f"{outside('albedo')}:ALBEDO")
     table = np.arange(256, dtype=np.float32) / 256 + 1e-3
@@ -247,7 +248,7 @@ class CountEvaluator(Evaluator):
 
 @pytest.mark.parametrize("scope", ["process", "image"])
 def test_a_label_that_is_no_map(rooms, tmp_path, monkeypatch, scope):
-    from data.base import Source
+    from data.spec import Source
     view = View(picture=lambda points, context, rgb: rgb, legend=lambda points, context: [],
                 write=lambda path, points: path, raw_format="none")
     task = Task(num_channels=1, label=PointLabel(), loss=lambda context: PointLoss(), decode=lambda output: output,

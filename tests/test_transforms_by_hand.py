@@ -276,7 +276,7 @@ FRAME = ["RequireFit", "Normalise", "Pad", "MarkVoid", "ToTensor"]
 def test_steps_of_every_data_set():
     tasks = rules("semseg", "depth")
     for name in ("NYUD", "PASCALContext"):
-        spec = DATASETS.load(name).spec
+        spec = DATASETS.load(name)
         train, evaluation = (build_transform(spec.image_size, None, training, tasks) for training in (True, False))
         assert kinds(train) == ["RandomScale", "RandomCrop", "RandomFlip", "PhotometricDistortion", *FRAME]
         assert kinds(evaluation) == FRAME

@@ -16,17 +16,28 @@ DEPTH_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 MAX_DEPTH_M = 255.0      # 255 marks void in every label, so a measured depth must stay below it
 
 
-def _decode(path: Path, apply_exif: bool = False) -> tuple[np.ndarray, str]:
-    """Pixels of a picture as stored (palette indices stay indices), and its Pillow mode."""
+def _decode(path: Path, apply_exif: bool = False, as_stored: bool = False) -> tuple[np.ndarray, str]:
+    """Pixels of a picture (palette indices stay indices), and its Pillow mode.
+
+    Grey of 1, 2 or 4 bits comes spread over 0..255 (1 bit: False, True); `as_stored` undoes that, for class indices.
+    """
     try:
         with Image.open(path) as image:
+            step = _spread(image) if as_stored else 1
             image.load()
             picture = ImageOps.exif_transpose(image) if apply_exif else image
-            return np.asarray(picture), picture.mode
+            return np.asarray(picture) // step if step > 1 else np.asarray(picture), picture.mode
     except FileNotFoundError:
         raise FileNotFoundError(f"file not found: {path}") from None
     except (OSError, SyntaxError, ValueError) as error:     # Pillow reports a broken PNG as a SyntaxError
         raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a picture") from error
+
+
+def _spread(image: Image.Image) -> int:
+    """By what Pillow multiplies the stored grey values of an opened picture: 85 or 17 for 2 or 4 bits."""
+    layout = image.tile[0][3] if image.mode == "L" and image.tile else ""
+    name = layout if isinstance(layout, str) else next((part for part in layout or () if isinstance(part, str)), "")
+    return {"L;2": 85, "L;4": 17}.get(name.removesuffix("I"), 1)
 
 
 def read_rgb(path: str | Path, apply_exif: bool = True) -> np.ndarray:
@@ -88,10 +99,18 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def read_uint8(path: Path, channels: int) -> np.ndarray:
-    """8-bit map, H x W (one channel: grey or palette indices) or H x W x 3."""
+    """8-bit map, H x W (one channel: grey or palette indices) or H x W x 3; 1 bit is 0 or 255."""
     pixels, mode = _decode(path)
-    if mode == "1":
-        pixels = pixels.astype(np.uint8) * 255
+    return _as_uint8(path, pixels.astype(np.uint8) * 255 if mode == "1" else pixels, mode, channels)
+
+
+def read_indices(path: Path) -> np.ndarray:
+    """Map of class indices, H x W uint8: the stored numbers, of grey or palette files of 1, 2, 4 or 8 bits."""
+    pixels, mode = _decode(path, as_stored=True)
+    return _as_uint8(path, pixels.astype(np.uint8) if mode == "1" else pixels, mode, 1)
+
+
+def _as_uint8(path: Path, pixels: np.ndarray, mode: str, channels: int) -> np.ndarray:
     found = 1 if pixels.ndim == 2 else pixels.shape[2]
     if pixels.dtype != np.uint8 or found != channels:
         raise ValueError(f"{path}: expected {channels} channel(s) of 8 bits, "
@@ -108,22 +127,27 @@ def read_uint16(path: Path) -> np.ndarray:
 
 
 def read_table(path: Path, table: np.ndarray, channels: int = 1) -> np.ndarray:
-    """8-bit map with every value v replaced by `table[v]`: H x W x channels float32.
+    """8-bit map with every value v replaced by `table[v]`: H x W x channels float32."""
+    values = cv2.LUT(read_uint8(path, channels), table)
+    return values if channels > 1 else values[..., None]               # (H, W) -> (H, W, 1)
+
+
+def read_classes(path: Path, table: np.ndarray) -> np.ndarray:
+    """Map of class indices with every value v replaced by `table[v]`: H x W x 1 float32.
 
     A value whose table entry is NaN is a ValueError that lists the values found and the valid ones.
     """
-    pixels = read_uint8(path, channels)
+    pixels = read_indices(path)
     label = cv2.LUT(pixels, table)
     invalid = np.isnan(table)
     if invalid.any() and np.isnan(label).any():
-        found = _ranges(np.unique(pixels[np.isnan(label)]))
-        raise ValueError(f"{path}: label value(s) {found} out of range; "
-                         f"valid: {_ranges(np.flatnonzero(~invalid))}")
-    return label if channels > 1 else label[..., None]                 # (H, W) -> (H, W, 1)
+        raise ValueError(f"{path}: label value(s) {ranges(np.unique(pixels[np.isnan(label)]))} out of range; "
+                         f"valid: {ranges(np.flatnonzero(~invalid))}")
+    return label[..., None]                                            # (H, W) -> (H, W, 1)
 
 
 def class_table(valid: dict[int, int], other: float = np.nan) -> np.ndarray:
-    """Table for `read_table`: file value -> class index; values that are not listed become `other`."""
+    """Table for `read_classes`: file value -> class index; values that are not listed become `other`."""
     table = np.full(256, other, np.float32)
     for value, index in valid.items():
         table[value] = index
@@ -145,7 +169,7 @@ def read_mat(path: Path, variable: str) -> Any:
     return content[variable]
 
 
-def _ranges(values: np.ndarray) -> str:
-    """'0..20, 255' for [0, 1, ..., 20, 255]."""
+def ranges(values: np.ndarray) -> str:
+    """In words: '0..20, 255' for [0, 1, ..., 20, 255]."""
     runs = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
     return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -1,4 +1,4 @@
-"""The data sets by name. A new one: a module with a subclass of `data.base.MultiTaskDataset`, and one entry here."""
+"""The data sets by name. A new one: a module with a `data.spec.DatasetSpec`, and one entry here."""
 
 from utils.table import Table
 

@@ -4,15 +4,14 @@ Layout below `cityscapes/`: leftImg8bit, gtFine and disparity of the official pa
 image at half size, labels keep full size, and there is no augmentation (`transforms.fixed_transform`).
 """
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
-from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
-from utils.files import class_table, read_table, read_uint8, read_uint16
+from data.spec import DatasetSpec, LabelSpec, Source, read_image
+from data.splits import SplitGlob
+from utils.files import class_table, read_classes, read_indices, read_uint16
 
 CLASS_NAMES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
@@ -36,7 +35,7 @@ def read_disparity(path: Path, label_path: Path, void: float = VOID_DISPARITY) -
     Pixels of file id `ZERO_DISPARITY_ID` get 0.
     """
     stored = read_uint16(path)
-    label = read_uint8(label_path, channels=1)
+    label = read_indices(label_path)
     if label.shape != stored.shape:
         raise ValueError(f"{path} has (H, W) = {stored.shape}, its labels {label_path} {label.shape}")
     disparity = np.where(stored > 1, (stored.astype(np.float32) - 1) / 256, np.float32(void))
@@ -44,30 +43,21 @@ def read_disparity(path: Path, label_path: Path, void: float = VOID_DISPARITY) -
     return disparity[..., None]                                        # (H, W) -> (H, W, 1)
 
 
-class Cityscapes(MultiTaskDataset):
-    """Cityscapes with segmentation and disparity (as task "depth", in pixels, not metres)."""
+LABEL_IDS = "gtFine/{id}_gtFine_labelIds.png"
 
-    spec = DatasetSpec(
-        name="Cityscapes",
-        folder="cityscapes",
-        tasks={"semseg": 19, "depth": 1},
-        image_size=(512, 1024),
-        label_size=(1024, 2048),
-        class_names={"semseg": CLASS_NAMES},
-        colours={"semseg": COLOURS},
-        depth_range=(0.0, 80.0),
-    )
-    sources: ClassVar[Mapping[str, Source]] = {
-        "image": Source(("leftImg8bit/{id}_leftImg8bit.png",), read_image),
-        "semseg": Source(("gtFine/{id}_gtFine_labelIds.png",), partial(read_table, table=SEMSEG_TABLE)),
-        "depth": Source(("disparity/{id}_disparity.png", "gtFine/{id}_gtFine_labelIds.png"), read_disparity),
-    }
-
-    def list_ids(self, split: str) -> list[str]:
-        """Ids like "train/aachen/aachen_000000_000019", sorted by city and frame."""
-        folder = self.folder / "leftImg8bit"
-        if not (folder / split).is_dir():
-            raise FileNotFoundError(f"folder of split {split!r} not found: {folder / split}")
-        ending = "_leftImg8bit.png"
-        files = sorted((folder / split).glob(f"*/*{ending}"))
-        return [path.relative_to(folder).as_posix().removesuffix(ending) for path in files]
+# "depth" is disparity in pixels. Ids are like "train/aachen/aachen_000000_000019".
+Cityscapes = DatasetSpec(
+    name="Cityscapes",
+    folder="cityscapes",
+    image=Source(("leftImg8bit/{id}_leftImg8bit.png",), read_image),
+    labels={
+        "semseg": LabelSpec((LABEL_IDS,), partial(read_classes, table=SEMSEG_TABLE), channels=19, classes=CLASS_NAMES,
+                            colours=COLOURS),
+        "depth": LabelSpec(("disparity/{id}_disparity.png", LABEL_IDS), read_disparity, unit="px",
+                           valid_range=(0.0, 80.0)),
+    },
+    splits={split: SplitGlob(f"leftImg8bit/{split}/*/*_leftImg8bit.png") for split in ("train", "val")},
+    image_size=(512, 1024),
+    label_size=(1024, 2048),
+    output_name="{stem}",
+)

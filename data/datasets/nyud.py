@@ -4,15 +4,14 @@ Layout below `NYUDv2/`: images, segmentation, normals and edge as PNG, depth as 
 gt_sets/.
 """
 
-from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
 
 import numpy as np
 
-from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
+from data.spec import DatasetSpec, LabelSpec, Source, read_image
+from data.splits import listed
 from evaluation.boundary.settings import BoundaryTruth
-from utils.files import class_table, read_depth, read_table, read_uint8
+from utils.files import class_table, read_classes, read_depth, read_table, read_uint8
 
 CLASS_NAMES = (
     "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
@@ -28,22 +27,19 @@ UNIT_TABLE = np.arange(256, dtype=np.float32) / 255                   # 0..255 -
 NORMALS_TABLE = 2 * np.arange(256, dtype=np.float32) / 255 - 1     # 0..255 -> -1..1, never 0: nothing is void
 
 
-class NYUD(MultiTaskDataset):
-    """NYUD-v2 with semantic segmentation, depth (metres, 0 = missing), normals and boundaries."""
+TRUTH = BoundaryTruth(("edge/{id}.png",), partial(read_uint8, channels=1), kind="nyud", max_dist=0.011)
 
-    spec = DatasetSpec(
-        name="NYUD",
-        folder="NYUDv2",
-        tasks={"semseg": 40, "depth": 1, "normals": 3, "edge": 1},
-        image_size=(448, 576),
-        class_names={"semseg": CLASS_NAMES},
-        boundary=BoundaryTruth(("edge/{id}.png",), partial(read_uint8, channels=1), kind="nyud", max_dist=0.011),
-        split_file="gt_sets/{split}.txt",
-    )
-    sources: ClassVar[Mapping[str, Source]] = {
-        "image": Source(("images/{id}.png",), read_image),
-        "semseg": Source(("segmentation/{id}.png",), partial(read_table, table=SEMSEG_TABLE)),
-        "depth": Source(("depth/{id}.npy",), partial(read_depth, unit="m")),
-        "normals": Source(("normals/{id}.png",), partial(read_table, table=NORMALS_TABLE, channels=3)),
-        "edge": Source(("edge/{id}.png",), partial(read_table, table=UNIT_TABLE)),
-    }
+NYUD = DatasetSpec(
+    name="NYUD",
+    folder="NYUDv2",
+    image=Source(("images/{id}.png",), read_image),
+    labels={
+        "semseg": LabelSpec(("segmentation/{id}.png",), partial(read_classes, table=SEMSEG_TABLE), channels=40,
+                            classes=CLASS_NAMES),
+        "depth": LabelSpec(("depth/{id}.npy",), partial(read_depth, unit="m"), unit="m"),
+        "normals": LabelSpec(("normals/{id}.png",), partial(read_table, table=NORMALS_TABLE, channels=3), channels=3),
+        "edge": LabelSpec(("edge/{id}.png",), partial(read_table, table=UNIT_TABLE), boundary=TRUTH),
+    },
+    splits=listed("gt_sets/{split}.txt"),
+    image_size=(448, 576),
+)

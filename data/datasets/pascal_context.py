@@ -6,18 +6,17 @@ ImageSets/Context. Saliency and normals are distilled from networks; boundaries 
 Nothing is written into the data folder.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import cv2
 import numpy as np
 
-from data.base import DatasetSpec, MultiTaskDataset, Source, read_image
+from data.spec import DatasetSpec, LabelSpec, Source, read_image
+from data.splits import listed
 from evaluation.boundary.settings import BoundaryTruth
 from evaluation.boundary.thinning import thin
-from utils.files import class_table, read_mat, read_table
+from utils.files import class_table, read_classes, read_mat, read_table
 
 CLASS_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -25,7 +24,6 @@ CLASS_NAMES = (
     "tvmonitor",
 )
 PART_NAMES = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
-PARTS = "human_parts"
 PERSON = CLASS_NAMES.index("person")
 
 PART_IDS = {part: index for index, parts in enumerate((
@@ -100,31 +98,23 @@ def read_human_parts(path: Path) -> np.ndarray:
     return label
 
 
-class PASCALContext(MultiTaskDataset):
-    """PASCAL-Context with segmentation, human parts, saliency, normals and boundaries."""
+LABEL_MAP = "pascal-context/trainval/{id}.mat"
+TRUTH = BoundaryTruth((LABEL_MAP,), read_label_map, kind="regions", max_dist=0.0075,
+                      published_list="ImageSets/Context/test_new.txt")
 
-    spec = DatasetSpec(
-        name="PASCALContext",
-        folder="PASCALContext",
-        tasks={"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1},
-        image_size=(512, 512),
-        class_names={"semseg": CLASS_NAMES, "human_parts": PART_NAMES},
-        boundary=BoundaryTruth(("pascal-context/trainval/{id}.mat",), read_label_map, kind="regions", max_dist=0.0075,
-                               published_list="ImageSets/Context/test_new.txt"),
-        split_file="ImageSets/Context/{split}.txt",
-    )
-    sources: ClassVar[Mapping[str, Source]] = {
-        "image": Source(("JPEGImages/{id}.jpg",), read_image),
-        "semseg": Source(("semseg/VOC12/{id}.png|semseg/pascal-context/{id}.png",),
-                         partial(read_table, table=SEMSEG_TABLE)),
-        "human_parts": Source(("human_parts/{id}.mat",), read_human_parts),
-        "sal": Source(("sal_distill/{id}.png",), partial(read_table, table=SALIENCY_TABLE)),
-        "normals": Source(("normals_distill/{id}.png", "pascal-context/trainval/{id}.mat"), read_normals),
-        "edge": Source(("pascal-context/trainval/{id}.mat",), read_edge),
-    }
-
-    def select_ids(self) -> list[str]:
-        """All ids; with body parts as the only task, those with people (the others would be all void)."""
-        if set(self.labels) != {PARTS}:
-            return self.ids
-        return [name for name in self.ids if has_people(*self.paths(PARTS, name))]
+PASCALContext = DatasetSpec(
+    name="PASCALContext",
+    folder="PASCALContext",
+    image=Source(("JPEGImages/{id}.jpg",), read_image),
+    labels={
+        "semseg": LabelSpec(("semseg/VOC12/{id}.png|semseg/pascal-context/{id}.png",),
+                            partial(read_classes, table=SEMSEG_TABLE), channels=21, classes=CLASS_NAMES),
+        "human_parts": LabelSpec(("human_parts/{id}.mat",), read_human_parts, channels=7, classes=PART_NAMES,
+                                 informs=has_people),
+        "sal": LabelSpec(("sal_distill/{id}.png",), partial(read_table, table=SALIENCY_TABLE), channels=2),
+        "normals": LabelSpec(("normals_distill/{id}.png", LABEL_MAP), read_normals, channels=3),
+        "edge": LabelSpec((LABEL_MAP,), read_edge, boundary=TRUTH),
+    },
+    splits=listed("ImageSets/Context/{split}.txt"),
+    image_size=(512, 512),
+)

@@ -11,6 +11,7 @@ from data.base import MultiTaskDataset
 from data.datasets import DATASETS
 from data.datasets.cityscapes import VOID_DISPARITY
 from data.datasets.pascal_context import NORMALS_IDS, has_people
+from data.spec import DatasetSpec
 from data.transforms import STD, fixed_transform
 from scripts.parity.base import Arrays, Check, Folder, Measure, NotCovered, Options, absolute_error
 from utils.engine.tasks import TASKS, label_rules
@@ -35,27 +36,27 @@ def _normals_ids(ids: list[int], options: Options) -> Iterator[Measure]:
     yield Measure("number of differing ids", len(set(ids) ^ set(NORMALS_IDS)), 0.0)
 
 
-def _data_set_of(directory: Path) -> type[MultiTaskDataset]:
+def _data_set_of(directory: Path) -> DatasetSpec:
     """The data set whose files' top folders are all there."""
-    for kind in map(DATASETS.load, DATASETS):
-        tops = {option.partition("/")[0] for source in kind.sources.values()
+    for spec in map(DATASETS.load, DATASETS):
+        tops = {option.partition("/")[0] for source in (spec.image, *spec.labels.values())
                 for pattern in source.files for option in pattern.split("|")}
         if all((directory / top).is_dir() for top in tops):
-            return kind
+            return spec
     raise NotCovered("not the layout of a data set of this program")
 
 
 def _run(directory: Path, expected: Arrays, sample: str, options: Options) -> Iterator[Measure]:
     split, name = sample.split("/")
     want = {path.rpartition("/")[2]: expected[path] for path in expected if path.startswith(f"{sample}/")}
-    kind = _data_set_of(directory)
+    spec = _data_set_of(directory)
     tasks = label_rules(task for task in want if task in TASKS)
     with tempfile.TemporaryDirectory() as root:    # a data set insists on its folder's name
-        (Path(root) / kind.spec.folder).symlink_to(directory.resolve(), target_is_directory=True)
+        (Path(root) / spec.folder).symlink_to(directory.resolve(), target_is_directory=True)
         transform = None
-        if kind.spec.label_size is not None:
+        if spec.label_size is not None:
             transform = fixed_transform(want["image"].shape[-2:], tasks, want["semseg"].shape[-2:])
-        data = kind(root, split, tasks, transform)
+        data = MultiTaskDataset(spec, root, split, tasks, transform)
         index = _index(data, str(want.pop("name", name)))
         got = data[index]
         lossy = float(data.paths("image", data.ids[index])[0].suffix == ".jpg")    # decoders may differ by 1

@@ -110,11 +110,11 @@ def _fill(task: str, family: str, metric: str, data: Mapping[str, np.ndarray]) -
 def _depth(family: str, metric: str) -> tuple[float, dict]:
     """This family's void value in labels, and what the meter ignores."""
     if metric.startswith("disparity"):
-        return 0.0, {"depth_range": VALID_RANGE}
+        return 0.0, {"valid_range": VALID_RANGE}
     if metric.endswith("ignore0"):
         return 0.0, {"ignore_index": 0}
     if family in PERCENT:
-        return -1.0 if family == "taskprompter" else 0.0, {"depth_range": VALID_RANGE}
+        return -1.0 if family == "taskprompter" else 0.0, {"valid_range": VALID_RANGE}
     # "as_run": void is 255 in the label but the score ignores 0, so every void pixel counts as 255 m
     return 255.0, {"ignore_index": 0 if metric.endswith("as_run") else VOID}
 

@@ -159,7 +159,7 @@ def _of_set(run: Callable, figures: dict, path: Path, data_set: str, options: Op
 
 
 def _context(figures: dict) -> dict:
-    return {"edge_w": figures["edge_w"], "depth_range": VALID_RANGE if figures["successor"] else None}
+    return {"edge_w": figures["edge_w"], "valid_range": VALID_RANGE if figures["successor"] else None}
 
 
 def _labels(data: dict[str, Tensor]) -> dict[str, Tensor]:

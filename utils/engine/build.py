@@ -31,16 +31,19 @@ def task_contexts(config: Config) -> dict[str, TaskContext]:
     for task, row in tasks_named(config.tasks).items():
         if row.num_channels not in (None, spec.tasks[task]):
             raise ValueError(f"{spec.name} gives task {task} {spec.tasks[task]} channels, it has {row.num_channels}")
-    return {task: TaskContext(spec.tasks[task], config.ignore_index, config.task_dictionary.edge_w,
-                              spec.class_names.get(task, ()), spec.depth_range, spec.colours.get(task, ()))
-            for task in config.tasks}
+    return {task: TaskContext(label.channels, config.ignore_index, config.task_dictionary.edge_w, label.classes,
+                              label.valid_range, label.colours, label.unit)
+            for task, label in ((task, spec.labels[task]) for task in config.tasks)}
 
 
 def evaluation_contexts(config: Config, dataset: MultiTaskDataset, boundary: Mode,
                         progress: bool = False) -> dict[str, TaskContext]:
     """`task_contexts` for an evaluation on this split; `boundary` says whether the boundary score is wanted."""
-    split = Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids), dataset.spec.boundary)
-    return {task: replace(context, split=split, boundary=config.boundary_kwargs, boundary_mode=boundary,
+    def split(task: str) -> Split:
+        return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids),
+                     dataset.spec.labels[task].boundary)
+
+    return {task: replace(context, split=split(task), boundary=config.boundary_kwargs, boundary_mode=boundary,
                           progress=progress) for task, context in task_contexts(config).items()}
 
 
@@ -96,13 +99,13 @@ def trained_model(config: Config, path: Path, device: torch.device) -> MultiTask
 
 def build_split(config: Config, split: str) -> MultiTaskDataset:
     """The "train" or "val" split with its transforms."""
-    kind = DATASETS.load(config.train_db_name if split == "train" else config.val_db_name)
+    spec = DATASETS.load(config.train_db_name if split == "train" else config.val_db_name)
     settings, training, names = config.augmentation, split == "train", set(config.tasks)
     if training and settings.always_guide_crop:
-        names |= {name for name, task in tasks_named(kind.spec.tasks).items() if task.label.guides_crop}
+        names |= {name for name, task in tasks_named(spec.labels).items() if task.label.guides_crop}
     labels = label_rules(names)
-    fixed_label_size = None if kind.spec.label_size is None else config.label_size or kind.spec.label_size
-    transform = build_transform(config.image_size or kind.spec.image_size, fixed_label_size, training, labels,
+    fixed_label_size = None if spec.label_size is None else config.label_size or spec.label_size
+    transform = build_transform(config.image_size or spec.image_size, fixed_label_size, training, labels,
                                 scale_range=settings.scale_range, flip=settings.flip_prob,
                                 photometric=settings.photometric)
-    return kind(config.db_root, split, labels, transform)
+    return MultiTaskDataset(spec, config.db_root, split, labels, transform)

@@ -19,8 +19,9 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from data.base import DatasetSpec
 from data.datasets import DATASETS
+from data.labels import VOID
+from data.spec import DatasetSpec
 from evaluation.boundary.settings import BoundarySettings, Mode
 from losses.balancing import BALANCING
 from models.backbones import BACKBONES
@@ -190,7 +191,7 @@ class Config:
     @property
     def dataset(self) -> DatasetSpec:
         """The training data set."""
-        return DATASETS.load(self.train_db_name).spec
+        return DATASETS.load(self.train_db_name)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -262,10 +263,17 @@ def _check_relations(c: Config, where: Where) -> None:
         raise ConfigError(f"{where(key)}: {message}")
 
     for name in (c.train_db_name, c.val_db_name):
-        spec = DATASETS.load(name).spec
+        spec = DATASETS.load(name)
         if absent := [t for t in c.tasks if t not in spec.tasks]:
             refuse("task_dictionary", f"{name} has no labels for {', '.join(absent)}; its tasks: "
                                       f"{', '.join(spec.tasks)}")
+        for task in c.tasks:
+            if difference := spec.labels[task].difference(c.dataset.labels[task]):
+                refuse("val_db_name", f"{task} of {name} is not that of {c.train_db_name}: {difference}; a model that "
+                                      f"was trained on {c.train_db_name} cannot be scored on {name}")
+    if c.ignore_index != VOID:
+        refuse("ignore_index", f"'ignore_index' must be {VOID:g}, got {c.ignore_index}: labels hold {VOID:g} where "
+                               "they are void, and any other value would train on void")
     weights = c.loss_kwargs.loss_weights
     named = {"loss_kwargs.loss_weights": weights, "single_task_scores": [key.split("/")[0] for key in
                                                                          c.single_task_scores]}
