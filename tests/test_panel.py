@@ -1,8 +1,11 @@
 """The sheet of pictures for people: where tiles, legends and swatches lie, in pixels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evaluation.evaluator import TaskContext
 from utils.engine.panel import INK, PAPER, batch_panel, prediction_panel, to_array
@@ -58,9 +61,24 @@ def test_only_maps_are_turned_into_arrays():
 def test_colours_saturate_and_legends_name_them():
     assert colour_normals(np.array([[[1.2, -1.2, 0.0]]], np.float32)).tolist() == [[[255, 0, 127]]]
     depth = np.linspace(1, 3, 101, dtype=np.float32).reshape(1, -1, 1)
-    assert DEPTH_MAP.legend(depth, EDGE) == [((122, 4, 3), "near 1.04 m"), ((48, 18, 59), "far 2.96 m")]
+    legend = DEPTH_MAP.legend(depth, replace(EDGE, unit="m"))
+    assert legend == [((122, 4, 3), "near 1.04 m"), ((48, 18, 59), "far 2.96 m")]
+    assert [text for _, text in DEPTH_MAP.legend(depth, replace(EDGE, unit="px"))] == ["1.04 px", "2.96 px"]
     assert VECTORS.legend(None, NORMALS) == [
         ((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"), ((127, 127, 255), "+z")]
     assert PROBABILITY.legend(None, EDGE) == [((0, 0, 0), "0"), ((255, 255, 255), "1")]
     classes = TaskContext(3, class_names=("background", "cat", "dog"))
     assert CLASSES.legend(np.array([[[1], [1], [2]]]), classes) == [((128, 0, 0), "cat"), ((0, 128, 0), "dog")]
+
+
+@pytest.mark.parametrize(("unit", "valid_range", "steps", "words"), [
+    ("m", None, 1000, "16-bit PNG, millimetres, at most 65.535 m"),
+    ("m", (0.1, 80), 256, "16-bit PNG, m * 256, at most 255.996 m"),
+    ("px", (0, 80), 256, "16-bit PNG, px * 256, at most 255.996 px"),
+    ("", None, 256, "16-bit PNG, label value * 256, at most 255.996")])
+def test_raw_depth_says_its_unit(tmp_path, unit, valid_range, steps, words):
+    """Disparities of Cityscapes reach 127 pixels, which as thousandths would not fit into 16 bits."""
+    context = TaskContext(1, unit=unit, valid_range=valid_range)
+    path = DEPTH_MAP.write(tmp_path / "x", np.array([[[1.5], [60.0]]], np.float32), context)
+    assert np.asarray(Image.open(path)).tolist() == [[1.5 * steps, 60 * steps]]
+    assert DEPTH_MAP.raw_format(context) == words

@@ -92,7 +92,8 @@ def test_raw_files_and_colours_of_nyud(tmp_path, answer):
         np.testing.assert_allclose(at_stripes(out / "raw" / "normals" / f"{name}.npy"), np.eye(3), atol=1e-4)
         assert np.abs(np.array(at_stripes(colour["normals"])) - (np.eye(3) * 127.5 + 127.5)).max() <= 1
     formats = json.loads((out / "formats.json").read_text())
-    assert list(formats) == ["semseg", "depth", "normals", "edge"] and "millimetres" in formats["depth"]
+    assert list(formats) == ["semseg", "depth", "normals", "edge"]
+    assert formats["depth"].startswith("16-bit PNG, millimetres, at most 65.535 m")
 
 
 def test_raw_files_and_colours_of_pascal(tmp_path):

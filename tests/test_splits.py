@@ -21,7 +21,8 @@ IDS = ["a 1", "bücher/x", "c"]
 
 @pytest.mark.parametrize("content", [
     "\n".join(IDS).encode(), "\r\n".join(IDS).encode(), "\r".join(IDS).encode() + b"\r",
-    "\n".join(IDS).encode("utf-8-sig"), "\r\n".join(IDS).encode("utf-16"), ("\n\n  " + " \t\n".join(IDS) + "  \n\n").encode()])
+    "\n".join(IDS).encode("utf-8-sig"),
+    "\r\n".join(IDS).encode("utf-16"), ("\n\n  " + " \t\n".join(IDS) + "  \n\n").encode()])
 def test_lists_of_every_system_are_read(tmp_path, content):
     (tmp_path / "list.txt").write_bytes(content)
     assert SplitList("list.txt").ids(tmp_path, "{id}.png") == IDS
@@ -120,7 +121,8 @@ def write_grey(path: Path, pixels: np.ndarray, bits: int, palette: bool = False)
     colours = chunk(b"PLTE", bytes(3 * 2**bits)) if palette else b""
     header = struct.pack(">IIBBBBB", width, height, bits, 3 * palette, 0, 0, 0)
     content = zlib.compress(b"".join(b"\0" + row for row in packed))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colours + chunk(b"IDAT", content) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", header) + colours + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     return path
 
 

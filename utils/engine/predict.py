@@ -85,7 +85,7 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
             maps = predict_image(model, rgb, config, device)
             panels.append(_write(output_dir, names[path], rgb, maps, contexts))
     if panels:
-        formats = {task: TASKS.load(task).view.raw_format for task in config.tasks}
+        formats = {task: TASKS.load(task).view.raw_format(contexts[task]) for task in config.tasks}
         (output_dir / "formats.json").write_text(json.dumps(formats, indent=1) + "\n", encoding="ascii")
         logger.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
     if failed:
@@ -148,6 +148,6 @@ def _write(output_dir: Path, name: str, rgb: np.ndarray, maps: dict[str, np.ndar
            contexts: dict[str, TaskContext]) -> Path:
     for task, prediction in maps.items():
         view = TASKS.load(task).view
-        view.write(output_dir / "raw" / task / name, prediction)
+        view.write(output_dir / "raw" / task / name, prediction, contexts[task])
         save_rgb(output_dir / "colour" / task / f"{name}.png", view.picture(prediction, contexts[task], rgb))
     return save_rgb(output_dir / "panels" / f"{name}.png", prediction_panel(rgb, maps, contexts))

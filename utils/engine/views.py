@@ -20,14 +20,14 @@ class View:
     task's decoding gives.
 
     picture(prediction, context, rgb) -> RGB uint8 (H, W, 3), where rgb (H, W, 3) uint8 is the image to draw on, if need
-    be. legend(prediction, context): (colour, text) entries. write(path, prediction): writes the raw values beside
-    `path`, with a suffix of its own, and returns the file. raw_format: what it holds, with units.
+    be. legend(prediction, context): (colour, text) entries. write(path, prediction, context): writes the raw values
+    beside `path`, with a suffix of its own, and returns the file. raw_format(context): what it holds, with units.
     """
 
     picture: Callable[[Any, TaskContext, np.ndarray], np.ndarray]
     legend: Callable[[Any, TaskContext], Legend]
-    write: Callable[[Path, Any], Path]
-    raw_format: str
+    write: Callable[[Path, Any, TaskContext], Path]
+    raw_format: Callable[[TaskContext], str]
 
 
 # ------------------------------------------------------------ classes
@@ -87,7 +87,9 @@ def depth_range(depth_m: np.ndarray) -> tuple[float, float]:
 
 def _depth_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
     near, far = depth_range(prediction[..., 0])
-    return [((122, 4, 3), f"near {near:.2f} m"), ((48, 18, 59), f"far {far:.2f} m")]
+    words = ("near {:.2f} m", "far {:.2f} m") if context.unit == "m" else ("{:.2f} " + context.unit,) * 2
+    return [(colour, text.format(value).strip()) for colour, text, value in zip(
+        ((122, 4, 3), (48, 18, 59)), words, (near, far), strict=True)]
 
 
 def colour_normals(normals: np.ndarray) -> np.ndarray:
@@ -122,7 +124,7 @@ def _write_16_bits(path: Path, values: np.ndarray) -> Path:
     return _write_png(path.with_suffix(".png"), np.clip(values + 0.5, 0, 65535).astype(np.uint16))
 
 
-def _write_vectors(path: Path, vectors: np.ndarray) -> Path:
+def _write_vectors(path: Path, vectors: np.ndarray, context: TaskContext) -> Path:
     path = path.with_suffix(".npy")
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, vectors.astype(np.float32))
@@ -156,19 +158,43 @@ def _probability_legend(probability: np.ndarray, context: TaskContext) -> Legend
     return [((0, 0, 0), "0"), ((255, 255, 255), "1")]
 
 
-def _write_classes(path: Path, classes: np.ndarray) -> Path:
+def _vectors_format(context: TaskContext) -> str:
+    return "npy float32 (H, W, 3), unit vectors"
+
+
+def _write_classes(path: Path, classes: np.ndarray, context: TaskContext) -> Path:
     return _write_png(path.with_suffix(".png"), classes[..., 0].astype(np.uint8))
 
 
-def _write_millimetres(path: Path, depth: np.ndarray) -> Path:
-    return _write_16_bits(path, depth[..., 0] * 1000)
+def _classes_format(context: TaskContext) -> str:
+    return "8-bit PNG, class index"
 
 
-def _write_probability(path: Path, probability: np.ndarray) -> Path:
+def _depth_steps(context: TaskContext) -> int:
+    """Steps of a 16-bit file per unit: millimetres, unless labels in metres reach farther than 16 bits can say so."""
+    farthest = context.valid_range[1] if context.valid_range else 0
+    return 1000 if context.unit == "m" and farthest * 1000 <= 65535 else 256
+
+
+def _write_depth(path: Path, depth: np.ndarray, context: TaskContext) -> Path:
+    return _write_16_bits(path, depth[..., 0] * _depth_steps(context))
+
+
+def _depth_format(context: TaskContext) -> str:
+    steps = _depth_steps(context)
+    words = "millimetres" if steps == 1000 else f"{context.unit or 'label value'} * {steps}"
+    return f"16-bit PNG, {words}, at most {65535 / steps:.6g} {context.unit}".rstrip()
+
+
+def _write_probability(path: Path, probability: np.ndarray, context: TaskContext) -> Path:
     return _write_16_bits(path, probability[..., 0] * 65535)
 
 
-CLASSES = View(_picture_classes, _classes_legend, _write_classes, "8-bit PNG, class index")
-DEPTH_MAP = View(_picture_depth, _depth_legend, _write_millimetres, "16-bit PNG, millimetres")
-VECTORS = View(_picture_normals, _normals_legend, _write_vectors, "npy float32 (H, W, 3), unit vectors")
-PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, "16-bit PNG, probability * 65535")
+def _probability_format(context: TaskContext) -> str:
+    return "16-bit PNG, probability * 65535"
+
+
+CLASSES = View(_picture_classes, _classes_legend, _write_classes, _classes_format)
+DEPTH_MAP = View(_picture_depth, _depth_legend, _write_depth, _depth_format)
+VECTORS = View(_picture_normals, _normals_legend, _write_vectors, _vectors_format)
+PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, _probability_format)
