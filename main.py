@@ -3,37 +3,13 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
 # Before anything loads OpenMP: threads that wait for each other must sleep. By default they spin, and where they have
 # fewer cores than expected (data loader workers, other programs) every operation then costs a scheduler's time slice.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from utils.engine.arguments import parse_arguments  # noqa: E402
 from utils.logging import one_sentence, setup_logging  # noqa: E402
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The arguments this field's programs take, and `key=value` overrides of the experiment file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--run_mode", choices=("train", "infer", "predict"), default="train", help="what to do")
-    parser.add_argument("--config_exp", metavar="YAML", help="experiment file; default: the checkpoint's")
-    parser.add_argument("--trained_model", type=Path, metavar="CKPT", help="checkpoint for infer and predict")
-    parser.add_argument("--input", type=Path, metavar="PATH", help="predict: an image, or a folder of images")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: by the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="train: continue from last.pt of the run's folder")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same as seed=N; default: the experiment file's")
-    parser.add_argument("--dataset_log", help=argparse.SUPPRESS)    # names a log in BridgeNet's program, nothing here
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)   # of torch's launcher
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trBatch=2 optimizer_kwargs.lr=1e-4")
-    args = parser.parse_intermixed_args(arguments)
-    if args.seed is not None:
-        args.overrides.append(f"seed={args.seed}")
-    needed = {"train": ("config_exp",), "infer": ("trained_model",), "predict": ("trained_model", "input")}
-    for name in needed[args.run_mode]:
-        if getattr(args, name) is None:
-            parser.error(f"--run_mode {args.run_mode} needs --{name} (README, \"The commands of the field\")")
-    return args
 
 
 def read_config(args: argparse.Namespace):
@@ -62,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs, and turns a user's mistake into one sentence and exit code 1."""
-    args = parse_arguments()
+    args = parse_arguments(None, __doc__)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank or 0))
     setup_logging(os.environ.get("RANK", "0") == "0")
     try:

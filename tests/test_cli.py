@@ -163,6 +163,18 @@ def test_a_split_without_valid_pixels_is_an_error_after_the_table(monkeypatch, t
     assert json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["sal"]["maxF"] is not None
 
 
+@pytest.mark.parametrize(("line", "words"), [
+    ("train --config_exp F --trained_model C", "--run_mode train does not read --trained_model"),
+    ("train --config_exp F --input P", "does not read --input; it is for --run_mode predict"),
+    ("infer --trained_model C --resume", "does not read --resume; it is for --run_mode train"),
+    ("infer --trained_model C optimizer_kwargs.lr=1", "does not read optimizer_kwargs.lr"),
+    ("predict --trained_model C --input P max_iter=3", "does not read max_iter")])
+def test_arguments_that_would_change_nothing_are_refused(monkeypatch, capsys, line, words):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--run_mode", *line.split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_usage_errors(monkeypatch, capsys):
     for arguments in (["--run_mode", "predict"], ["--run_mode", "train"], ["--run_mode", "infer"]):
         with pytest.raises(SystemExit) as stop:

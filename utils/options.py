@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 MOST_SHOWN = 20                     # of the valid names in a message
+MOST_CHARACTERS = 80                # of a value in a message
+LARGEST = 2**53                     # whole numbers up to here are exact in every format that a run writes
 Where = Callable[[str], str]        # dotted key -> the file (or argument) that holds it
 
 
@@ -26,7 +28,7 @@ class OptionError(ValueError):
 
     def __init__(self, name: str, value: Any, valid: str):
         self.name, self.value, self.valid = name, value, valid
-        super().__init__(f"option '{name}' must be {valid}, got {value!r}")
+        super().__init__(f"option '{name}' must be {valid}, got {shown(value)}")
 
 
 class Options:
@@ -46,6 +48,12 @@ class Options:
         """Each of these options is a probability below 1."""
         for name in names:
             self.require(0 <= getattr(self, name) < 1, name, "a rate in [0, 1)")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, at most some words of it."""
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def nearest(word: Any, choices: Iterable[Any]) -> str:
@@ -71,7 +79,7 @@ def options_of(name_field: str, resolved: bool = True) -> Any:
 
 
 def given(default: Any = dataclasses.MISSING, **valid: Any) -> Any:
-    """A dataclass field with a range: `at_least`, `above`, `below` (numbers)."""
+    """A dataclass field with a range: `at_least`, `at_most`, `above`, `below` (numbers)."""
     return dataclasses.field(default=default, metadata={"range": valid})
 
 
@@ -111,12 +119,12 @@ def parse(cls: type, values: Mapping | None, prefix: str = "", where: Where = la
         return cls(**converted)
     except OptionError as error:
         key, value = f"{prefix}{error.name}", list(error.value) if isinstance(error.value, tuple) else error.value
-        raise ConfigError(f"{where(key)}: '{key}' must be {error.valid}, got {value!r}") from error
+        raise ConfigError(f"{where(key)}: '{key}' must be {error.valid}, got {shown(value)}") from error
 
 
 def _group(values: Any, key: str, where: Where) -> Mapping:
     if values is not None and not isinstance(values, Mapping):
-        raise ConfigError(f"{where(key)}: '{key}' must be a group of keys, got {values!r}")
+        raise ConfigError(f"{where(key)}: '{key}' must be a group of keys, got {shown(values)}")
     return values or {}
 
 
@@ -127,18 +135,18 @@ def _field(value: Any, f: dataclasses.Field, hint: Any, key: str, where: Where) 
         except ValueError as error:
             raise ConfigError(f"{where(key)}: '{key}': {error}") from error
     result = _convert(value, hint, key, where)
-    checks = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+    checks = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
     bounds = f.metadata.get("range", {})
     if not all(checks[name](result, bound) for name, bound in bounds.items()):
         words = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
-        raise ConfigError(f"{where(key)}: '{key}' must be {words}, got {value!r}")
+        raise ConfigError(f"{where(key)}: '{key}' must be {words}, got {shown(value)}")
     return result
 
 
 def _convert(value: Any, hint: Any, key: str, where: Where, also: str = "") -> Any:
     """The value as the field's type, or a ConfigError that says which types and values (and `also`) are valid."""
     def wrong(expected: str) -> ConfigError:
-        return ConfigError(f"{where(key)}: '{key}' must be {expected}{also}, got {value!r}")
+        return ConfigError(f"{where(key)}: '{key}' must be {expected}{also}, got {shown(value)}")
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -200,7 +208,9 @@ def _convert_scalar(value: Any, hint: type, wrong: Callable[[str], ConfigError])
             raise wrong("a number")
         return number
     if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if hint is int and isinstance(value, int) and abs(value) > LARGEST:
+        raise wrong(f"a whole number of at most {LARGEST}")
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.options import Options, nearest
+from utils.options import Options, nearest, shown
 
 # What an options class may use; modules that cost nothing to import.
 LIGHT_MODULES = ("dataclasses", "typing", "math", "collections.abc", "utils.options")
@@ -35,7 +35,7 @@ class Table(dict):
     def find(self, name: Any) -> str:
         """The entry's own name for any spelling of it; an unknown one is a ValueError with the nearest and all."""
         if not isinstance(name, str):
-            raise ValueError(f"{self.kind} is given by its name, not by {name!r}; known: {', '.join(self)}")
+            raise ValueError(f"{self.kind} is given by its name, not by {shown(name)}; known: {', '.join(self)}")
         if name in self:
             return name
         spellings = {key.lower(): key for key in self} | {key.lower(): own for key, own in self.aliases.items()}
@@ -43,7 +43,7 @@ class Table(dict):
             return spellings[name.lower()]
         hint = nearest(name, [*self, *self.aliases])
         known = "" if hint.startswith("known") else f" known: {', '.join(self)}"
-        raise ValueError(f"unknown {self.kind} {name!r}; {hint}{known}")
+        raise ValueError(f"unknown {self.kind} {shown(name)}; {hint}{known}")
 
     def load(self, name: str) -> Any:
         """What the entry stands for, imported if need be; a ValueError that names the entry where that fails."""

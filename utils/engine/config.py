@@ -8,10 +8,9 @@ option of a decoder, a backbone, an optimizer ... may be is said by its own opti
 """
 
 import dataclasses
-import math
 import os
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,104 +22,17 @@ from data.datasets import DATASETS
 from data.labels import VOID
 from data.spec import DatasetSpec
 from evaluation.boundary.settings import BoundarySettings, Mode
-from losses.balancing import BALANCING
 from models.backbones import BACKBONES
 from models.decoders import DECODERS
 from models.necks import NECKS
 from models.ops import SCAN_BACKENDS
+from utils.engine.config_groups import Augmentation, GradClip, LossKwargs, TaskDictionary
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES
 from utils.engine.tasks import TASKS
 from utils.engine.yaml_files import apply_overrides, nearest_origin, read_yaml
-from utils.options import ConfigError, OptionError, Options, Where, choice, given, nearest, options_of, parse
-
-SWITCH = "include_"                 # of a task in `task_dictionary`
-
-
-@dataclass(frozen=True)
-class TaskDictionary:
-    """The key `task_dictionary`: a switch `include_<task>` for every task, and the weight of the edge class."""
-
-    tasks: tuple[str, ...]          # those that are on, in the table's order, whatever the order in the file
-    edge_w: float = 0.95
-
-    @classmethod
-    def from_yaml(cls, values: Any, key: str, where: Where) -> "TaskDictionary":
-        """Of `{include_semseg: true, ..., edge_w: 0.95}`."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{where(key)}: '{key}' must be a group of switches such as include_{next(iter(TASKS))}: "
-                              f"true, got {values!r}")
-        known = [*(f"{SWITCH}{task}" for task in TASKS), "edge_w"]
-        for name, value in values.items():
-            place = f"{key}.{name}"
-            if name not in known:
-                raise ConfigError(f"{where(place)}: unknown key '{place}'; {nearest(name, known)}")
-            if name != "edge_w" and not isinstance(value, bool):
-                raise ConfigError(f"{where(place)}: '{place}' must be true or false, got {value!r}")
-        on = tuple(task for task in TASKS if values.get(f"{SWITCH}{task}"))
-        if not on:
-            raise ConfigError(f"{where(key)}: no task is on; set one of {key}.{SWITCH}{{{','.join(TASKS)}}}")
-        weights = parse(_EdgeWeight, {k: v for k, v in values.items() if k == "edge_w"}, f"{key}.", where)
-        return cls(on, weights.edge_w)
-
-    def to_yaml(self) -> dict[str, Any]:
-        """The same group again."""
-        return {**{f"{SWITCH}{task}": task in self.tasks for task in TASKS}, "edge_w": self.edge_w}
-
-
-@dataclass(frozen=True)
-class _EdgeWeight(Options):
-    edge_w: float = 0.95
-
-    def __post_init__(self):
-        self.require(0 <= self.edge_w <= 1, "edge_w", "a weight in [0, 1]")
-
-
-@dataclass(frozen=True)
-class LossKwargs(Options):
-    """How the task losses are combined.
-
-    `loss_scope: process` takes every loss over the mini-batch of one process, as published; then the result depends on
-    the number of processes. `image` takes each image by itself and averages, which does not, and equals the published
-    recipes of one image per process. `intermediate_weight`: factor of the preliminary predictions' losses; empty: the
-    published one of the decoder, 1 or (BridgeNet) 0.5.
-    """
-
-    loss_scheme: str = choice(BALANCING, "weighted_sum")
-    scheme_kwargs: Any = options_of("loss_scheme")
-    loss_weights: dict[str, float] = field(default_factory=dict)
-    loss_scope: Literal["process", "image"] = "process"
-    intermediate_weight: float | None = None
-
-    def __post_init__(self):
-        self.require(all(0 <= weight < math.inf for weight in self.loss_weights.values()), "loss_weights",
-                     "finite numbers of at least 0")
-        self.require(self.intermediate_weight is None or 0 <= self.intermediate_weight < math.inf,
-                     "intermediate_weight", "a finite number of at least 0, or empty")
-
-
-@dataclass(frozen=True)
-class GradClip:
-    """Largest gradient norm; `inf` only measures it."""
-
-    max_norm: float = given(math.inf, above=0)
-    norm_type: float = given(2.0, above=0)
-
-
-@dataclass(frozen=True)
-class Augmentation(Options):
-    """Training augmentation (the published values by default)."""
-
-    scale_range: tuple[float, float] = (0.5, 2.0)
-    flip_prob: float = 0.5
-    photometric: bool = True
-    always_guide_crop: bool = False              # read the label that guides crops even where it is no task of the run
-
-    def __post_init__(self):
-        self.require(0.01 <= self.scale_range[0] <= self.scale_range[1] <= 100, "scale_range",
-                     "two growing numbers in [0.01, 100]")
-        self.require(0 <= self.flip_prob <= 1, "flip_prob", "a probability")
+from utils.options import ConfigError, OptionError, Where, choice, given, nearest, options_of, parse, shown
 
 
 @dataclass(frozen=True)
@@ -133,7 +45,7 @@ class Config:
     train_db_name: str = choice(DATASETS)
     val_db_name: str = choice(DATASETS)
     task_dictionary: TaskDictionary
-    version_name: str = ""                       # default: the file's name
+    version_name: str = ""                       # default: the file's name; may hold a folder, never leave out_dir
     out_dir: str = "runs"                        # everything of a run is in out_dir/version_name
     db_root: str = ""
     backbone_kwargs: Any = options_of("backbone", resolved=False)
@@ -148,7 +60,7 @@ class Config:
     # data
     trBatch: int = given(1, at_least=1)          # images per process
     valBatch: int = given(1, at_least=1)
-    nworkers: int = given(2, at_least=0)
+    nworkers: int = given(2, at_least=0, at_most=256)
     augmentation: Augmentation = field(default_factory=Augmentation)
     # schedule
     max_iter: int = given(40000, at_least=1)
@@ -240,6 +152,9 @@ def _build(values: dict, origin: dict[str, str], overrides: Sequence[str], sourc
         elif not root_in_file:
             values["db_root"], origin["db_root"] = _mypath_db_root()
     values = translate(values, source)
+    for key in ("out_dir", "db_root", "pretrained"):
+        if isinstance(values.get(key), str):
+            values[key] = os.path.expanduser(values[key])
     where = partial(nearest_origin, origin=origin, source=source)
     config = parse(Config, values, where=where)
     _check_relations(config, where)
@@ -262,6 +177,7 @@ def _check_relations(c: Config, where: Where) -> None:
     def refuse(key: str, message: str) -> NoReturn:
         raise ConfigError(f"{where(key)}: {message}")
 
+    _check_run_dir(c, refuse)
     for name in (c.train_db_name, c.val_db_name):
         spec = DATASETS.load(name)
         if absent := [t for t in c.tasks if t not in spec.tasks]:
@@ -286,12 +202,22 @@ def _check_relations(c: Config, where: Where) -> None:
         c.scheduler_kwargs.check(c.max_iter)
     except OptionError as error:
         key = f"scheduler_kwargs.{error.name}"
-        refuse(key, f"'{key}' must be {error.valid}, got {error.value!r}")
+        refuse(key, f"'{key}' must be {error.valid}, got {shown(error.value)}")
     if min(c.input_size) < 1:
         refuse("image_size", f"'image_size' must be a height and a width of at least 1, got {list(c.input_size)}")
     if c.label_size != c.dataset.label_size and c.dataset.label_size is None and c.label_size != c.input_size:
         refuse("model_kwargs", f"model_kwargs ask for labels of {list(c.label_size)}, which must be the image size "
                                f"{list(c.input_size)}: labels of {c.train_db_name} have no size of their own")
+
+
+def _check_run_dir(c: Config, refuse: Callable[[str, str], NoReturn]) -> None:
+    """Everything of a run lies below `out_dir`, in a folder of its own."""
+    parts = Path(c.version_name).parts
+    if not parts or Path(c.version_name).is_absolute() or ".." in parts or max(map(len, parts)) > 200:
+        refuse("version_name", "'version_name' must name a folder below out_dir, without '..' and with at most 200 "
+                               f"characters, got {shown(c.version_name)}")
+    if c.out_dir.startswith(("~", "$")):
+        refuse("out_dir", f"'out_dir' {c.out_dir!r} begins with a user or variable that is unknown here; write it out")
 
 
 def _plain(value: Any) -> Any:

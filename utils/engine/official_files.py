@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from utils.options import ConfigError
+from utils.options import ConfigError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -195,14 +195,14 @@ def _translate_stages(options: dict, source: str) -> None:
             continue
         rows = options.pop(key)
         if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
-            _refuse(source, f"'{key}' must hold one list of numbers per stage, got {rows!r}")
+            _refuse(source, f"'{key}' must hold one list of numbers per stage, got {shown(rows)}")
         if depths is not None and [len(row) for row in rows] != depths:
             _refuse(source, f"'{key}' must hold one number per block, {depths} of them by REFINE_DEPTH; got "
                             f"{[len(row) for row in rows]}")
         pattern = _pattern(rows)
         if pattern is None or (key == "SQUEEZE_RATIO" and len(pattern) > 1):
             _refuse(source, f"'{key}' must be {'one number' if key == 'SQUEEZE_RATIO' else 'one repeated pattern'} "
-                            f"for all stages, as in the published files; got {rows}")
+                            f"for all stages, as in the published files; got {shown(rows)}")
         options.setdefault(ours, pattern[0] if key == "SQUEEZE_RATIO" else pattern)
 
 

@@ -1,0 +1,60 @@
+"""The arguments of the command line, and which of them each run mode reads."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+# What neither `infer` nor `predict` reads of an experiment: how a network is trained.
+TRAINING_KEYS = (
+    "trBatch", "augmentation", "max_iter", "epochs", "val_interval", "checkpoint_interval", "log_interval",
+    "global_batch", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs", "grad_clip_param", "ema_decay",
+    "pretrained", "pretrained_allow_missing", "activation_checkpointing", "find_unused_parameters", "tensorboard",
+    "eval_at_start", "boundary_eval", "out_dir")
+FLAGS = {       # flag -> (run modes that read it, options of argparse's add_argument)
+    "--trained_model": (("infer", "predict"), dict(type=Path, metavar="CKPT", help="checkpoint for infer and predict")),
+    "--input": (("predict",), dict(type=Path, metavar="PATH", help="predict: an image, or a folder of images")),
+    "--output": (("infer", "predict"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
+                                                                           "checkpoint")),
+    "--resume": (("train",), dict(action="store_true", help="train: continue from last.pt of the run's folder")),
+}
+NEEDED = {"train": ("config_exp",), "infer": ("trained_model",), "predict": ("trained_model", "input")}
+
+
+def parse_arguments(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    """The arguments this field's programs take, and `key=value` overrides of the experiment file.
+
+    Ends the program with exit code 2 where the run mode needs an argument that is not there, or does not read one that
+    is.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--run_mode", choices=tuple(NEEDED), default="train", help="what to do")
+    parser.add_argument("--config_exp", metavar="YAML", help="experiment file; default: the checkpoint's")
+    for flag, (_, options) in FLAGS.items():
+        parser.add_argument(flag, **options)
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as seed=N; default: the experiment file's")
+    parser.add_argument("--dataset_log", help=argparse.SUPPRESS)    # names a log in BridgeNet's program, nothing here
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)   # of torch's launcher
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trBatch=2 optimizer_kwargs.lr=1e-4")
+    args = parser.parse_intermixed_args(arguments)
+    if args.seed is not None:
+        args.overrides.append(f"seed={args.seed}")
+    for name in NEEDED[args.run_mode]:
+        if getattr(args, name) is None:
+            parser.error(f"--run_mode {args.run_mode} needs --{name} (README, \"The commands of the field\")")
+    _refuse_unread(parser, args)
+    return args
+
+
+def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """An argument that would change nothing is a misunderstanding, and told as one."""
+    for flag, (modes, _) in FLAGS.items():
+        value = getattr(args, flag.removeprefix("--"))
+        if args.run_mode not in modes and value is not None and value is not False:
+            parser.error(f"--run_mode {args.run_mode} does not read {flag}; it is for --run_mode {' and '.join(modes)} "
+                         "(--run_mode train is the default)")
+    for override in args.overrides if args.run_mode != "train" else ():
+        key = override.partition("=")[0]
+        if key.partition(".")[0] in TRAINING_KEYS:
+            parser.error(f"argument '{override}': --run_mode {args.run_mode} does not read {key}, which says how a "
+                         "network is trained; leave it out")
