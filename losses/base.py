@@ -1,6 +1,7 @@
 """What all dense losses share: label checks, the void value and arithmetic that never drops below float32."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE_INDEX = 255
@@ -29,18 +30,23 @@ class DenseLoss(nn.Module):
         raise NotImplementedError
 
 
-def class_target(label: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Label (B, 1, H, W) float -> class ids (B, H, W) int64; refuses ids outside 0..num_classes-1.
-
-    The check looks at the values, so on a GPU it would stall the queue at every step; there the device-side
-    assertion inside PyTorch's cross entropy catches the same mistake.
-    """
+def class_target(label: Tensor) -> Tensor:
+    """Label (B, 1, H, W) float -> class ids (B, H, W) int64."""
     if label.shape[1] != 1:
         raise ValueError(f"a class label has one channel (B, 1, H, W), got shape {tuple(label.shape)}")
-    target = label.squeeze(1).long()                                   # (B, H, W)
-    if not target.is_cuda:
-        wrong = (target != ignore_index) & ((target < 0) | (target >= num_classes))
-        if wrong.any():
-            raise ValueError(f"label {target[wrong][0].item()} does not exist: this output has {num_classes} "
-                             f"classes (0..{num_classes - 1}, {ignore_index} = void)")
-    return target
+    return label.squeeze(1).long()                                     # (B, H, W)
+
+
+def summed_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Cross entropy (B, n, H, W), (B, H, W) summed over valid pixels; ids outside 0..n-1 are a ValueError.
+
+    PyTorch meets such an id inside its kernel, so that nothing has to look for it before: on a CPU it raises, on a GPU
+    the kernel's assertion ends the program.
+    """
+    try:
+        return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="sum")
+    except IndexError as error:
+        num_classes = logits.shape[1]
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= num_classes))]
+        raise ValueError(f"label {wrong[0].item()} does not exist: this output has {num_classes} "
+                         f"classes (0..{num_classes - 1}, {ignore_index} = void)") from error

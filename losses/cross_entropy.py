@@ -7,10 +7,9 @@ published loss weights of the InvPT family (Ye and Xu, ECCV 2022, and successors
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import IGNORE_INDEX, DenseLoss, class_target
+from losses.base import IGNORE_INDEX, DenseLoss, class_target, summed_cross_entropy
 
 
 class CrossEntropyLoss(DenseLoss):
@@ -21,12 +20,13 @@ class CrossEntropyLoss(DenseLoss):
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, class_weight: Sequence[float] | None = None):
         super().__init__(ignore_index)
-        self.class_weight = class_weight
+        weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float64)
+        self.register_buffer("class_weight", weight, persistent=False)
 
     def compute(self, logits: Tensor, label: Tensor) -> Tensor:
-        target = class_target(label, logits.shape[1], self.ignore_index)
-        weight = None if self.class_weight is None else logits.new_tensor(self.class_weight)
-        total = F.cross_entropy(logits, target, weight, ignore_index=self.ignore_index, reduction="sum")
+        target = class_target(label)
+        weight = None if self.class_weight is None else self.class_weight.to(logits.dtype)
+        total = summed_cross_entropy(logits, target, weight, self.ignore_index)
         return total / (target != self.ignore_index).sum().clamp_min(1)
 
 
@@ -41,9 +41,8 @@ class BalancedCrossEntropyLoss(DenseLoss):
         if logits.shape[1] != 2:
             raise ValueError("balanced cross entropy needs 2 channels (background, salient), "
                              f"got {logits.shape[1]}")
-        target = class_target(label, 2, self.ignore_index)
+        target = class_target(label)
         num_valid = (target != self.ignore_index).sum().clamp_min(1)
         q = (target == 0).sum().to(logits.dtype) / num_valid           # share of the background
-        total = F.cross_entropy(logits, target, torch.stack((1 - q, q)), ignore_index=self.ignore_index,
-                                reduction="sum")
+        total = summed_cross_entropy(logits, target, torch.stack((1 - q, q)), self.ignore_index)
         return total / num_valid

@@ -30,9 +30,10 @@ from scripts.command_line import Command
 from utils.distributed import pick_device
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config, load_config
+from utils.engine.evaluate import forward_pass
 from utils.engine.run import build_optimizer
 from utils.engine.tasks import TASKS
-from utils.precision import autocast
+from utils.engine.update import WARM_UPS, Outcome, build_update
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -63,38 +64,38 @@ class Step:
     """A configured model with random data: what a forward pass and a training step run."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.device = config, pick_device(config.device)
+        self.config, self.device, self.accumulate, self.ema = config, pick_device(config.device), 1, None
         torch.manual_seed(0)
-        self.model = model_from_config(config).to(self.device)
+        self.model = self.wrapped = model_from_config(config).to(self.device)
         prepare_for_training(self.model, config)
-        self.criterion = build_criterion(config, self.model)
+        self.criterion = build_criterion(config, self.model).to(self.device)
         self.optimizer = build_optimizer(config, self.model, self.criterion)
-        self.batch = _random_batch(config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.batch = random_batch(config, self.device)
+        self.predict = forward_pass(self.model, self.device, config.precision, config.cuda_graph)
+        update, self.update = build_update(self)
+        update.set_lr(config.optimizer_kwargs.lr)
 
     @torch.inference_mode()
     def forward(self) -> None:
         self.model.eval()
-        with autocast(self.device, self.config.precision):
-            self.model(self.batch["image"])
+        self.predict(self.batch["image"])
 
-    def train(self) -> None:
+    def train(self) -> Outcome:
         self.model.train()
-        with autocast(self.device, self.config.precision):
-            out = self.model(self.batch["image"])
-        self.criterion(out.final, self.batch, out.intermediate, out.extra)["total"].backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        return self.update([self.batch])
 
     def costs(self, repeats: int) -> dict[str, measuring.Cost]:
         """Median times and peak memory of a forward pass and a training step."""
-        return measuring.measure({"forward": self.forward, "step": self.train}, repeats, self.device)
+        warm_ups = WARM_UPS if self.config.cuda_graph else 1         # the next call is recorded, which takes memory
+        return measuring.measure({"forward": self.forward, "step": self.train}, repeats, self.device, warm_ups)
 
 
 def measure(config: Config, repeats: int) -> list[tuple[str, str]]:
     """Time of a forward pass and of a training step, and their peak memory, at trBatch images."""
     step = Step(config)
     on_gpu = step.device.type == "cuda"
-    options = {"compiled": config.compile, "channels last": config.channels_last,
+    options = {"compiled": config.compile, "recorded": config.cuda_graph, "channels last": config.channels_last,
                f"{config.activation_checkpointing} recomputed": config.activation_checkpointing != "none"}
     used = ", ".join([config.precision, *(name for name, on in options.items() if on)])
     rows = [("device", f"{torch.cuda.get_device_name(step.device) if on_gpu else 'CPU'}, {used}, {config.trBatch} "
@@ -147,7 +148,8 @@ def compared(entries: list[str], overrides: list[str], repeats: int, count_only:
     return measuring.markdown(table)
 
 
-def _random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
+def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """Noise as images, and labels of two values."""
     size = config.label_size or config.input_size
     batch = {"image": torch.randn(config.trBatch, 3, *config.input_size, device=device)}
     for task in config.tasks:

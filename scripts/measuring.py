@@ -18,11 +18,13 @@ class Cost(NamedTuple):
     mib: float          # of tensors, beyond those that were there before
 
 
-def measure(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device = CPU) -> dict[str, Cost]:
+def measure(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device = CPU,
+            warm_ups: int = 1) -> dict[str, Cost]:
     """Median times and peak memory of each run; they take turns, so that other programs slow all of them alike."""
     peaks = {}
     for name, run in runs.items():
-        run()
+        for _ in range(warm_ups):
+            run()
         peaks[name] = peak_memory(run, device)
     times = [{name: seconds(run, device) for name, run in runs.items()} for _ in range(repeats)]
     return {name: Cost(*medians([time[name] for time in times], 1e3), peaks[name]) for name in runs}

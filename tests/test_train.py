@@ -161,11 +161,10 @@ def test_a_log_line_has_its_columns(tiny):
 
 
 def test_the_guard_names_every_bad_value():
-    guard = FiniteGuard(torch.device("cpu"))
-    fine = {"semseg": torch.tensor(1.0), "total": torch.tensor(1.0)}
-    guard.check(1, [fine, fine], torch.tensor(2.0))
+    guard, names = FiniteGuard(torch.device("cpu")), ["semseg", "total"]
+    guard.check(1, names, torch.ones(2, 2), torch.tensor(2.0))
     with pytest.raises(FloatingPointError, match=r"step 7: loss 'semseg' is inf, gradient norm is nan"):
-        guard.check(7, [{**fine, "semseg": torch.tensor(float("inf"))}], torch.tensor(float("nan")))
+        guard.check(7, names, torch.tensor([[float("inf"), 1.0]]), torch.tensor(float("nan")))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

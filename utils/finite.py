@@ -1,40 +1,40 @@
 """Stops a run whose numbers are no longer finite, naming the step and the task, without slowing CUDA down."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 class FiniteGuard:
-    """Looks at the losses and the gradient norm of every update.
+    """Looks at the losses and the gradient norm of every update, which has left the weights alone where one is bad.
 
-    On CPU the check comes before the update. On CUDA reading a value would make the host wait for the device, so
-    the values are copied to the host in the background and read one update later; `flush` reads the outstanding ones
-    and is called before anything is evaluated or saved, so that no bad weights are ever written.
+    On CUDA reading a value would make the host wait for the device, so the values are copied to the host in the
+    background and read one update later; `flush` reads the outstanding ones and is called before anything is evaluated
+    or saved.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._pending: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None = None
 
-    def check(self, step: int, passes: Sequence[Mapping[str, Tensor]], grad_norm: Tensor | None) -> None:
+    def check(self, step: int, names: Sequence[str], losses: Tensor, grad_norm: Tensor | None) -> None:
         """Raises FloatingPointError if a value of this update (CPU) or of the one before (CUDA) is not finite.
 
-        `passes` holds the losses of the update's mini-batches; `grad_norm` None leaves the gradient out.
+        losses: (passes, names), of the update's mini-batches. grad_norm: 0-dim; None leaves the gradient out.
         """
         self.flush()
-        named = [(f"loss '{name}'", loss) for losses in passes for name, loss in losses.items()]
+        words = [f"loss '{name}'" for name in names] * len(losses)
+        values = losses.flatten()
         if grad_norm is not None:
-            named.append(("gradient norm", grad_norm))
-        values = torch.stack([value.detach().float() for _, value in named])
+            words, values = [*words, "gradient norm"], torch.cat((values, grad_norm.float().reshape(1)))
         event = None
         if self._cuda:
             values = values.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = (step, [name for name, _ in named], values, event)
+        self._pending = (step, words, values, event)
         if not self._cuda:
             self.flush()
 

@@ -22,9 +22,12 @@ class Balancing(nn.Module):
     computes from losses must be the same on every process: average over them with `utils.distributed`.
 
     `Config` is the dataclass of its options, the keys of `loss_kwargs.scheme_kwargs` in an experiment file.
+    `reads_values` is true where the host decides something from a loss or a gradient (`.item()`, an `if`): such updates
+    are not recorded as CUDA graphs.
     """
 
     Config: ClassVar[type[Options]] = NoOptions
+    reads_values: ClassVar[bool] = False
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float], config: Options):
         super().__init__()

@@ -83,11 +83,11 @@ def sampling_grid(offset: Tensor, input_size: Pair, kernel: Kernel) -> Tensor:
         centres.append(positions * kernel.stride[axis] - kernel.padding[axis] + middle)
         steps = torch.arange(kernel.size[axis], device=offset.device, dtype=offset.dtype)
         regular.append(steps * kernel.dilation[axis] - middle)
-        ends.append(input_size[axis])
+        ends.append(offset.new_full((), input_size[axis]))
     centre = torch.stack(torch.meshgrid(*centres, indexing="xy"), dim=-1)  # (h, w, 2)
     points = torch.stack(torch.meshgrid(*regular, indexing="ij"), dim=-1)  # (kw, kh, 2): column by column
     place = centre + kernel.offset_scale * (points.view(-1, 1, 1, 2) + offset)
-    return (2 * place + 1) / place.new_tensor(ends) - 1
+    return (2 * place + 1) / torch.stack(ends) - 1
 
 
 class _WeightedSamples(torch.autograd.Function):

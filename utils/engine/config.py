@@ -81,6 +81,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     compile: bool = False                        # torch.compile of backbone and decoder
+    cuda_graph: bool = False                     # updates and forward passes are recorded once and replayed
     activation_checkpointing: Literal["none", "backbone", "decoder", "all"] = "none"   # less memory, more arithmetic
     channels_last: bool = False                  # memory format of convolutions
     scan_backend: str = choice(SCAN_BACKENDS, "auto")

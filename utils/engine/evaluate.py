@@ -1,5 +1,6 @@
 """Scores of a model on a split: every rank its share, no image twice and none lost."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from utils.batches import to_device
 from utils.engine.results import VALID_PIXELS, Results
 from utils.engine.tasks import TASKS
 from utils.precision import autocast
+from utils.recording import CudaRecorder, Recorded
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +31,23 @@ def build_evaluators(contexts: Mapping[str, TaskContext]) -> Evaluators:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators, device: torch.device, *,
-             precision: str = "fp32", export_dir: Path | None = None, progress: bool = False,
+             precision: str = "fp32", cuda_graph: bool = False, export_dir: Path | None = None, progress: bool = False,
              on_batch: Callable[[Mapping, Mapping[str, Any]], None] | None = None) -> Results:
     """{task: {score: value}} over the images of all ranks' loaders; the same on every rank.
 
-    Scores are computed on the padded frame, where padding is void, hence at original resolution. `precision` is
-    the config key. `export_dir` receives the files of the tasks that export any (boundary maps as PNG);
-    `on_batch(batch, predictions)` sees every batch. Where an evaluator counts its valid pixels, `valid_pixels` is
+    Scores are computed on the padded frame, where padding is void, hence at original resolution. `precision` and
+    `cuda_graph` are the config keys. `export_dir` receives the files of the tasks that export any (boundary maps as
+    PNG); `on_batch(batch, predictions)` sees every batch. Where an evaluator counts its valid pixels, `valid_pixels` is
     among the scores: a task without any is not scored.
     """
     was_training = model.training
     model.eval()
+    forward = forward_pass(model, device, precision, cuda_graph)
     with ExitStack() as stack:
         for evaluator in (e for of_task in evaluators.values() for e in of_task):
             stack.callback(evaluator.close)
         for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=None if progress else True):
-            with autocast(device, precision):
-                outputs = model(to_device(batch["image"], device)).final
-            predictions = {}
+            outputs, predictions = forward(to_device(batch["image"], device)), {}
             for task, of_task in evaluators.items():
                 label, output, row = to_device(batch[task], device), outputs[task], TASKS.load(task)
                 if isinstance(output, Tensor) and isinstance(label, Tensor):      # maps (B, n, h, w), others stay
@@ -62,6 +63,25 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators
             evaluator.reduce()
     model.train(was_training)
     return {task: _scores(of_task) for task, of_task in evaluators.items()}
+
+
+def forward_pass(model: nn.Module, device: torch.device, precision: str, cuda_graph: bool) -> Callable[[Tensor], dict]:
+    """Images on the device -> raw outputs per task. With `cuda_graph` one graph per image size, for as long as the
+    result is held; to be called under `torch.inference_mode`."""
+    def forward(image: Tensor) -> dict[str, Any]:
+        with autocast(device, precision):
+            return model(image).final
+
+    if cuda_graph and device.type == "cuda":
+        return Recorded(forward, CudaRecorder(device), "a forward pass")
+    if cuda_graph:
+        _tell_there_is_no_cuda(device.type)
+    return forward
+
+
+@functools.cache
+def _tell_there_is_no_cuda(device: str) -> None:
+    logger.warning("cuda_graph: forward passes run as without it: it needs CUDA, this run is on %s", device)
 
 
 def log_reports(evaluators: Evaluators) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -14,17 +15,15 @@ from data.loader import build_eval_loader
 from data.transforms import MEAN, STD
 from evaluation.evaluator import TaskContext
 from models.blocks.resize import resize
-from models.model import MultiTaskModel
 from utils import distributed
 from utils.engine.build import build_split, evaluation_contexts, task_contexts, trained_model
 from utils.engine.config import Config
-from utils.engine.evaluate import build_evaluators, evaluate, log_reports
+from utils.engine.evaluate import build_evaluators, evaluate, forward_pass, log_reports
 from utils.engine.panel import prediction_panel, to_array
 from utils.engine.results import Results, check_reference, format_table, save_results, unscored
 from utils.engine.tasks import TASKS
 from utils.engine.views import save_rgb
 from utils.files import read_rgb
-from utils.precision import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,8 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
         loader = build_eval_loader(dataset, config.valBatch, config.nworkers, distributed.rank(),
                                    distributed.world_size())
         evaluators = build_evaluators(evaluation_contexts(config, dataset, config.boundary_infer, progress))
-        results = evaluate(model, loader, evaluators, device, precision=config.precision, export_dir=output_dir,
-                           progress=progress)
+        results = evaluate(model, loader, evaluators, device, precision=config.precision,
+                           cuda_graph=config.cuda_graph, export_dir=output_dir, progress=progress)
         if distributed.is_main():
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name)
             logger.info("%s on %s\n%s", checkpoint, config.val_db_name,
@@ -73,7 +72,7 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
     stems, contexts, panels, failed = [path.stem for path in paths], task_contexts(config), [], []
     names = {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}
     with distributed.process_group(device):
-        model = trained_model(config, checkpoint, device)
+        forward = forward_pass(trained_model(config, checkpoint, device), device, config.precision, config.cuda_graph)
         paths = paths[distributed.rank()::distributed.world_size()]
         for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
             try:
@@ -82,7 +81,7 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
                 logger.error("%s", error)
                 failed.append(path.name)
                 continue
-            maps = predict_image(model, rgb, config, device)
+            maps = predict_image(forward, rgb, config, device)
             panels.append(_write(output_dir, names[path], rgb, maps, contexts))
     if panels:
         formats = {task: TASKS.load(task).view.raw_format(contexts[task]) for task in config.tasks}
@@ -94,19 +93,18 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
 
 
 @torch.inference_mode()
-def predict_image(model: MultiTaskModel, rgb: np.ndarray, config: Config,
+def predict_image(forward: Callable[[Tensor], dict], rgb: np.ndarray, config: Config,
                   device: torch.device) -> dict[str, np.ndarray]:
     """Decoded predictions {task: (H, W, C)} of an image (H, W, 3) uint8 of any size, at that size.
 
-    The image is scaled to fit the network's frame with its aspect ratio kept, and padded centrally with the mean
-    colour, as images of the data set are; the logits are cut out, scaled back and decoded.
+    `forward` is a `forward_pass` of the model. The image is scaled to fit the network's frame with its aspect ratio
+    kept, and padded centrally with the mean colour, as images of the data set are; the logits are cut out, scaled back
+    and decoded.
     """
     height, width = rgb.shape[:2]
     image, (top, left, h, w) = _frame(rgb, config.input_size)
-    with autocast(device, config.precision):
-        logits = model(image.to(device)).final
     maps = {}
-    for task, full in logits.items():
+    for task, full in forward(image.to(device)).items():
         full = resize(full.float(), config.input_size)                       # data sets may ask for other label sizes
         cut = full[..., top:top + h, left:left + w]
         maps[task] = to_array(TASKS.load(task).decode(resize(cut, (height, width)))[0])

@@ -3,18 +3,19 @@
 import logging
 import math
 import subprocess
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from data.loader import build_eval_loader, build_train_loader
 from losses.multi_task import MultiTaskLoss
 from utils import distributed
+from utils.engine.averages import MovingAverage
 from utils.engine.build import build_criterion, build_split, model_from_config, prepare_for_training
 from utils.engine.checkpoint import load_model, load_pretrained, read_checkpoint, save_checkpoint
 from utils.engine.config import Config, config_from_dict, save_config
@@ -33,7 +34,7 @@ class Run:
     device: torch.device
     model: nn.Module                      # the plain model; `wrapped` is the same under DDP
     wrapped: nn.Module
-    ema: AveragedModel | None
+    ema: MovingAverage | None
     criterion: MultiTaskLoss              # with the state of the loss balancing
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -78,9 +79,8 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
         logger.warning("pretrained is false: the backbone starts from random weights")
     prepare_for_training(model.to(device), config)
     criterion = build_criterion(config, model).to(device)
-    wrapped, ema = _wrap(model, config, device), None
-    if config.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    wrapped = _wrap(model, config, device)
+    ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
     run = Run(
         config, device, model, wrapped, ema, criterion, optimizer=build_optimizer(config, model, criterion),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), writer=RunWriter(None, False),
@@ -178,8 +178,11 @@ def _wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             logger.warning("batch norm is synchronised on CUDA only: every CPU process uses its own batch statistics")
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   find_unused_parameters=config.find_unused_parameters)
+    on_cuda = device.type == "cuda"
+    # What DDP keeps must not belong to the default stream where updates are recorded on another.
+    with torch.cuda.stream(torch.cuda.Stream(device)) if on_cuda and config.cuda_graph else nullcontext():
+        return DistributedDataParallel(model, device_ids=[device.index] if on_cuda else None,
+                                       find_unused_parameters=config.find_unused_parameters)
 
 
 def _open_run_dir(run: Run, resume: bool, found: bool) -> None:

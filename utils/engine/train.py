@@ -10,12 +10,11 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed
@@ -27,9 +26,9 @@ from utils.engine.panel import batch_panel
 from utils.engine.results import format_table, save_results, selection_score, unscored
 from utils.engine.run import Run, prepare, restore_rng, save
 from utils.engine.schedules import SCHEDULES
+from utils.engine.update import build_update, tensors_of
 from utils.finite import FiniteGuard
 from utils.logging import duration
-from utils.precision import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -52,39 +51,17 @@ def _loop(run: Run) -> dict:
     restore_rng(run)                                        # after the loader, which draws from the generators
     if run.step == 0 and config.eval_at_start:
         run_evaluation(run)
-    guard, interval, parameters = FiniteGuard(device), _Interval(run), list(run.model.parameters())
-
-    def scaled_backward(loss: Tensor, **options: object) -> None:
-        run.scaler.scale(loss / run.accumulate).backward(**options)
-
+    guard, interval = FiniteGuard(device), _Interval(run)
+    update, make_update = build_update(run)
     run.model.train()
     with _stop_request() as stop, tqdm(total=run.total_steps, initial=run.step, unit="it", leave=False,
                                        disable=None if distributed.is_main() and config.progress else True) as bar:
         while run.step < run.total_steps:
             lr = schedule(run.step)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            passes = []
-            for micro in range(run.accumulate):
-                batch = next(batches)
-                with _no_sync(run.wrapped, micro < run.accumulate - 1):
-                    with autocast(device, config.precision):
-                        out = run.wrapped(batch["image"])
-                    losses = run.criterion(out.final, batch, out.intermediate, out.extra)
-                    run.criterion.balancing.backward(losses, scaled_backward, parameters)
-                passes.append({name: loss.detach() for name, loss in losses.items()})
-            distributed.average_gradients(run.criterion.parameters())     # the model's are averaged by DDP
-            interval.add(passes)
-            run.scaler.unscale_(run.optimizer)
-            grad_norm = clip_grad_norm_(run.model.parameters(), config.grad_clip_param.max_norm,
-                                        config.grad_clip_param.norm_type)
-            # Stops before bad weights are saved.
-            guard.check(run.step + 1, passes, None if run.scaler.is_enabled() else grad_norm)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad(set_to_none=True)
-            if run.ema is not None:
-                run.ema.update_parameters(run.model)
+            update.set_lr(lr)
+            losses, grad_norm = make_update([tensors_of(next(batches), config) for _ in range(run.accumulate)])
+            interval.add(update.loss_names, losses)
+            guard.check(run.step + 1, update.loss_names, losses, None if run.scaler.is_enabled() else grad_norm)
             run.step += 1
             bar.update()
             if run.step % config.log_interval == 0 or run.step == run.total_steps:
@@ -119,7 +96,7 @@ def run_evaluation(run: Run) -> None:
 
     evaluators = build_evaluators(contexts)
     run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, run.device, precision=config.precision,
-                                     on_batch=keep_first, progress=progress)
+                                     cuda_graph=config.cuda_graph, on_batch=keep_first, progress=progress)
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores)
         logger.info("evaluation at step %d\n%s", run.step, table)
@@ -152,12 +129,12 @@ class _Interval:
         self.names: list[str] = []
         self.passes, self.first_step, self.start = 0, self.run.step, time.perf_counter()
 
-    def add(self, passes: list[dict[str, Tensor]]) -> None:
-        """Adds the losses of one update's mini-batches."""
-        values = torch.stack([torch.stack([loss.float() for loss in p.values()]) for p in passes]).sum(dim=0)
+    def add(self, names: list[str], losses: Tensor) -> None:
+        """Adds the losses (passes, names) of one update."""
+        values = losses.sum(dim=0)
         self.sums = values if self.sums is None else self.sums + values
-        self.names = list(passes[0])
-        self.passes += len(passes)
+        self.names = names
+        self.passes += len(losses)
 
     def log(self, lr: float, grad_norm: Tensor) -> None:
         """Prints and records the means since the last call."""
@@ -196,11 +173,6 @@ def _stop_request() -> Iterator[_Stop]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-def _no_sync(model: nn.Module, accumulating: bool):
-    """Gradients are summed over ranks only in the last mini-batch of an update."""
-    return model.no_sync() if accumulating and hasattr(model, "no_sync") else nullcontext()
 
 
 def _memory(device: torch.device) -> str:

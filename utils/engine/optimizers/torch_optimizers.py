@@ -1,4 +1,7 @@
-"""PyTorch's optimizers. An entry has `Config`, its options (all have a learning rate `lr`), and `build`."""
+"""PyTorch's optimizers. An entry has `Config`, its options (all have a learning rate `lr`), and `build`.
+
+All are fused: one kernel for all parameters, which takes the learning rate and whether to step at all from the device.
+"""
 
 import math
 from collections.abc import Iterable
@@ -71,5 +74,9 @@ class SGD:
 
     @staticmethod
     def build(parameters: Parameters, config: SGDConfig) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
-                               nesterov=config.nesterov)
+        optimizer = torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
+                                    nesterov=config.nesterov, fused=True)
+        if config.momentum:                # PyTorch leaves it unset until a step, also where the first one is skipped
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
