@@ -63,6 +63,26 @@ class SplitGlob(SplitRule):
         return [name for name in names if self.share[0] <= _position(name) < self.share[1]]
 
 
+@dataclass(frozen=True)
+class PartOfSplit(SplitRule):
+    """The images of another split but for a fraction that is `held_out`, or that fraction alone, in their order.
+
+    Which images are held out depends on the ids alone: neither on the seed of a run nor on the order of the list.
+    """
+
+    whole: SplitRule
+    fraction: float
+    held_out: bool
+
+    def ids(self, folder: Path, image: str) -> list[str]:
+        names = self.whole.ids(folder, image)
+        held = set(sorted(names, key=_position)[:max(1, round(self.fraction * len(names)))])
+        if len(held) == len(names):
+            raise ValueError(f"val_from_train {self.fraction:g} leaves nothing to train on: the training split of "
+                             f"{folder} has {len(names)} image(s)")
+        return [name for name in names if (name in held) == self.held_out]
+
+
 def listed(file: str, splits: Iterable[str] = ("train", "val")) -> dict[str, SplitRule]:
     """Splits that are listed in files, such as "gt_sets/{split}.txt"."""
     return {split: SplitList(file.format(split=split)) for split in splits}

@@ -12,13 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.command_line import Command
-from utils.engine.results import format_table, load_results
+from utils.engine.results import format_table, read_results
+from utils.engine.selection import UNKNOWN
 
 
 def compare(results: Sequence[str]) -> None:
-    """Prints the table in Markdown."""
+    """Prints the table in Markdown, and for each row how its weights were chosen."""
     named = [item.rpartition("=") for item in results]
-    print(format_table({name or Path(path).stem: load_results(Path(path)) for name, _, path in named}))
+    rows = {name or Path(path).stem: read_results(Path(path)) for name, _, path in named}
+    print(format_table({name: scores for name, (scores, _) in rows.items()}), "", sep="\n")
+    print(*(f"{name}: {about.get('selection', UNKNOWN)}" for name, (_, about) in rows.items()), sep="\n")
 
 
 main = Command(__doc__, compare, {"results": dict(nargs="+", metavar="[NAME=]JSON")})

@@ -19,7 +19,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.command_line import Command
-from utils.engine.results import Results, delta_m_against, format_table, load_results, reference_keys
+from utils.engine.results import Results, delta_m_against, format_table, load_results, read_results, reference_keys
+from utils.engine.selection import UNKNOWN
 from utils.engine.tasks import TASKS
 
 INFER = Path("infer", "results.json")       # where `--run_mode infer` writes beside a checkpoint
@@ -42,9 +43,14 @@ def report(run: str, single: Sequence[str]) -> None:
         raise ValueError(f"no score is on both sides for every task: {run} has {_scores(multi)}, the single-task side "
                          f"{_scores(alone)}; evaluate both with the same boundary setting")
     parts = [f"{task} {delta_m_against({task: scores}, reference):+.2f} %" for task, scores in multi.items()]
-    print(*(f"read {file}" for file in files.values()), sep="\n")
+    print(*(f"read {file} ({selection_of(file)})" for file in files.values()), sep="\n")
     print("", format_table({"single-task": alone, "multi-task": multi}, reference), sep="\n")
     print(f"\ndelta_m {gain:+.2f} % = mean of {', '.join(parts)}")
+
+
+def selection_of(file: Path) -> str:
+    """How the weights behind a result file were chosen."""
+    return read_results(file)[1].get("selection", UNKNOWN)
 
 
 def given_score(item: str) -> Results:

@@ -1,5 +1,7 @@
 """Arithmetic: the one place that knows what the config key `precision` means."""
 
+import os
+
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -9,6 +11,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast for "bf16" or "fp16", a context that does nothing otherwise. Scans, heads and losses
     stay in float32."""
     return torch.autocast(device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES)
+
+
+def set_determinism(wanted: bool) -> None:
+    """Lets PyTorch take operations that give the same bits every time, also where they are slower.
+
+    What has no such form on CUDA is named by a warning of PyTorch and goes on. cuBLAS reads its setting when CUDA
+    starts, so this comes before.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.backends.cudnn.benchmark = False
 
 
 def set_float32_arithmetic(precision: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from data.base import MultiTaskDataset
 from data.datasets import DATASETS
+from data.splits import PartOfSplit
 from data.transforms import build_transform
 from evaluation.boundary.settings import Mode
 from evaluation.evaluator import Split, TaskContext
@@ -17,10 +18,11 @@ from models.blocks.recompute import recompute_blocks
 from models.build import build_model
 from models.model import MultiTaskModel
 from models.ops.scan_choice import set_scan_backend
+from utils.engine import selection
 from utils.engine.checkpoint import load_model, read_checkpoint
 from utils.engine.config import Config
 from utils.engine.tasks import TASKS, label_rules, tasks_named
-from utils.precision import set_float32_arithmetic
+from utils.precision import set_determinism, set_float32_arithmetic
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def model_from_config(config: Config) -> MultiTaskModel:
     """The configured model with fresh weights."""
     set_scan_backend(config.scan_backend)
     set_float32_arithmetic(config.precision)
+    set_determinism(config.deterministic)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     return build_model(config.model, config.backbone, outputs, config.input_size, label_size=config.label_size,
                        neck=config.neck, backbone_kwargs=config.backbone_kwargs, neck_kwargs=config.neck_kwargs,
@@ -87,19 +90,30 @@ def build_criterion(config: Config, model: MultiTaskModel) -> MultiTaskLoss:
                          use_intermediate=config.intermediate_supervision)
 
 
-def trained_model(config: Config, path: Path, device: torch.device) -> MultiTaskModel:
-    """The configured model with a checkpoint's weights (its moving average where it has one), ready for inference."""
+def trained_model(config: Config, path: Path, device: torch.device) -> tuple[MultiTaskModel, str]:
+    """The configured model with a checkpoint's weights (its moving average where it has one), ready for inference.
+
+    Beside it, how these weights were chosen (`selection`).
+    """
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("ema") or checkpoint["model"]
     state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
     model = model_from_config(config)
     load_model(model, state, path, file_config=checkpoint.get("config"), yaml_config=config.to_dict())
-    return model.to(device).prepare_for_inference()
+    return model.to(device).prepare_for_inference(), selection.of_checkpoint(path, checkpoint)
 
 
 def build_split(config: Config, split: str) -> MultiTaskDataset:
-    """The "train" or "val" split with its transforms."""
-    spec = DATASETS.load(config.train_db_name if split == "train" else config.val_db_name)
+    """The "train" or "val" split with its transforms, or the one that a training `selects` by.
+
+    With `val_from_train` that is a part of the training split, which is not trained on; else it is "val".
+    """
+    split = "val" if split == "selects" and not config.val_from_train else split
+    spec = DATASETS.load(config.val_db_name if split == "val" else config.train_db_name)
+    if config.val_from_train and split != "val":
+        whole = spec.splits["train"]
+        parts = {name: PartOfSplit(whole, config.val_from_train, name == "selects") for name in ("train", "selects")}
+        spec = replace(spec, splits={**spec.splits, **parts})
     settings, training, names = config.augmentation, split == "train", set(config.tasks)
     if training and settings.always_guide_crop:
         names |= {name for name, task in tasks_named(spec.labels).items() if task.label.guides_crop}

@@ -62,6 +62,7 @@ class Config:
     valBatch: int = given(1, at_least=1)
     nworkers: int = given(2, at_least=0, at_most=256)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    val_from_train: float = given(0.0, at_least=0, at_most=0.5)     # part of the training split to select by; 0: test
     # schedule
     max_iter: int = given(40000, at_least=1)
     epochs: int = given(999999, at_least=1)
@@ -88,6 +89,7 @@ class Config:
     find_unused_parameters: bool = False
     tensorboard: bool = True
     progress: bool = True                        # progress bars
+    deterministic: bool = False                  # the same numbers again on the same machine, at some cost on a GPU
     eval_at_start: bool = False                  # also score the untrained model
     # boundary score
     boundary_infer: Mode = "exact"               # in --run_mode infer

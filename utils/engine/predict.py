@@ -40,7 +40,7 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
     check_reference(config.single_task_scores)
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
-        model = trained_model(config, checkpoint, device)
+        model, chosen = trained_model(config, checkpoint, device)
         dataset, progress = build_split(config, "val"), distributed.is_main() and config.progress
         loader = build_eval_loader(dataset, config.valBatch, config.nworkers, distributed.rank(),
                                    distributed.world_size())
@@ -48,8 +48,9 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
         results = evaluate(model, loader, evaluators, device, precision=config.precision,
                            cuda_graph=config.cuda_graph, export_dir=output_dir, progress=progress)
         if distributed.is_main():
-            save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name)
-            logger.info("%s on %s\n%s", checkpoint, config.val_db_name,
+            save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name,
+                         selection=chosen)
+            logger.info("%s (%s) on %s\n%s", checkpoint, chosen, config.val_db_name,
                      format_table({config.version_name: results}, config.single_task_scores))
             log_reports(evaluators)
             logger.info("scores: %s", output_dir / "results.json")
@@ -72,7 +73,8 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
     stems, contexts, panels, failed = [path.stem for path in paths], task_contexts(config), [], []
     names = {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}
     with distributed.process_group(device):
-        forward = forward_pass(trained_model(config, checkpoint, device), device, config.precision, config.cuda_graph)
+        model, _ = trained_model(config, checkpoint, device)
+        forward = forward_pass(model, device, config.precision, config.cuda_graph)
         paths = paths[distributed.rank()::distributed.world_size()]
         for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
             try:

@@ -90,11 +90,18 @@ def save_results(path: Path, results: Results, **about: object) -> None:
 
 def load_results(path: Path) -> Results:
     """The scores of a file that `save_results` wrote; null becomes NaN."""
+    return read_results(path)[0]
+
+
+def read_results(path: Path) -> tuple[Results, dict]:
+    """The scores of a file that `save_results` wrote, null as NaN, and what else it holds about them."""
     try:
-        scores = json.loads(path.read_text(encoding="ascii"))["scores"]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        about = json.loads(path.read_text(encoding="ascii"))
+        scores = about.pop("scores")
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a result file written by this program ({type(error).__name__})") from error
-    return {task: {k: math.nan if v is None else v for k, v in values.items()} for task, values in scores.items()}
+    scores = {task: {k: math.nan if v is None else v for k, v in values.items()} for task, values in scores.items()}
+    return scores, about
 
 
 def unscored(results: Results) -> Sequence[str]:

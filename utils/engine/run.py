@@ -64,7 +64,7 @@ def prepare(config: Config, device: torch.device, resume: bool) -> Run:
     if last.exists() and not resume:
         raise ValueError(f"{run_dir} already holds a run (last.pt); continue it with --resume, "
                          "or choose another version_name or out_dir")
-    train_set, val_set = build_split(config, "train"), build_split(config, "val")
+    train_set, val_set = build_split(config, "train"), build_split(config, "selects")
     accumulate = accumulation(config, world)
     train_loader = build_train_loader(train_set, config.trBatch, config.nworkers, distributed.rank(), world,
                                       config.seed, accumulate, start_update=checkpoint["step"] if checkpoint else 0)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.batches import batches_on
+from utils.engine import selection
 from utils.engine.build import evaluation_contexts
 from utils.engine.config import Config
 from utils.engine.evaluate import build_evaluators, evaluate, log_reports
@@ -39,7 +40,9 @@ def train(config: Config, resume: bool) -> dict:
     with distributed.process_group(device):
         run = prepare(config, device, resume)
         try:
-            return _loop(run)
+            results = _loop(run)
+            logger.info("best.pt: %s; last.pt: %s", selection.of_best(config.val_from_train), selection.LAST)
+            return results
         finally:
             run.writer.close()
 
@@ -99,14 +102,15 @@ def run_evaluation(run: Run) -> None:
                                      cuda_graph=config.cuda_graph, on_batch=keep_first, progress=progress)
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores)
-        logger.info("evaluation at step %d\n%s", run.step, table)
+        split = selection.evaluated_split(config.train_db_name, config.val_db_name, config.val_from_train)
+        logger.info("evaluation at step %d on %s\n%s", run.step, split, table)
         log_reports(evaluators)
         if empty := unscored(results):
-            logger.warning("no valid pixel in the %s test split for %s: no score", config.val_db_name,
-                           ", ".join(empty))
+            logger.warning("no valid pixel in %s for %s: no score", split, ", ".join(empty))
         run.writer.scalars("eval", run.step, {f"{t}/{k}": v for t, s in results.items() for k, v in s.items()})
         run.writer.image("predictions", run.step, panels[0])
-        save_results(config.run_dir / "results" / f"step_{run.step}.json", results, step=run.step)
+        save_results(config.run_dir / "results" / f"step_{run.step}.json", results, step=run.step, split=split,
+                     selection=selection.of_update(run.step, run.total_steps))
     score = selection_score(results)
     if run.step == 0:
         return                                            # an untrained model is never the best one
