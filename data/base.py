@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.cache import DecodedCache
 from data.labels import LabelRules
 from data.spec import DatasetSpec, find_folder
 from data.splits import PICTURES, explain_unknown, id_of
@@ -26,17 +27,17 @@ class MultiTaskDataset:
     `dataset[(index, seed)]` applies `transform(sample, random.Random(seed))`; `dataset[index]` (evaluation)
     uses the index as seed. Sample before the transform: "image" H x W x 3 uint8 RGB, each task's label (maps: H x W x C
     float32 of the image's size), "meta" {"name": str, "size": (H, W)}. Without a transform that sample is returned.
-    `labels` maps each wanted task to the rules of its label.
+    `labels` maps each wanted task to the rules of its label. `cache` keeps what the files hold, decoded.
     """
 
     def __init__(self, spec: DatasetSpec, root: str | Path, split: str, labels: Mapping[str, LabelRules],
-                 transform: Callable[[dict, random.Random], dict] | None = None):
+                 transform: Callable[[dict, random.Random], dict] | None = None, cache: DecodedCache | None = None):
         if split not in spec.splits:
             raise ValueError(f"{spec.name} has no split {split!r}; valid: {', '.join(spec.splits)}")
         if absent := [name for name in labels if name not in spec.labels]:
             raise ValueError(f"{spec.name} has no labels for {', '.join(absent)}; "
                              f"its tasks: {', '.join(spec.labels)}")
-        self.spec, self.split, self.transform = spec, split, transform
+        self.spec, self.split, self.transform, self.cache = spec, split, transform, cache
         self.folder = find_folder(root, spec)
         self.labels = {name: spec.labels[name].rules or labels[name] for name in spec.labels if name in labels}
         self.files = Files(self.folder)
@@ -101,15 +102,23 @@ class MultiTaskDataset:
 
     def load(self, name: str) -> dict:
         """Image and labels of one id, untransformed; labels of another size are resized to the image's."""
-        image = self.read("image", name)
-        size = image.shape[:2]
+        maps = self._maps(name)
+        size = maps["image"].shape[:2]
         labels = {}
         for key, rules in self.labels.items():
-            label = self.read(key, name)
-            self._check_geometry(key, name, size, np.shape(label)[:2])
-            labels[key] = rules.fit(label, size)
+            self._check_geometry(key, name, size, np.shape(maps[key])[:2])
+            labels[key] = rules.fit(maps[key], size)
         output = self.spec.output_name.format(id=name, stem=self.paths("image", name)[0].stem)
-        return {"image": image, **labels, "meta": {"name": output, "size": size}}
+        return {"image": maps["image"], **labels, "meta": {"name": output, "size": size}}
+
+    def _maps(self, name: str) -> dict[str, Any]:
+        """Image and labels as stored, from the cache where there is one."""
+        keys = ("image", *self.labels)
+        if self.cache is None:
+            return {key: self.read(key, name) for key in keys}
+        files = [path for key in keys for path in self.paths(key, name)]
+        return self.cache.fetch(" ".join((str(self.folder), name, *keys)), files,
+                                lambda: {key: self.read(key, name) for key in keys})
 
     def _check_geometry(self, task: str, name: str, image: tuple[int, int], label: tuple[int, ...]) -> None:
         """A label map shows what its image shows: equal sides, or the same aspect ratio to within a pixel of either."""

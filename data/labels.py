@@ -91,7 +91,7 @@ class MapLabel(LabelRules):
         return crop_map(label, top, left, size)
 
     def flip(self, label: np.ndarray) -> np.ndarray:
-        return label[:, ::-1]
+        return flip_map(label)
 
     def pad(self, label: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
         return pad_map(label, frame, self.pad_value)
@@ -113,7 +113,7 @@ class DepthLabel(MapLabel):
         return self.resize(label, size) / np.float32(factor)
 
     def mark_void(self, label: np.ndarray) -> np.ndarray:
-        return np.where(label == 0, np.float32(VOID), label)
+        return _with_void(label, label[..., 0] == 0)
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,12 @@ class NormalsLabel(MapLabel):
     pad_value: float = 0.0
 
     def flip(self, label: np.ndarray) -> np.ndarray:
-        return label[:, ::-1] * np.array([-1, 1, 1], label.dtype)
+        mirrored = flip_map(label)
+        np.negative(mirrored[..., 0], out=mirrored[..., 0])
+        return mirrored
 
     def mark_void(self, label: np.ndarray) -> np.ndarray:
-        return np.where((label == 0).all(axis=-1, keepdims=True), np.float32(VOID), label)
+        return _with_void(label, (label[..., 0] == 0) & (label[..., 1] == 0) & (label[..., 2] == 0))
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,21 @@ class PartsLabel(MapLabel):
 
     def mark_void(self, label: np.ndarray) -> np.ndarray:
         return label if np.any((label != 0) & (label != VOID)) else np.full_like(label, VOID)
+
+
+def _with_void(label: np.ndarray, void: np.ndarray) -> np.ndarray:
+    """The label with 255 in every channel of the pixels `void` (H, W); a copy of the same memory order, if any."""
+    if not void.any():
+        return label
+    marked = label.copy(order="K")
+    for channel in range(label.shape[2]):
+        np.copyto(marked[..., channel], np.float32(VOID), where=void)
+    return marked
+
+
+def flip_map(array: np.ndarray) -> np.ndarray:
+    """Mirrored left to right: a copy by OpenCV, since whatever reads a mirrored view of NumPy's takes far longer."""
+    return cv2.flip(array, 1).reshape(array.shape)
 
 
 def resize_map(array: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:

@@ -81,20 +81,20 @@ def collate(samples: list[dict], labels: Mapping[str, LabelRules]) -> dict:
             | {key: rules.collate([sample[key] for sample in samples]) for key, rules in labels.items()})
 
 
-def _init_worker(worker_id: int) -> None:
+def init_worker(worker_id: int = 0) -> None:
     """Workers are the parallelism: OpenCV and torch threads inside each would only compete."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # glibc may reuse the megabytes each sample frees: handing them back costs a fifth of its time. Other C libraries
-    # have no `mallopt` and keep their own habits.
+    # glibc may reuse the megabytes that each sample frees: to hand them back and ask again costs two fifths of the
+    # time. Other C libraries have no `mallopt` and keep their own habits.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        for option in (-1, -3):                                # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(option, 32 * 2**20)                        # the largest value glibc accepts
+        mallopt(-3, 32 * 2**20)                                # M_MMAP_THRESHOLD: the largest value glibc accepts
+        mallopt(-1, 256 * 2**20)                               # M_TRIM_THRESHOLD: more than a sample ever frees
 
 
 def _loader(dataset: MultiTaskDataset, num_workers: int, **kwargs) -> DataLoader:
     return DataLoader(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
-                      worker_init_fn=_init_worker, persistent_workers=num_workers > 0,
+                      worker_init_fn=init_worker, persistent_workers=num_workers > 0,
                       pin_memory=torch.cuda.is_available(), **kwargs)
 
 

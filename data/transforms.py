@@ -4,8 +4,8 @@ A sample is a dict of "image" (H x W x 3), labels by task, and "meta". Each step
 `random.Random`-like object (random, uniform, randint); the order of the draws is part of the definition, so
 recorded draws can be replayed. What a step does to a label is the label's own affair (`data.labels`).
 
-Cheap by construction: crop and flip are views, 8-bit arithmetic runs through tables of 256 values, and
-padding writes into channel-first memory, so that every map is copied once and `ToTensor` copies nothing.
+Cheap by construction: a crop is a view, 8-bit arithmetic runs through tables of 256 values, and padding writes into
+channel-first memory, so that `ToTensor` copies nothing. `scripts/bench_data.py` measures it.
 """
 
 import random
@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data.labels import LabelRules, crop_map, map_to_tensor, pad_map, resize_map
+from data.labels import LabelRules, crop_map, flip_map, map_to_tensor, pad_map, resize_map
 
 Sample = dict
 Step = Callable[[Sample, random.Random], Sample]
@@ -23,7 +23,6 @@ Labels = Mapping[str, LabelRules]                        # task -> rules of its 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)       # ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 LEVELS = np.arange(256, dtype=np.float32)
-IDENTITY = LEVELS.astype(np.uint8)
 NORMALISE_TABLE = ((LEVELS[:, None] / 255 - MEAN) / STD)[None]         # (1, 256, 3)
 
 
@@ -115,7 +114,7 @@ class RandomFlip:
 
     def apply(self, sample: Sample) -> Sample:
         """Flips without drawing."""
-        return sample | {"image": sample["image"][:, ::-1]} | _each_label(
+        return sample | {"image": flip_map(sample["image"])} | _each_label(
             sample, self.labels, lambda rules, label: rules.flip(label))
 
 
@@ -136,17 +135,17 @@ def contrast(image: np.ndarray, alpha: float) -> np.ndarray:
 
 def saturation(image: np.ndarray, alpha: float) -> np.ndarray:
     """Multiplies the S channel of OpenCV's 8-bit HSV by `alpha`."""
-    return _change_hsv(image, np.stack([IDENTITY, _linear_table(alpha), IDENTITY], axis=-1))
+    return _change_hsv(image, 1, _linear_table(alpha))
 
 
 def hue(image: np.ndarray, delta: int) -> np.ndarray:
     """Adds `delta` to the H channel (0..179, two degrees each), modulo 180."""
-    turned = ((np.arange(256) + delta) % 180).astype(np.uint8)
-    return _change_hsv(image, np.stack([turned, IDENTITY, IDENTITY], axis=-1))
+    return _change_hsv(image, 0, ((np.arange(256) + delta) % 180).astype(np.uint8))
 
 
-def _change_hsv(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table[None])             # table: (1, 256, 3)
+def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, channel), table), hsv, channel)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
