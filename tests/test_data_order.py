@@ -7,6 +7,7 @@ import cv2
 import pytest
 import torch
 
+from data.base import MultiTaskDataset
 from data.datasets import DATASETS
 from data.labels import MapLabel
 from data.loader import EvalSampler, TrainBatchSampler, build_eval_loader, build_train_loader, collate, sample_seed
@@ -127,9 +128,9 @@ def test_a_task_can_be_sent_to_another_process(task):
 
 
 def test_workers_give_the_same_batches_however_they_are_started(example_root):
-    kind = DATASETS.load("NYUD")
-    labels = label_rules(kind.spec.tasks)
-    dataset = kind(example_root, "train", labels, build_transform((32, 48), None, True, labels))
+    spec = DATASETS.load("NYUD")
+    labels = label_rules(spec.tasks)
+    dataset = MultiTaskDataset(spec, example_root, "train", labels, build_transform((32, 48), None, True, labels))
     here = list(itertools.islice(build_train_loader(dataset, 3, seed=4), 2))
     for method in ("fork", "forkserver", "spawn"):
         loader = build_train_loader(dataset, 3, num_workers=1, seed=4)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data.base import MultiTaskDataset
+from data.cache import DecodedCache
 from data.datasets import DATASETS
 from data.splits import PartOfSplit
 from data.transforms import build_transform
@@ -122,4 +123,6 @@ def build_split(config: Config, split: str) -> MultiTaskDataset:
     transform = build_transform(config.image_size or spec.image_size, fixed_label_size, training, labels,
                                 scale_range=settings.scale_range, flip=settings.flip_prob,
                                 photometric=settings.photometric)
-    return MultiTaskDataset(spec, config.db_root, split, labels, transform)
+    cache = config.data_cache
+    return MultiTaskDataset(spec, config.db_root, split, labels, transform,
+                            DecodedCache(cache.folder, cache.max_gb * 1e9) if cache.folder else None)

@@ -26,7 +26,7 @@ from models.backbones import BACKBONES
 from models.decoders import DECODERS
 from models.necks import NECKS
 from models.ops import SCAN_BACKENDS
-from utils.engine.config_groups import Augmentation, GradClip, LossKwargs, TaskDictionary
+from utils.engine.config_groups import Augmentation, DataCache, GradClip, LossKwargs, TaskDictionary
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES
@@ -63,6 +63,7 @@ class Config:
     nworkers: int = given(2, at_least=0, at_most=256)
     augmentation: Augmentation = field(default_factory=Augmentation)
     val_from_train: float = given(0.0, at_least=0, at_most=0.5)     # part of the training split to select by; 0: test
+    data_cache: DataCache = field(default_factory=DataCache)
     # schedule
     max_iter: int = given(40000, at_least=1)
     epochs: int = given(999999, at_least=1)

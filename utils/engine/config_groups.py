@@ -83,6 +83,14 @@ class GradClip:
 
 
 @dataclass(frozen=True)
+class DataCache:
+    """Where decoded files are kept for the next epoch (`data.cache`): a folder on a fast disk, empty for none."""
+
+    folder: str = ""
+    max_gb: float = given(50.0, above=0)
+
+
+@dataclass(frozen=True)
 class Augmentation(Options):
     """Training augmentation (the published values by default)."""
 
