@@ -25,8 +25,9 @@ def load(folder: Path, name: str) -> dict:
         "normals": np.array(Image.open(folder / "normals" / f"{name}.png").convert("RGB")).astype(np.float32),
         "edge": np.array(Image.open(folder / "edge" / f"{name}.png")).astype(np.float32)[..., None],
     }
-    sample["semseg"] = sample["semseg"] - 1
-    sample["semseg"][sample["semseg"] == -1] = 255
+    classes = sample["semseg"] - 1
+    classes[classes == -1] = 255
+    sample["semseg"] = classes
     sample["normals"] = 2.0 * sample["normals"] / 255.0 - 1.0
     sample["edge"] = sample["edge"] / 255.0
     return sample
@@ -96,8 +97,9 @@ def finish(sample: dict, size: tuple[int, int]) -> dict:
     down, right = max(size[0] - height, 0), max(size[1] - width, 0)
     border = ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0))
     sample = {key: np.pad(value, border, constant_values=FILL[key]) for key, value in sample.items()}
-    sample["normals"][np.linalg.norm(sample["normals"], axis=2) == 0] = 255
-    sample["depth"][sample["depth"] == 0] = 255
+    length, depth = np.linalg.norm(sample["normals"], axis=2), sample["depth"]
+    sample["normals"][length == 0] = 255
+    depth[depth == 0] = 255
     return {key: torch.from_numpy(value.transpose(2, 0, 1).copy()).float() for key, value in sample.items()}
 
 
