@@ -7,6 +7,7 @@ PyTorch is not needed to read this file.
 import os
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,15 @@ class MultiTaskDataset:
 
     def paths(self, key: str, name: str) -> tuple[Path, ...]:
         """Files of one map ("image" or a task) of the image with this id; those that are missing as they would be."""
+        return self._located(self.patterns(key), name)
+
+    def _located(self, patterns: tuple[str, ...], name: str) -> tuple[Path, ...]:
         return tuple(self.folder / (self.files.find(pattern, name) or pattern.split("|")[-1].format(id=name))
-                     for pattern in self.patterns(key))
+                     for pattern in patterns)
+
+    def truth_files(self, task: str, name: str) -> tuple[Path, ...]:
+        """Files of the boundary score's ground truth of the image with this id."""
+        return self._located(self.spec.labels[task].boundary.files, name)
 
     def missing_files(self) -> list[Path]:
         """Files the split needs that are not there; lists each folder once: fast on network disks."""
@@ -117,8 +125,13 @@ class MultiTaskDataset:
         if self.cache is None:
             return {key: self.read(key, name) for key in keys}
         files = [path for key in keys for path in self.paths(key, name)]
-        return self.cache.fetch(" ".join((str(self.folder), name, *keys)), files,
+        return self.cache.fetch(" ".join((str(self.folder), name, *map(self._contents, keys))), files,
                                 lambda: {key: self.read(key, name) for key in keys})
+
+    def _contents(self, key: str) -> str:
+        """What a map of the cache is: its name, and how a folder's description has it read."""
+        read = (self.spec.image if key == "image" else self.spec.labels[key]).read
+        return f"{key} {read}" if is_dataclass(read) else key
 
     def _check_geometry(self, task: str, name: str, image: tuple[int, int], label: tuple[int, ...]) -> None:
         """A label map shows what its image shows: equal sides, or the same aspect ratio to within a pixel of either."""

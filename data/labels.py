@@ -117,6 +117,14 @@ class DepthLabel(MapLabel):
 
 
 @dataclass(frozen=True)
+class DisparityLabel(DepthLabel):
+    """Disparity in pixels: a nearer camera multiplies it; 0 means "not measured"."""
+
+    def scale(self, label: np.ndarray, size: tuple[int, int], factor: float) -> np.ndarray:
+        return self.resize(label, size) * np.float32(factor)
+
+
+@dataclass(frozen=True)
 class NormalsLabel(MapLabel):
     """Unit vectors (x to the right): mirroring negates x; a zero vector has no direction."""
 

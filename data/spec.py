@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from data.labels import LabelRules
 from data.splits import SplitRule
 from evaluation.boundary.settings import BoundaryTruth
 from utils.files import read_rgb
+
+ResizeRule = Literal["none", "fit", "stretch"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class DatasetSpec:
 
     folder: below db_root, or absolute. labels: by task, in the task table's order. image_size: (H, W) of the network's
     input. label_size: (H, W) of the labels where it is not the input's; such a data set is never augmented.
+    resize: what is done first to an image and its labels: nothing (in an evaluation it must fit into the input),
+    shrinking it until it fits, or bringing it to exactly the input's size.
     output_name: how the files that are written for an image are called: by its {id}, or by the {stem} of its file.
     """
 
@@ -77,6 +81,7 @@ class DatasetSpec:
     splits: Mapping[str, SplitRule]
     image_size: tuple[int, int]
     label_size: tuple[int, int] | None = None
+    resize: ResizeRule = "none"
     output_name: str = "{id}"
 
     @property
@@ -97,5 +102,8 @@ def find_folder(root: str | Path, spec: DatasetSpec) -> Path:
         return root / spec.folder
     if root.name == spec.folder and root.is_dir():
         return root
+    if Path(spec.folder).is_absolute():
+        raise FileNotFoundError(f"the folder of data set {spec.name} is not there: {spec.folder} (say where it is "
+                                "now by train_db_name.folder=DIR val_db_name.folder=DIR)")
     raise FileNotFoundError(f"data folder not found: {root / spec.folder} (set db_root in the config "
                             f"or on the command line, or $DB_ROOT, to the folder holding {spec.folder}/)")

@@ -240,6 +240,30 @@ class ResizeImage:
         return sample | {"image": np.asarray(image)}
 
 
+class ResizeAll:
+    """Image and labels to the frame `size`: shrunk until they fit ("fit"), or brought to exactly this size ("stretch").
+
+    Labels keep their values. "meta" keeps the image's own size as "original" and has the new one as "size".
+    """
+
+    def __init__(self, labels: Labels, size: tuple[int, int], rule: str):
+        self.labels, self.size, self.rule = labels, tuple(size), rule
+
+    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
+        height, width = original = sample["image"].shape[:2]
+        size = self.size
+        if self.rule == "fit":
+            factor = min(1.0, size[0] / height, size[1] / width)
+            size = max(1, min(size[0], round(height * factor))), max(1, min(size[1], round(width * factor)))
+        if size == original:
+            return sample
+        shrinks = size[0] * size[1] < height * width
+        image = resize_map(sample["image"], size, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        meta = {**sample["meta"], "size": size, "original": original}
+        return sample | {"image": image, "meta": meta} | _each_label(
+            sample, self.labels, lambda rules, label: rules.resize(label, size))
+
+
 class ResizeLabels:
     """All labels to `size`, maps nearest."""
 
@@ -273,11 +297,12 @@ def fixed_transform(size: tuple[int, int], labels: Labels, label_size: tuple[int
 
 
 def build_transform(image_size: tuple[int, int], fixed_label_size: tuple[int, int] | None, training: bool,
-                    labels: Labels, **augmentation) -> Compose:
-    """The transform of a split; `augmentation` goes to `train_transform`.
+                    labels: Labels, resize: str = "none", **augmentation) -> Compose:
+    """The transform of a split; `augmentation` goes to `train_transform`, `resize` is the data set's rule.
 
     A data set whose labels have a size of their own (`fixed_label_size`, Cityscapes) is resized and never augmented.
     """
     if fixed_label_size is not None:
         return fixed_transform(image_size, labels, fixed_label_size)
-    return train_transform(image_size, labels, **augmentation) if training else eval_transform(image_size, labels)
+    after = train_transform(image_size, labels, **augmentation) if training else eval_transform(image_size, labels)
+    return after if resize == "none" else Compose((ResizeAll(labels, image_size, resize), *after.steps))

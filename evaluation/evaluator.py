@@ -5,7 +5,7 @@ processes and adds up what they count (`evaluation.boundary.evaluator`). The loo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,13 +31,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Split:
-    """The images that are evaluated: where they lie, which ones, and their boundary ground truth, if any."""
+    """The images that are evaluated: where they lie, which ones, and their boundary ground truth, if any.
+
+    truth_files(id): files of an image's ground truth; None: as its patterns say, below the folder.
+    """
 
     dataset: str
     name: str
     folder: Path
     ids: tuple[str, ...]
     boundary: BoundaryTruth | None = None
+    truth_files: Callable[[str], tuple[Path, ...]] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ EXIF orientation unless asked. 8-bit label maps are translated by a table of 256
 NaN in the table marks values that must not occur.
 """
 
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,19 @@ def _read_npy(path: Path) -> np.ndarray:
         raise ValueError(f"cannot read {path}: {error}; damaged, or not a plain numpy array") from error
 
 
+def _read_npz(path: Path, variable: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            name = variable or (arrays.files[0] if len(arrays.files) == 1 else "")
+            if name not in arrays.files:
+                raise ValueError(f"it holds {', '.join(arrays.files)}; say which one (variable: ...)")
+            return arrays[name]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"file not found: {path}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
 def read_uint8(path: Path, channels: int) -> np.ndarray:
     """8-bit map, H x W (one channel: grey or palette indices) or H x W x 3; 1 bit is 0 or 255."""
     pixels, mode = _decode(path)
@@ -124,6 +139,42 @@ def read_uint16(path: Path) -> np.ndarray:
     if not mode.startswith("I") or pixels.ndim != 2:
         raise ValueError(f"{path}: expected one channel of 16 bits, found mode {mode}, shape {pixels.shape}")
     return pixels.astype(np.uint16)
+
+
+def read_values(path: Path, variable: str = "", as_stored: bool = False) -> np.ndarray:
+    """What any file of a map holds, H x W or H x W x C of any type: a picture, or numbers.
+
+    Pictures that Pillow reads, .exr, .hdr and .pic through OpenCV (colours as RGB), .npy, the array `variable` of .npz
+    and .mat (the only one of an .npz needs no name). `as_stored` is for class indices (see `_decode`).
+    """
+    ending = path.suffix.lower()
+    if ending == ".npy":
+        return _read_npy(path)
+    if ending == ".npz":
+        return _read_npz(path, variable)
+    if ending == ".mat":
+        if not variable:
+            raise ValueError(f"{path}: say which variable of the Matlab file holds the map (variable: ...)")
+        return np.asarray(read_mat(path, variable))
+    if ending in (".exr", ".hdr", ".pic"):
+        os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")
+        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.is_file() else None
+        if pixels is None:
+            raise ValueError(f"cannot read {path}: it is missing, damaged, or this OpenCV was built without {ending}")
+        return pixels[..., ::-1] if pixels.ndim == 3 else pixels       # BGR -> RGB
+    return _decode(path, as_stored=as_stored)[0]
+
+
+def check_orientation(path: Path) -> None:
+    """ValueError for a photograph that asks to be turned before it is shown."""
+    try:
+        with Image.open(path) as image:
+            turn = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError):
+        return                                                         # reading it will tell
+    if turn not in (0, 1):
+        raise ValueError(f"{path} carries EXIF orientation {turn}: say whether its labels belong to the stored pixels "
+                         "(exif: stored) or to the upright picture (exif: upright)")
 
 
 def read_table(path: Path, table: np.ndarray, channels: int = 1) -> np.ndarray:

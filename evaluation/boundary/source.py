@@ -1,5 +1,6 @@
 """Which images of a split the boundary score covers, and where their ground truth lies."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,12 @@ class TruthSource:
     num_images: int
     names: frozenset[str] | None = None
     covered: str = "all"
+    truth_files: Callable[[str], tuple[Path, ...]] | None = None
 
     def files(self, name: str) -> tuple[Path, ...]:
         """Files of the image with this id."""
+        if self.truth_files is not None:
+            return self.truth_files(name)
         return tuple(self.folder / pattern.format(id=name) for pattern in self.truth.files)
 
 
@@ -52,4 +56,4 @@ def truth_source(split: Split, images: str, fast: bool = False) -> TruthSource:
         stride = max(1, min(FAST_STRIDE, len(chosen) // FAST_LEAST))
         names = frozenset(chosen[::stride])
         covered = f"a sample of {len(names)} from {covered}"
-    return TruthSource(split.folder, truth, len(names or split.ids), names, covered)
+    return TruthSource(split.folder, truth, len(names or split.ids), names, covered, split.truth_files)

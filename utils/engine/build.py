@@ -2,13 +2,13 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data.base import MultiTaskDataset
 from data.cache import DecodedCache
-from data.datasets import DATASETS
 from data.splits import PartOfSplit
 from data.transforms import build_transform
 from evaluation.boundary.settings import Mode
@@ -44,7 +44,7 @@ def evaluation_contexts(config: Config, dataset: MultiTaskDataset, boundary: Mod
     """`task_contexts` for an evaluation on this split; `boundary` says whether the boundary score is wanted."""
     def split(task: str) -> Split:
         return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids),
-                     dataset.spec.labels[task].boundary)
+                     dataset.spec.labels[task].boundary, partial(dataset.truth_files, task))
 
     return {task: replace(context, split=split(task), boundary=config.boundary_kwargs, boundary_mode=boundary,
                           progress=progress) for task, context in task_contexts(config).items()}
@@ -110,7 +110,7 @@ def build_split(config: Config, split: str) -> MultiTaskDataset:
     With `val_from_train` that is a part of the training split, which is not trained on; else it is "val".
     """
     split = "val" if split == "selects" and not config.val_from_train else split
-    spec = DATASETS.load(config.val_db_name if split == "val" else config.train_db_name)
+    spec = (config.val_db_name if split == "val" else config.train_db_name).spec
     if config.val_from_train and split != "val":
         whole = spec.splits["train"]
         parts = {name: PartOfSplit(whole, config.val_from_train, name == "selects") for name in ("train", "selects")}
@@ -120,7 +120,7 @@ def build_split(config: Config, split: str) -> MultiTaskDataset:
         names |= {name for name, task in tasks_named(spec.labels).items() if task.label.guides_crop}
     labels = label_rules(names)
     fixed_label_size = None if spec.label_size is None else config.label_size or spec.label_size
-    transform = build_transform(config.image_size or spec.image_size, fixed_label_size, training, labels,
+    transform = build_transform(config.image_size or spec.image_size, fixed_label_size, training, labels, spec.resize,
                                 scale_range=settings.scale_range, flip=settings.flip_prob,
                                 photometric=settings.photometric)
     cache = config.data_cache

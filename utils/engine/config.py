@@ -18,7 +18,6 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from data.datasets import DATASETS
 from data.labels import VOID
 from data.spec import DatasetSpec
 from evaluation.boundary.settings import BoundarySettings, Mode
@@ -27,6 +26,7 @@ from models.decoders import DECODERS
 from models.necks import NECKS
 from models.ops import SCAN_BACKENDS
 from utils.engine.config_groups import Augmentation, DataCache, GradClip, LossKwargs, TaskDictionary
+from utils.engine.data_choice import DataChoice
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES
@@ -42,8 +42,8 @@ class Config:
     # what is trained
     model: str = choice(DECODERS)                # the decoder
     backbone: str = choice(BACKBONES)
-    train_db_name: str = choice(DATASETS)
-    val_db_name: str = choice(DATASETS)
+    train_db_name: DataChoice
+    val_db_name: DataChoice                      # default: the training data, whose split "val" is scored
     task_dictionary: TaskDictionary
     version_name: str = ""                       # default: the file's name; may hold a folder, never leave out_dir
     out_dir: str = "runs"                        # everything of a run is in out_dir/version_name
@@ -107,7 +107,7 @@ class Config:
     @property
     def dataset(self) -> DatasetSpec:
         """The training data set."""
-        return DATASETS.load(self.train_db_name)
+        return self.train_db_name.spec
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -160,6 +160,8 @@ def _build(values: dict, origin: dict[str, str], overrides: Sequence[str], sourc
         if isinstance(values.get(key), str):
             values[key] = os.path.expanduser(values[key])
     where = partial(nearest_origin, origin=origin, source=source)
+    if values.get("val_db_name") is None and "train_db_name" in values:
+        values["val_db_name"] = values["train_db_name"]
     config = parse(Config, values, where=where)
     _check_relations(config, where)
     return config
@@ -182,8 +184,7 @@ def _check_relations(c: Config, where: Where) -> None:
         raise ConfigError(f"{where(key)}: {message}")
 
     _check_run_dir(c, refuse)
-    for name in (c.train_db_name, c.val_db_name):
-        spec = DATASETS.load(name)
+    for name, spec in ((name, name.spec) for name in (c.train_db_name, c.val_db_name)):
         if absent := [t for t in c.tasks if t not in spec.tasks]:
             refuse("task_dictionary", f"{name} has no labels for {', '.join(absent)}; its tasks: "
                                       f"{', '.join(spec.tasks)}")

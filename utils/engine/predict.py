@@ -48,8 +48,8 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
         results = evaluate(model, loader, evaluators, device, precision=config.precision,
                            cuda_graph=config.cuda_graph, export_dir=output_dir, progress=progress)
         if distributed.is_main():
-            save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), dataset=config.val_db_name,
-                         selection=chosen)
+            save_results(output_dir / "results.json", results, checkpoint=str(checkpoint),
+                         dataset=str(config.val_db_name), selection=chosen)
             logger.info("%s (%s) on %s\n%s", checkpoint, chosen, config.val_db_name,
                      format_table({config.version_name: results}, config.single_task_scores))
             log_reports(evaluators)

@@ -4,18 +4,33 @@ The order is part of the models: cross-task sequences and concatenations follow 
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from utils.table import Table
 
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A row of the table. labels: the kind (`data.label_kinds`) of its labels in a folder of one's own."""
+
+    target: str
+    labels: str
+
+
 TASKS = Table("task", {
-    "semseg": "utils.engine.tasks.segmentation:SEMSEG",
-    "depth": "utils.engine.tasks.depth:DEPTH",
-    "human_parts": "utils.engine.tasks.segmentation:HUMAN_PARTS",
-    "sal": "utils.engine.tasks.saliency:SALIENCY",
-    "normals": "utils.engine.tasks.normals:NORMALS",
-    "edge": "utils.engine.tasks.edge:EDGE",
+    "semseg": TaskEntry("utils.engine.tasks.segmentation:SEMSEG", "classes"),
+    "depth": TaskEntry("utils.engine.tasks.depth:DEPTH", "depth"),
+    "human_parts": TaskEntry("utils.engine.tasks.segmentation:HUMAN_PARTS", "classes"),
+    "sal": TaskEntry("utils.engine.tasks.saliency:SALIENCY", "saliency"),
+    "normals": TaskEntry("utils.engine.tasks.normals:NORMALS", "normals"),
+    "edge": TaskEntry("utils.engine.tasks.edge:EDGE", "boundaries"),
 })
+
+
+def label_kinds() -> dict[str, str]:
+    """The kind of each task's labels in a folder of one's own, empty where the folder has to say it."""
+    return {name: getattr(entry, "labels", "") for name, entry in TASKS.items()}
 
 
 def tasks_named(names: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""Real photographs, described by a `dataset.yml` as well as in the layouts of the known data sets: the same samples.
+
+The photographs are not part of this repository; without them these tests are skipped.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from data.base import MultiTaskDataset
+from data.datasets import DATASETS
+from data.datasets.nyud import CLASS_NAMES
+from data.transforms import build_transform
+from tests.shared import ROOT, real_data
+from utils.engine.data_choice import DataChoice
+from utils.engine.tasks import label_rules
+
+LAYOUTS = {"BSDS_SOD": "PASCALContext", "CCP": "PASCALContext", "CamVid": "PASCALContext", "NYUv2_20": "NYUD"}
+EVERY = 40                           # of the images of a list
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """NAME/ as a folder of one's own, and layouts/NAME/ with the same files where a known data set has them."""
+    root, source = tmp_path_factory.mktemp("photos"), real_data() / "photos"
+    if not source.is_dir():
+        pytest.skip(f"real photographs not found: {source}")
+    for name, layout in LAYOUTS.items():
+        own = root / name
+        own.mkdir()
+        for path in (source / name).iterdir():
+            (own / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())
+        shutil.copy(ROOT / "tests" / "photos" / f"{name}.yml", own / "dataset.yml")
+        (root / "layouts" / name).mkdir(parents=True)
+        (root / "layouts" / name / DATASETS.load(layout).folder).symlink_to(own, target_is_directory=True)
+    (root / "NYUv2_20" / "names.txt").write_text("\n".join(CLASS_NAMES))
+    prepare(root / "NYUv2_20", root / "CamVid")
+    return root
+
+
+def prepare(nyu: Path, camvid: Path) -> None:
+    """What the known layouts have and the pack leaves to be computed."""
+    (nyu / "depth").mkdir()
+    for path in (nyu / "depth_mm").iterdir():
+        np.save(nyu / "depth" / f"{path.stem}.npy", np.asarray(Image.open(path)).astype(np.float32) / 1000)
+    shutil.copy(nyu / "gt_sets" / "val.txt", nyu / "train.txt")
+    (camvid / "pascal-context" / "trainval").mkdir(parents=True)
+    for split in ("train", "val"):
+        names = (camvid / "ImageSets" / "Context" / f"{split}.txt").read_text().split()[::EVERY]
+        for name in names:
+            label = np.asarray(Image.open(camvid / "semseg" / "pascal-context" / f"{name}.png")).astype(np.uint16)
+            savemat(camvid / "pascal-context" / "trainval" / f"{name}.mat",
+                    {"LabelMap": np.where(label == 255, 0, label + 1).astype(np.uint16)})
+
+
+def described(folder: Path) -> DataChoice:
+    return DataChoice.from_yaml({"folder": str(folder)}, "train_db_name", lambda key: "test")
+
+
+class Sparse(MultiTaskDataset):
+    """Every 40th image of a list (all of a short one)."""
+
+    def check_files(self):
+        self.ids = self.ids[::EVERY if len(self.ids) > EVERY else 1]
+        super().check_files()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_description_gives_the_samples_of_the_layout(photos, name, training):
+    spec, layout = described(photos / name).spec, DATASETS.load(LAYOUTS[name])
+    labels = label_rules(spec.tasks)
+    split = "train" if training and name != "NYUv2_20" else "val"      # of NYUv2 there is one list
+    own, known = (Sparse(s, root, split, labels, build_transform(layout.image_size, None, training, labels, s.resize))
+                  for s, root in ((spec, ""), (layout, photos / "layouts" / name)))
+    assert own.ids == known.ids and len(own) >= 3
+    for index in range(len(own)):
+        mine, theirs = own[(index, 7)], known[(index, 7)]
+        assert mine["meta"] == theirs["meta"]
+        for key in ("image", *labels):
+            assert torch.equal(mine[key], theirs[key]), (name, own.ids[index], key)
