@@ -63,6 +63,7 @@ class Decoder(nn.Module):
 
     Config: ClassVar[type[DecoderOptions]]
     intermediate_weight: ClassVar[float] = 1.0  # published factor of the preliminary predictions' losses
+    needs_labels: ClassVar[bool] = False  # whether forward(feats, labels) takes the labels, None but in training
     recomputed: ClassVar[Sequence[type[nn.Module] | str]] = ()  # see `models.blocks.recompute`
     input_multiple: int | None = None  # of the image's sides; None: the stride of the coarsest map
     logit_std: ClassVar[float | None] = None  # of the usual head's initial weights, beside zero biases; None: PyTorch's

@@ -35,15 +35,18 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.label_size = label_size
 
-    def forward(self, image: Tensor) -> Predictions:
+    def forward(self, image: Tensor, labels: Mapping[str, Tensor] | None = None) -> Predictions:
         """(B, 3, H, W) float, ImageNet-normalised -> raw predictions.
+
+        labels: task -> (B, C, H, W), void 255; only a decoder that codes them (`needs_labels`) looks at them, in
+        training mode.
 
         Maps (B, n, h, w) are resized to `label_size`. Whatever else a head returns (a dictionary, a tuple, a tensor
         without grid, such as scores of a list of boxes) passes as it is.
         """
         size = self.label_size or image.shape[-2:]
         feats = self.neck(self.encoder(image))  # finest first, (B, C_i, H / s_i, W / s_i)
-        out = self.decoder(feats)
+        out = self.decoder(feats, labels) if self.decoder.needs_labels else self.decoder(feats)
         # Heads run in float32: bfloat16 has 8 significant bits, too few for a depth in metres; the losses would differ
         # from those of float32 (docs/training_speed.md).
         with without_autocast(image):

@@ -83,8 +83,15 @@ class UpsampledConv(nn.Module):
 
     def plain(self, feat: Tensor) -> Tensor:
         """The same as the definition reads. For tests and time measurements."""
-        fine = F.interpolate(feat, scale_factor=self.scale, mode="bilinear", align_corners=False)
-        return F.conv2d(fine, self.weight, self.bias, padding=1)
+        return self.at_input_size(self.enlarged(feat))
+
+    def enlarged(self, feat: Tensor) -> Tensor:
+        """Only the enlargement."""
+        return F.interpolate(feat, scale_factor=self.scale, mode="bilinear", align_corners=False)
+
+    def at_input_size(self, feat: Tensor) -> Tensor:
+        """Only the convolution."""
+        return F.conv2d(feat, self.weight, self.bias, padding=1)
 
     def _interpolation(self, length: int, like: Tensor) -> Tensor:
         """(3 * length, scale * length): at [(u, i), p] the weight of small pixel i in enlarged pixel p + u - 1."""

@@ -16,5 +16,6 @@ DECODERS = Table("model", {
     "mtmamba": "models.decoders.mtmamba:MTMambaDecoder",
     "mtmamba_plus": "models.decoders.mtmamba_plus:MTMambaPlusDecoder",
     "multi_scale": "models.decoders.multi_scale:MultiScaleDecoder",
+    "taskdiffusion": "models.decoders.taskdiffusion:TaskDiffusionDecoder",
     "taskprompter": "models.decoders.taskprompter:TaskPrompterDecoder",
 }, aliases={"mtmamba++": "mtmamba_plus"})       # the paper's spelling

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.released import bridgenet, demt, invpt, mlore, mtmamba, taskprompter
+from models.released import bridgenet, demt, invpt, mlore, mtmamba, taskdiffusion, taskprompter
 from models.released.kind import Released
 
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+)"
-                         r"|head\.final_logits\.(?P<c>\w+))\.weight")
+                         r"|head\.final_logits\.(?P<c>\w+)|heads\.pred_heads\.(?P<d>\w+))\.weight")
 
 
 RELEASED: dict[str, Released] = {
@@ -23,6 +23,7 @@ RELEASED: dict[str, Released] = {
     "MTMamba": mtmamba.MTMAMBA,  # and MTMamba++
     "DeMT": demt.DEMT,
     "FCN": demt.BASELINE,  # the baselines of ATRC and DeMT
+    "TaskDiffusion": taskdiffusion.TASKDIFFUSION,
     "TaskPrompter": taskprompter.TASKPROMPTER,
 }
 

@@ -11,9 +11,22 @@ from torch import Tensor
 
 from models.released.kind import Released
 
-# Both modules of a tap; the second names are those of the code before its release.
+# Beginnings of the two modules of a tap; the second names are those of the code before its release.
 MODULE = "backbone.<MLoRE_1|q_generate|MLoRE_2|feat_decode_increa>.{tap}."
 OURS = "decoder.<first|first|second|second>.{tap}."
+# The two convolutions of an expert.
+EXPERT_TAILS = {"W.weight": "down.weight", "W.bias": "down.bias", "M.weight": "up", "M.bias": "up_bias"}
+
+
+def module_rows(old: str, new: str) -> tuple[tuple[str, str], ...]:
+    """Rows of a mixture of experts whose keys begin so."""
+    return ((old + "lora_list_1.{expert}.", new + "experts."),
+            (old + "<conv1|conv2|conv3>.{task}.", new + "<proj_in|own_expert|proj_out>.{task}."),
+            (old + "share_conv.", new + "generic."),
+            (old + "<bn_all|bn>.{task}.", new + "<mixture_norm|norm>.{task}."),
+            (old + "router_1.{task}.0.<conv1|ln|conv3>.", new + "router.{task}.<pixel_in|pixel_norm|pixel_out>."),
+            (old + "router_1.{task}.0.<convsp|ln_sp|conv2>.", new + "router.{task}.<pool|pool_norm|pool_out>."),
+            (old + "router_1.{task}.1.", new + "router.{task}.logits."))
 
 
 class ReleasedMLoRE(Released):
@@ -25,23 +38,15 @@ class ReleasedMLoRE(Released):
             if key not in dead:
                 name, place = locate(key)
                 found.setdefault(name, {})[place] = reshaped(name, state[key])
-        return {name: _joined(name, [parts[place] for place in sorted(parts)]) for name, parts in found.items()}
+        return {name: joined(name, [parts[place] for place in sorted(parts)]) for name, parts in found.items()}
 
 
 MLORE = ReleasedMLoRE(("backbone.MLoRE_1.", "backbone.q_generate."), (
-    (MODULE + "lora_list_1.{expert}.", OURS + "experts."),
-    (MODULE + "<conv1|conv2|conv3>.{task}.", OURS + "<proj_in|own_expert|proj_out>.{task}."),
-    (MODULE + "share_conv.", OURS + "generic."),
-    (MODULE + "<bn_all|bn>.{task}.", OURS + "<mixture_norm|norm>.{task}."),
-    (MODULE + "router_1.{task}.0.<conv1|ln|conv3>.", OURS + "router.{task}.<pixel_in|pixel_norm|pixel_out>."),
-    (MODULE + "router_1.{task}.0.<convsp|ln_sp|conv2>.", OURS + "router.{task}.<pool|pool_norm|pool_out>."),
-    (MODULE + "router_1.{task}.1.", OURS + "router.{task}.logits."),
+    *module_rows(MODULE, OURS),
     ("backbone.<fea_fuse|task_mask>.", "decoder.<tap_proj|mix>."),
     ("backbone.", "encoder."),
     ("heads.{task}.<mt_proj.0|mt_proj.1|linear_pred>.", "heads.{task}.<conv|norm|proj>."),
-), dead=r"(backbone.q_fuse.|backbone.classify_route_\d.|aux_heads.|[^ ]*.virt_conv.)", tails={
-    # The two convolutions of an expert.
-    "W.weight": "down.weight", "W.bias": "down.bias", "M.weight": "up", "M.bias": "up_bias"})
+), dead=r"(backbone.q_fuse.|backbone.classify_route_\d.|aux_heads.|[^ ]*.virt_conv.)", tails=EXPERT_TAILS)
 # Dead: unused layers of the ViT-B model, and kernels that its files store after folding, which follow from the factors.
 
 
@@ -61,5 +66,6 @@ def reshaped(name: str, value: Tensor) -> Tensor:
     return value[:, :, 0, 0] if is_linear else value  # a 1 x 1 convolution is a linear layer
 
 
-def _joined(name: str, parts: list[Tensor]) -> Tensor:
+def joined(name: str, parts: list[Tensor]) -> Tensor:
+    """The tensor of a mixture from the slices of its experts, in their order."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1 if name.endswith(".up") else 0)
