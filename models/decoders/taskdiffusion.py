@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
 from models.blocks.diffusion import (
-    ENLARGEMENT,
     EnlargingTimeBlock,
     NoiseLevelEmbedding,
     PreliminaryHead,
@@ -205,19 +204,28 @@ class TaskDiffusionDecoder(Decoder):
         return {"class_token": False}  # the published ViT has none
 
     def forward(self, feats: Sequence[Tensor], labels: Mapping[str, Tensor] | None = None) -> DecoderOutput:
-        maps = [proj(feat) for proj, feat in zip(self.tap_proj, feats, strict=True)]
-        task_maps, gates = zip(*(features(feat) for features, feat in zip(self.features, maps, strict=True)),
-                               strict=True)
-        injected = [level.inject.of_map(feat) for level, feat in zip(self.levels, maps, strict=True)]
+        injected, task_maps, gates = self.of_image(feats)
         stacked = [torch.stack(list(level.values()), dim=1) for level in task_maps]  # (B, T, C, h, w)
         if not self.training:
             return DecoderOutput(self._sample(injected, stacked))
         if labels is None:
             raise ValueError("this decoder learns from coded labels: in training mode call model(image, labels)")
         latent, log_ratio = self._noisy(self.codes.of_labels(labels, injected[0].shape[-2:]))
-        final = self._predict(injected, stacked, latent, log_ratio, enlarge=True)
+        final = self.predict(injected, stacked, latent, log_ratio, enlarge=True)
         preliminary = {task: head([level[task] for level in task_maps]) for task, head in self.preliminary.items()}
-        return DecoderOutput(final, preliminary, self._balance([gate for level in gates for gate in level]))
+        return DecoderOutput(final, preliminary, self._balance(gates))
+
+    def of_image(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]], list[dict]]:
+        """What does not depend on the latent: shares of the injected maps and features of the tasks, (B, C, h, w) per
+        level, and the gates of all mixtures of experts."""
+        injected, task_maps, gates = [], [], []
+        for feat, proj, level, features in zip(feats, self.tap_proj, self.levels, self.features, strict=True):
+            level_map = proj(feat)
+            injected.append(level.inject.of_map(level_map))
+            maps, level_gates = features(level_map)
+            task_maps.append(maps)
+            gates += level_gates
+        return injected, task_maps, gates
 
     def _balance(self, gates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         if not gates:
@@ -225,7 +233,7 @@ class TaskDiffusionDecoder(Decoder):
         loss = load_balancing_loss([list(layer.values()) for layer in gates])
         return {"load_balancing": self.config.load_balancing_weight * loss}
 
-    def _predict(self, injected: Sequence[Tensor], feats: Sequence[Tensor], latent: Tensor, log_ratio: Tensor,
+    def predict(self, injected: Sequence[Tensor], feats: Sequence[Tensor], latent: Tensor, log_ratio: Tensor,
                  enlarge: bool) -> dict[str, Tensor]:
         """Raw outputs of all tasks from a noisy latent (B, M, h, w) and its log-SNR (B,)."""
         time = F.silu(self.noise_level(log_ratio.to(latent.dtype)))
@@ -268,7 +276,7 @@ class TaskDiffusionDecoder(Decoder):
         for step in range(steps):
             is_last = step == steps - 1
             now = log_snr(torch.full((len(latent),), 1 - step / steps, dtype=torch.float64, device=latent.device))
-            logits = self._predict(injected, feats, latent, now, enlarge=is_last)
+            logits = self.predict(injected, feats, latent, now, enlarge=is_last)
             if not is_last:
                 latent = self.update(latent, self.codes.of_predictions(logits), step)
         return self.codes.bounded(logits)

@@ -29,5 +29,6 @@ FAMILIES = Table("family of references", {
     "demt": "scripts.parity.demt:checks",
     "demt_scores": "scripts.parity.scores:demt_checks",
     "taskprompter": "scripts.parity.taskprompter:checks",
+    "taskdiffusion": "scripts.parity.taskdiffusion:checks",
     "bridgenet": "scripts.parity.bridgenet:checks",
 })

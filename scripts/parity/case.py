@@ -95,7 +95,10 @@ class System:
         for path, config in folder.tables.items():
             if not (isinstance(config, dict) and self.fits(config)):
                 continue
-            files = {p: self._held(p, names) for p, names in folder.beside(path).items()}
+            beside = folder.beside(path)
+            weights = max((p for p in beside if p.suffix != ".json" and recognise(beside[p]) in self.released),
+                          key=lambda p: len(beside[p]), default=None)
+            files = {p: ["state"] if p == weights else self._held(p, names) for p, names in beside.items()}
             case = Case(self, config, files, {p: folder.tables[p] for p in files if p in folder.tables})
             for group, (run, *needed) in self.groups.items():
                 found = [case.holding(need) for need in needed]
@@ -106,10 +109,10 @@ class System:
                 yield Check(f"{stem(path)}/{name}", frozenset({path}), lambda _, entry=entry: self.full_size(entry))
 
     def _held(self, path: Path, names: Iterable[str]) -> list[str]:
-        """Names of what a file holds; the weights and the norms of their gradients are one thing each."""
+        """Names of what a file beside the weights holds; their gradients are one thing, the norms of these another."""
         is_table = path.suffix == ".json"
         if recognise(names) in self.released:
-            return ["norms" if is_table else "state"]
+            return ["norms" if is_table else "gradients"]
         return list(names) if is_table else [self.canonical(name) for name in names]
 
     def canonical(self, name: str) -> str:
@@ -139,7 +142,8 @@ class Case:
     @cached_property
     def values(self) -> dict[str, Tensor]:
         """All arrays under the names of this file."""
-        paths = [path for path, names in self.files.items() if names != ["state"] and path not in self.tables]
+        paths = [path for path, names in self.files.items()
+                 if names not in (["state"], ["gradients"]) and path not in self.tables]
         return {self.system.canonical(name): value for path in paths
                 for name, value in load_file(path, device=self.device).items()}
 

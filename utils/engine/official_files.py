@@ -1,9 +1,9 @@
 """Experiment files of the original programs, and older ones of this program, in this program's words.
 
-The programs of InvPT, TaskPrompter, MLoRE, BridgeNet and MTMamba read experiment files of one family, which is ours
-too; BIM's has MTMamba's form. Such a file runs here unchanged: `translate` puts its own spellings into ours, and
-writes down what its program does without being told where that is not our default. Nothing else in this program knows
-a foreign or an older spelling.
+The programs of InvPT, TaskPrompter, MLoRE, BridgeNet, TaskDiffusion and MTMamba read experiment files of one family,
+which is ours too; BIM's has MTMamba's form. Such a file runs here unchanged: `translate` puts its own spellings into
+ours, and writes down what its program does without being told where that is not our default. Nothing else in this
+program knows a foreign or an older spelling.
 """
 
 import copy
@@ -36,13 +36,19 @@ INVPT = frozenset({"embed_dim", "PRED_OUT_NUM_CONSTANT", "mtt_resolution_downsam
 BRIDGENET = frozenset({"REFINE_DEPTH", "DILATED_RATIO", "SQUEEZE_RATIO"})
 TASKPROMPTER = frozenset({"prompt_len", "chan_nheads", "use_ctr", "level_embed_dim", "chan_embed_dim"})
 MLORE = frozenset({"topk", "spe_rank", "pre_softmax", "rank_list"})
+TASKDIFFUSION = frozenset({"timesteps", "randsteps", "module_layer", "with_aux", "aux_weight", "bit_scales",
+                           "pseudo_start"})
 ORIGINALS = {
     "InvPT": Original(INVPT, INVPT - {"embed_dim"}, heads=("mlp",)),
     "TaskPrompter": Original(TASKPROMPTER | {"embed_dim", "final_embed_dim", "img_ds_ratio", "fea_ds_ratio",
                                              "dd_label_map_size", "ignore_invalid_area_depth"}, TASKPROMPTER),
     "MLoRE": Original(MLORE | {"final_embed_dim", "with_feat", "ignore_invalid_area_depth"}, MLORE, ("conv", "mlp")),
     "BridgeNet": Original(INVPT | BRIDGENET, BRIDGENET | {"refine_depth"}, heads=("mlp",)),
+    "TaskDiffusion": Original(TASKDIFFUSION | {"topk", "rank_list", "final_embed_dim", "spatial_size",
+                                               "ignore_invalid_area_depth"}, TASKDIFFUSION,
+                              ("TaskDiffusion_head", "TaskDiffusion_mlore_head")),
 }
+WITH_EXPERTS = "taskdiffusion_mlore"
 SHARED_NAME = "transformernet"      # `model` of InvPT's and of BridgeNet's files; in older files of ours of all four
 
 # The backbone's name may begin with the system and end with the form in which MLoRE stores folded weights.
@@ -102,8 +108,9 @@ def _original(values: Mapping) -> str | None:
 
 def _translate_names(values: dict, source: str) -> None:
     model = str(values.get("model"))
-    if model.lower().startswith("taskdiffusion"):
-        _refuse(source, f"model '{model}': TaskDiffusion is not implemented here")
+    if model.lower() == WITH_EXPERTS:
+        values["model"] = "taskdiffusion"
+        _group(values, "model_kwargs").setdefault("experts", True)
     match = BACKBONE.fullmatch(str(values.get("backbone")))
     system, short, folded = match.groups() if match else (None, None, None)
     if match:
@@ -183,6 +190,23 @@ def _translate_decoder_options(values: dict, source: str) -> None:
         _refuse(source, "'ignore_invalid_area_depth' must be true: depth pixels without a value are never trained on")
     if name == "BridgeNet":
         _translate_stages(options, source)
+    if name == "TaskDiffusion":
+        _translate_diffusion(values, options, source)
+
+
+def _translate_diffusion(values: dict, options: dict, source: str) -> None:
+    """Its auxiliary predictions are our preliminary ones; one scale for all codes; two keys that say nothing."""
+    for key in ("spatial_size", "pseudo_start"):
+        options.pop(key, None)
+    scales = options.pop("bit_scales", None)
+    if scales is not None:
+        if not isinstance(scales, dict) or scales.keys() != {"all"}:
+            _refuse(source, f"'bit_scales' must be one scale for all tasks, {{all: 0.01}}, got {scales!r}")
+        options.setdefault("bit_scale", scales["all"])
+    if (auxiliary := options.pop("with_aux", None)) is not None:
+        values["intermediate_supervision"] = auxiliary
+    if (weight := options.pop("aux_weight", None)) is not None:
+        _group(values, "loss_kwargs").setdefault("intermediate_weight", weight)
 
 
 def _translate_stages(options: dict, source: str) -> None:
@@ -238,7 +262,7 @@ def _translate_losses(values: dict) -> None:
     if str(loss.get("loss_scheme")).lower() == "none":      # MTMamba: whatever is not `log` is the weighted sum
         loss["loss_scheme"] = "weighted_sum"
     weights = loss.get("loss_weights")
-    if _original(values) == "MLoRE" and isinstance(weights, dict) and "load_balancing" in weights:
+    if _original(values) in ("MLoRE", "TaskDiffusion") and isinstance(weights, dict) and "load_balancing" in weights:
         _group(values, "model_kwargs").setdefault("load_balancing_weight", weights.pop("load_balancing"))
 
 
