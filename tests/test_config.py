@@ -162,7 +162,7 @@ def test_every_shipped_file_builds(path):
     narrow = {"demt": {"dim": 8}, "fcn": {}, "multi_scale": {"channels": 8},
               "bim": scans, "mtmamba": scans, "mtmamba_plus": scans,
               "invpt": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8},
-              "mlore": {"final_embed_dim": 8, "rank_list": (1, 2), "topk": 1},
+              **dict.fromkeys(("mlore", "taskdiffusion"), {"final_embed_dim": 8, "rank_list": (1, 2), "topk": 1}),
               "taskprompter": {"embed_dim": 8, "level_embed_dim": 8, "final_embed_dim": 8, "img_ds_ratio": 1},
               "bridgenet": {"embed_dim": 8, "PRED_OUT_NUM_CONSTANT": 8, "refine_depth": (1, 1, 1)}}
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}

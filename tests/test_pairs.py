@@ -22,6 +22,7 @@ SMALL = {
     "demt": {"dim": 8}, "invpt": {"embed_dim": 16, "PRED_OUT_NUM_CONSTANT": 16},
     "mlore": {"final_embed_dim": 8, "rank_list": (2, 4), "topk": 1, "spe_rank": 2}, "mtmamba": {"stm_depth": 1},
     "mtmamba_plus": {"stm_depth": 1}, "multi_scale": {"channels": 8},
+    "taskdiffusion": {"final_embed_dim": 8},
     "taskprompter": {"embed_dim": 8, "final_embed_dim": 8, "level_embed_dim": 8, "chan_embed_dim": 4},
 }
 
@@ -29,7 +30,7 @@ NEEDS_PYRAMID = {"vit": "strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e; got .*`n
 NEEDS_VIT = {name: "needs .*maps of one stride.* as a plain ViT gives; got" for name in BACKBONES if name != "vit"}
 REFUSED = {
     **dict.fromkeys(("bim", "mtmamba", "mtmamba_plus"), NEEDS_PYRAMID),
-    **dict.fromkeys(("invpt", "mlore"), NEEDS_VIT),
+    **dict.fromkeys(("invpt", "mlore", "taskdiffusion"), NEEDS_VIT),
     "taskprompter": {"vit, pyramid": "no place for the neck 'pyramid'; leave `neck` out",
                      "hrnet": "'hrnet' cannot carry task prompts", "internimage": "cannot carry task prompts"},
 }
@@ -51,7 +52,7 @@ def test_pair(decoder, backbone):
         assert str(caught.value).startswith(f"model '{decoder}'") and "\n" not in str(caught.value)
         return
     model = build()
-    out = model(torch.randn(2, 3, 64, 64))
+    out = model(torch.randn(2, 3, 64, 64), {task: torch.ones(2, 1, 64, 64) for task in model.heads})
     sum(part.float().mean() for group in out for part in group.values()).backward()
     assert all(parameter.grad is not None for parameter in (*model.decoder.parameters(), *model.heads.parameters()))
     with torch.no_grad():

@@ -96,7 +96,7 @@ def by_hand(model: nn.Module, root: Path, updates: Sequence[Sequence[Sequence[st
         for images in passes:
             batch = read_batch(root, images)
             with torch.autocast("cpu", precision, enabled=precision is not None):
-                out = model(batch["image"])
+                out = model(batch["image"], batch)
             found.append(losses(out, batch))
             (scale * found[-1]["total"] / len(passes)).backward()
         weights = list(model.parameters())

@@ -37,7 +37,7 @@ def losses_and_gradients(config, steps=2):
     model.train()
     for step in range(steps):
         torch.manual_seed(step)  # of drop path
-        out = model(batch["image"])
+        out = model(batch["image"], batch)
         total = criterion(out.final, batch, out.intermediate, out.extra)["total"]
         total.backward()
         results += [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]

@@ -37,7 +37,6 @@ from models.blocks.label_codes import LabelCodes
 from models.blocks.layers import without_autocast
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.mlore import FoldedPaths, MLoREConfig, MLoREModule
-from models.decoders.options import DecoderOptions
 
 LAST_TIME = 0.999  # training draws times in [0, LAST_TIME)
 LOOK_AHEAD = 1  # how many steps further than the next one an update goes
@@ -45,37 +44,30 @@ NOISE_SEED = 0
 
 
 @dataclass(frozen=True)
-class TaskDiffusionConfig(DecoderOptions):
-    """Options of the decoder; the first five and `topk`, `rank_list` are keys of the published experiment files.
+class TaskDiffusionConfig(MLoREConfig):
+    """Options of the decoder: those of MLoRE, which belong to its mixtures of experts but for the width, and its own.
 
-    randsteps: starts from so many draws of noise, whose predictions are averaged.
-    experts: task features from MLoRE's mixtures instead of plain convolutions; the four options below belong to them.
-    mask_void: False codes void pixels as the published training does, see `ValueCode`; inference does not depend on it.
+    experts: task features from mixtures of experts instead of plain convolutions.
+    timesteps, randsteps, module_layer: keys of the published experiment files; randsteps is the number of draws of the
+    first noise, whose predictions are averaged.
+    mask_void: False codes void pixels as the published training did, see `ValueCode`; inference does not depend on it.
     """
 
     final_embed_dim: int = 376  # C
-    timesteps: int = 3  # S
-    randsteps: int = 1
-    bit_scale: float = 0.01  # the latent lies in (-bit_scale, bit_scale)
-    module_layer: int = 3  # blocks per task behind the mixing
-    experts: bool = False
     topk: int = 3
-    rank_list: tuple[int, ...] = ()
     spe_rank: int = 72
     load_balancing_weight: float = 3e-4
-    fold: bool = True
-    mask_void: bool = False
+    experts: bool = False
+    timesteps: int = 3  # S
+    randsteps: int = 1
+    module_layer: int = 3  # blocks per task behind the mixing
+    bit_scale: float = 0.01  # the latent lies in (-bit_scale, bit_scale)
+    mask_void: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self.require_counts("timesteps", "randsteps", "module_layer")
         self.require(0 < self.bit_scale < math.inf, "bit_scale", "a number above 0")
-        assert self.mixture  # its own checks name the same options
-
-    @property
-    def mixture(self) -> MLoREConfig:
-        """Options of the mixtures of experts; all models drop experts behind the softmax."""
-        return MLoREConfig(self.final_embed_dim, self.topk, self.spe_rank, False, self.rank_list,
-                           self.load_balancing_weight, self.fold)
 
 
 class ConvFeatures(nn.Module):
@@ -189,7 +181,7 @@ class TaskDiffusionDecoder(Decoder):
         self.tap_proj = nn.ModuleList(nn.Conv2d(width, channels, kernel_size=1) for width in widths)
         positions = math.prod(side // stride for side in context.image_size)
         self.features = nn.ModuleList(
-            ExpertFeatures(self.tasks, config.mixture, positions) if config.experts
+            ExpertFeatures(self.tasks, config, positions) if config.experts
             else ConvFeatures(self.tasks, channels) for _ in widths)
         self.levels = nn.ModuleList(LevelStage(self.tasks, channels, self.codes.channels) for _ in widths)
         self.stages = nn.ModuleDict({task: TaskStage(num_outputs, channels, levels, config.module_layer)

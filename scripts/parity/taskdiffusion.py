@@ -31,6 +31,7 @@ def _options(config: Mapping) -> dict:
     experts = config["variant"] == "mlore"
     return {"final_embed_dim": config["final_embed_dim"], "timesteps": config["timesteps"], "experts": experts,
             "bit_scale": config["bit_scale"], "module_layer": config["module_layer"], "load_balancing_weight": 1.0,
+            "mask_void": False,
             **{key: config[key] for key in EXPERT_OPTIONS if experts}}
 
 

@@ -198,6 +198,7 @@ def _translate_diffusion(values: dict, options: dict, source: str) -> None:
     """Its auxiliary predictions are our preliminary ones; one scale for all codes; two keys that say nothing."""
     for key in ("spatial_size", "pseudo_start"):
         options.pop(key, None)
+    options.setdefault("mask_void", False)
     scales = options.pop("bit_scales", None)
     if scales is not None:
         if not isinstance(scales, dict) or scales.keys() != {"all"}:

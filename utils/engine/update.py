@@ -88,7 +88,7 @@ class Update:
 
         with _synchronised(run.wrapped, last):
             with autocast(run.device, run.config.precision):
-                out = run.wrapped(batch["image"])
+                out = run.wrapped(batch["image"], batch)
             losses = run.criterion(out.final, batch, out.intermediate, out.extra)
             run.criterion.balancing.backward(losses, backward, self.parameters)
         self.loss_names = list(losses)
