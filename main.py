@@ -9,6 +9,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from utils.engine.arguments import parse_arguments  # noqa: E402
+from utils.exits import CONTINUE, FAILED, ToBeContinued, ToldElsewhere, end_at_once, end_children  # noqa: E402
 from utils.logging import one_sentence, setup_logging  # noqa: E402
 
 
@@ -43,12 +44,18 @@ def main() -> None:
     setup_logging(os.environ.get("RANK", "0") == "0")
     try:
         run(args)
+    except ToBeContinued:
+        end_at_once(CONTINUE)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except ToldElsewhere:
+        sys.exit(FAILED)
     except (ValueError, OSError, FloatingPointError) as error:
         if args.traceback:
             raise
         sys.exit(f"error: {one_sentence(error)}")
+    finally:
+        end_children()
 
 
 if __name__ == "__main__":

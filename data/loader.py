@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.base import MultiTaskDataset
 from data.labels import LabelRules, stack
+from data.workers import Loader, obey_the_parent
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -92,10 +93,15 @@ def init_worker(worker_id: int = 0) -> None:
         mallopt(-1, 256 * 2**20)                               # M_TRIM_THRESHOLD: more than a sample ever frees
 
 
+def _start_worker(worker_id: int) -> None:
+    obey_the_parent()
+    init_worker(worker_id)
+
+
 def _loader(dataset: MultiTaskDataset, num_workers: int, **kwargs) -> DataLoader:
-    return DataLoader(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
-                      worker_init_fn=init_worker, persistent_workers=num_workers > 0,
-                      pin_memory=torch.cuda.is_available(), **kwargs)
+    return Loader(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
+                  worker_init_fn=_start_worker, persistent_workers=num_workers > 0,
+                  pin_memory=torch.cuda.is_available(), **kwargs)
 
 
 def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,

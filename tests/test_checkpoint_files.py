@@ -15,12 +15,13 @@ from utils.engine.train import train
 
 
 def test_checkpoints_appear_when_they_are_due(example_root, tmp_path):
-    """Every `checkpoint_interval` one that stays, last.pt also at the end; nothing half-written is left."""
+    """Every `checkpoint_interval` one that stays, last.pt and the one before it; nothing half-written is left."""
     config = experiment(example_root, tmp_path, "max_iter=5", "val_interval=3", "checkpoint_interval=2",
                         "ema_decay=0.5", "global_batch=4")
     results = train(config, resume=False)
     assert {path.name for path in config.run_dir.iterdir()} == {
-        "config.yaml", "log.txt", "metrics.jsonl", "results", "best.pt", "last.pt", "step_2.pt", "step_4.pt"}
+        "config.yaml", "log.txt", "metrics.jsonl", "results", "checkpoints.json", "run.lock", "best.pt", "last.pt",
+        "previous.pt", "step_2.pt", "step_4.pt"}
     assert sorted(path.name for path in (config.run_dir / "results").iterdir()) == ["step_3.json", "step_5.json"]
     steps = {name: stored(config.run_dir / name) for name in ("step_2.pt", "step_4.pt", "last.pt")}
     assert [(state["step"], state["epoch"]) for state in steps.values()] == [(2, 0), (4, 1), (5, 1)]   # 3 an epoch

@@ -13,6 +13,7 @@ from models.model import MultiTaskModel
 from tests.watched_run import experiment, names, rows, script_scores, stored, watch
 from utils.engine.config import Config
 from utils.engine.train import train
+from utils.exits import ToBeContinued
 
 SEMSEG = "task_dictionary={include_semseg: true}"
 
@@ -142,7 +143,7 @@ def test_an_interrupted_update_is_finished_and_saved(example_root, tmp_path, how
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(interrupt)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ToBeContinued):
             train(config, resume=False)
     finally:
         handle.remove()
@@ -182,10 +183,9 @@ def test_files_of_other_tasks_are_not_needed(example_root, tmp_path):
     (["global_batch=5"], "global_batch 5 is not a multiple of trBatch 2"),
     (["trBatch=13"], "12 training images do not fill one update of 13"),
     (["global_batch=14"], "12 training images do not fill one update of 14"),
-    (["image_size=[32, 64]"], r"image \d+ is 64 x 96"),
 ])
 def test_batches_and_frames_that_do_not_fit(example_root, tmp_path: Path, overrides, message):
     config = experiment(example_root, tmp_path, *overrides, "max_iter=1")
     with pytest.raises(ValueError, match=message):
         train(config, resume=False)
-    assert not (config.run_dir / "last.pt").exists()
+    assert not list(config.run_dir.glob("*.pt"))

@@ -5,16 +5,19 @@ LOCAL_RANK; the latter also passes --local-rank, which main.py accepts). NCCL on
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from utils.exits import ToldElsewhere
+
+Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)     # every rank evaluates its share, so none waits for long
 
 
@@ -37,6 +40,35 @@ def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def launched() -> bool:
+    """Whether a launcher started this process, alone or with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def attempt() -> int:
+    """How often torchrun has restarted the processes (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def from_main(function: Callable[[], Value]) -> Value:
+    """What `function` returns on rank 0, on every rank. Its error is raised there, a `ToldElsewhere` on the others."""
+    value, error = None, None
+    if is_main():
+        try:
+            value = function()
+        except Exception as caught:             # raised below, once the others know
+            error = caught
+    if dist.is_initialized():
+        outcome = [value, None if error is None else str(error)]
+        dist.broadcast_object_list(outcome, src=0)
+        value = outcome[0]
+        if outcome[1] is not None and error is None:
+            raise ToldElsewhere(outcome[1])
+    if error is not None:
+        raise error
+    return value
 
 
 @contextmanager
@@ -98,13 +130,19 @@ def pick_device(wanted: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the launcher's process group for the duration; does nothing without a launcher."""
+    """Joins the launcher's process group for the duration; does nothing without a launcher.
+
+    The launcher's store outlives a restart of the processes: every attempt has keys of its own there.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
+    store, rank_, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, rank=rank_, world_size=world,
+                            store=dist.PrefixStore(f"attempt_{attempt()}", store),
                             device_id=device if device.type == "cuda" else None)
     try:
         yield

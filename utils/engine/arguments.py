@@ -6,16 +6,17 @@ from pathlib import Path
 
 # What neither `infer` nor `predict` reads of an experiment: how a network is trained.
 TRAINING_KEYS = (
-    "trBatch", "augmentation", "max_iter", "epochs", "val_interval", "checkpoint_interval", "log_interval",
-    "global_batch", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs", "grad_clip_param", "ema_decay",
+    "trBatch", "augmentation", "max_iter", "epochs", "val_interval", "checkpoint_interval", "save_interval",
+    "log_interval", "global_batch", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs",
+    "grad_clip_param", "ema_decay",
     "pretrained", "pretrained_allow_missing", "activation_checkpointing", "find_unused_parameters", "tensorboard",
-    "eval_at_start", "boundary_eval", "out_dir")
+    "eval_at_start", "boundary_eval", "out_dir", "resume")
 FLAGS = {       # flag -> (run modes that read it, options of argparse's add_argument)
     "--trained_model": (("infer", "predict"), dict(type=Path, metavar="CKPT", help="checkpoint for infer and predict")),
     "--input": (("predict",), dict(type=Path, metavar="PATH", help="predict: an image, or a folder of images")),
     "--output": (("infer", "predict"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
                                                                            "checkpoint")),
-    "--resume": (("train",), dict(action="store_true", help="train: continue from last.pt of the run's folder")),
+    "--resume": (("train",), dict(action="store_true", help="train: continue from the run's newest checkpoint")),
 }
 NEEDED = {"train": ("config_exp",), "infer": ("trained_model",), "predict": ("trained_model", "input")}
 

@@ -6,13 +6,12 @@ complete under its final name or it is not there at all. Every read uses `weight
 run code.
 """
 
-import contextlib
 import logging
 import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from models.released import RELEASED, describe, recognise, tasks_in
+from utils.durable import atomic_path
 from utils.engine.tasks import tasks_named
+from utils.seals import check_whole, save_sealed
 
 PRETRAINED_DIR = Path(__file__).resolve().parents[2] / "pretrained_ckpts"
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
@@ -117,21 +118,6 @@ def _pretrained_weights(backbone: nn.Module, source: bool | str | Path) -> tuple
 # ------------------------------------------------------------ run checkpoints
 
 
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder; on success renames it to `path`, on failure removes it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the rename must not reach the disk before the content
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: str | Path, state: Mapping) -> None:
     """Writes a run checkpoint, all of it or nothing.
 
@@ -139,9 +125,9 @@ def save_checkpoint(path: str | Path, state: Mapping) -> None:
     "scaler", "rng", "step", "epoch", "config", "metrics", "git". Only tensors and plain Python values, so
     that `weights_only=True` reads it back; anything else is a TypeError that names the entry.
     """
-    _check_plain(state, "state")
+    check_plain(state, "state")
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        save_sealed(temporary, state, state.get("step", 0))
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -201,8 +187,9 @@ def convert_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
 
 
 def read_file(path: Path) -> Any:
-    """Content of a .safetensors or torch file; one sentence for a missing, truncated or foreign file."""
+    """Content of a .safetensors or torch file; one sentence for a missing, truncated, damaged or foreign file."""
     _require_file(path)
+    check_whole(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -292,17 +279,20 @@ def _describe(config: Mapping | None) -> str:
     return ", ".join(known) or "another model"
 
 
-def _check_plain(value: Any, place: str) -> None:
-    """Exact types on purpose: numpy's float64 is a float, and EasyDict a dict, that would not load again."""
+def check_plain(value: Any, place: str) -> None:
+    """TypeError for what a checkpoint cannot hold.
+
+    Exact types on purpose: numpy's float64 is a float, and EasyDict a dict, that would not load again.
+    """
     if isinstance(value, Tensor) or type(value) in PLAIN_TYPES:
         return
     if type(value) in (dict, OrderedDict):
         for key, entry in value.items():
-            _check_plain(key, f"a key of {place}")
-            _check_plain(entry, f"{place}[{key!r}]")
+            check_plain(key, f"a key of {place}")
+            check_plain(entry, f"{place}[{key!r}]")
     elif type(value) in (list, tuple):
         for index, entry in enumerate(value):
-            _check_plain(entry, f"{place}[{index}]")
+            check_plain(entry, f"{place}[{index}]")
     else:
         raise TypeError(f"{place} is a {type(value).__module__}.{type(value).__name__}; a checkpoint holds "
                         "only tensors and plain Python values")

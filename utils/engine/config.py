@@ -25,7 +25,14 @@ from models.backbones import BACKBONES
 from models.decoders import DECODERS
 from models.necks import NECKS
 from models.ops import SCAN_BACKENDS
-from utils.engine.config_groups import Augmentation, DataCache, GradClip, LossKwargs, TaskDictionary
+from utils.engine.config_groups import (
+    Augmentation,
+    DataCache,
+    GradClip,
+    LossKwargs,
+    SaveInterval,
+    TaskDictionary,
+)
 from utils.engine.data_choice import DataChoice
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
@@ -47,6 +54,7 @@ class Config:
     task_dictionary: TaskDictionary
     version_name: str = ""                       # default: the file's name; may hold a folder, never leave out_dir
     out_dir: str = "runs"                        # everything of a run is in out_dir/version_name
+    resume: Literal["never", "auto"] = "never"   # auto: as with --resume, where there is something to resume
     db_root: str = ""
     backbone_kwargs: Any = options_of("backbone", resolved=False)
     neck: str = choice(NECKS, "none")
@@ -68,7 +76,8 @@ class Config:
     max_iter: int = given(40000, at_least=1)
     epochs: int = given(999999, at_least=1)
     val_interval: int = given(1000, at_least=1)
-    checkpoint_interval: int = given(0, at_least=0)   # keep step_N.pt every N steps besides last.pt and best.pt; 0: no
+    checkpoint_interval: int = given(0, at_least=0)   # keep step_N.pt every N steps; 0: no
+    save_interval: SaveInterval = field(default_factory=SaveInterval)
     log_interval: int = given(20, at_least=1)
     global_batch: int = given(0, at_least=0)     # images per update; 0: trBatch * processes (no accumulation)
     optimizer: str = choice(OPTIMIZERS, "adamw")

@@ -75,6 +75,17 @@ class LossKwargs(Options):
 
 
 @dataclass(frozen=True)
+class SaveInterval:
+    """A checkpoint is due `steps` updates or `minutes` after the one before, whichever comes first; 0: never by these.
+
+    There is one before and after every evaluation in any case.
+    """
+
+    steps: int = given(0, at_least=0)
+    minutes: float = given(10.0, at_least=0)
+
+
+@dataclass(frozen=True)
 class GradClip:
     """Largest gradient norm; `inf` only measures it."""
 

@@ -1,17 +1,14 @@
 """Training: one readable loop.
 
-Losses stay on the device between log lines. `last.pt` is written after every evaluation and at the end, `best.pt`
-whenever the evaluation is the best so far; both hold everything that `--resume` needs, so that a resumed run equals
-an uninterrupted one (bit for bit on CPU).
+Losses stay on the device between log lines. Checkpoints (`keeper`) are written as `save_interval` says, before and
+after every evaluation and at the end, `best.pt` whenever the evaluation is the best so far; each holds everything that
+`--resume` needs, so that a resumed run equals an uninterrupted one (bit for bit on CPU).
 """
 
 import logging
+import math
 import resource
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -20,12 +17,18 @@ from tqdm import tqdm
 from utils import distributed
 from utils.batches import batches_on
 from utils.engine import selection
+from utils.engine.ahead import BatchesAhead
 from utils.engine.build import evaluation_contexts
 from utils.engine.config import Config
 from utils.engine.evaluate import build_evaluators, evaluate, log_reports
+from utils.engine.folder import RunFolder
+from utils.engine.keeper import Keeper
+from utils.engine.leaving import Departure
 from utils.engine.panel import batch_panel
+from utils.engine.prepare import prepare
 from utils.engine.results import format_table, save_results, selection_score, unscored
-from utils.engine.run import Run, prepare, restore_rng, save
+from utils.engine.resume import restore_rng
+from utils.engine.run import Run
 from utils.engine.schedules import SCHEDULES
 from utils.engine.update import build_update, tensors_of
 from utils.finite import FiniteGuard
@@ -35,58 +38,55 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config, resume: bool) -> dict:
-    """Trains `config` and returns the last evaluation's results. Writes only into `config.run_dir`."""
+    """Trains `config` and returns the last evaluation's results. Writes only into `config.run_dir`.
+
+    A run that is asked to leave, by a signal, saves and raises `utils.exits.ToBeContinued`.
+    """
     device = distributed.pick_device(config.device)
-    with distributed.process_group(device):
-        run = prepare(config, device, resume)
+    with Departure() as departure, distributed.process_group(device), RunFolder(config) as folder:
+        run = prepare(config, device, resume, folder)
         try:
-            results = _loop(run)
+            results = _loop(run, departure)
             logger.info("best.pt: %s; last.pt: %s", selection.of_best(config.val_from_train), selection.LAST)
             return results
         finally:
             run.writer.close()
 
 
-def _loop(run: Run) -> dict:
+def _loop(run: Run, departure: Departure) -> dict:
     config, device = run.config, run.device
     schedule = SCHEDULES.load(config.scheduler)(config.scheduler_kwargs, config.optimizer_kwargs.lr, config.max_iter)
-    batches = batches_on(device, iter(run.train_loader))
+    batches = BatchesAhead(batches_on(device, iter(run.train_loader)), run.accumulate)
     restore_rng(run)                                        # after the loader, which draws from the generators
-    if run.step == 0 and config.eval_at_start:
-        run_evaluation(run)
     guard, interval = FiniteGuard(device), _Interval(run)
     update, make_update = build_update(run)
+    keeper = Keeper(run, departure, interval.state, lambda: batches.failed)
     run.model.train()
-    with _stop_request() as stop, tqdm(total=run.total_steps, initial=run.step, unit="it", leave=False,
-                                       disable=None if distributed.is_main() and config.progress else True) as bar:
-        while run.step < run.total_steps:
+    with keeper.watching(), tqdm(total=run.total_steps, initial=run.step, unit="it", leave=False,
+                                 disable=None if distributed.is_main() and config.progress else True) as bar:
+        while run.evaluation_due or not run.finished:
+            if run.evaluation_due:                          # also one that an interruption left open
+                interval.restart()                          # before: of checkpoints; after: of the time
+                run_evaluation(run, keeper)
+                interval.restart()
+                continue
+            of_update = batches.take(last=run.step + 1 == run.total_steps)
+            keeper.begin_update()
             lr = schedule(run.step)
             update.set_lr(lr)
-            losses, grad_norm = make_update([tensors_of(next(batches), config) for _ in range(run.accumulate)])
+            losses, grad_norm = make_update([tensors_of(batch, config) for batch in of_update])
             interval.add(update.loss_names, losses)
             guard.check(run.step + 1, update.loss_names, losses, None if run.scaler.is_enabled() else grad_norm)
             run.step += 1
             bar.update()
             if run.step % config.log_interval == 0 or run.step == run.total_steps:
                 interval.log(lr, grad_norm)
-            finished = run.step == run.total_steps
-            if (run.step % config.val_interval == 0 and not stop.is_set) or finished:
-                guard.flush()
-                run_evaluation(run)
-                interval.restart()
-            if config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
-                guard.flush()
-                save(run, "last.pt", f"step_{run.step}.pt")
-            if stop.is_set and not finished:
-                guard.flush()
-                save(run, "last.pt")
-                logger.info("interrupted: %s holds step %d; continue with --resume", config.run_dir / "last.pt",
-                            run.step)
-                raise KeyboardInterrupt
+            keeper.end_update(settle=guard.flush)
+        keeper.finish()
     return run.metrics or {}
 
 
-def run_evaluation(run: Run) -> None:
+def run_evaluation(run: Run, keeper: Keeper) -> None:
     """Evaluates, reports, and (after the first update) saves last.pt, and best.pt if this is the best so far."""
     config = run.config
     panels: list = []
@@ -98,8 +98,10 @@ def run_evaluation(run: Run) -> None:
             panels.append(batch_panel(batch, predictions, contexts))
 
     evaluators = build_evaluators(contexts)
-    run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, run.device, precision=config.precision,
-                                     cuda_graph=config.cuda_graph, on_batch=keep_first, progress=progress)
+    with keeper.evaluating():
+        run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, run.device,
+                                         precision=config.precision, cuda_graph=config.cuda_graph, on_batch=keep_first,
+                                         progress=progress)
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores)
         split = selection.evaluated_split(config.train_db_name, config.val_db_name, config.val_from_train)
@@ -111,13 +113,13 @@ def run_evaluation(run: Run) -> None:
         run.writer.image("predictions", run.step, panels[0])
         save_results(config.run_dir / "results" / f"step_{run.step}.json", results, step=run.step, split=split,
                      selection=selection.of_update(run.step, run.total_steps))
-    score = selection_score(results)
+    score, run.scored = selection_score(results), run.step
     if run.step == 0:
         return                                            # an untrained model is never the best one
     better = score > run.best                             # never where the score is not a number
     if better:
         run.best = score
-    save(run, *(["last.pt", "best.pt"] if better else ["last.pt"]))
+    keeper.save(best=better, score=score if math.isfinite(score) else None)
 
 
 class _Interval:
@@ -126,6 +128,8 @@ class _Interval:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.restart()
+        if run.sums:
+            self._restore(run.sums)
 
     def restart(self) -> None:
         """Forgets everything (also the time, so that an evaluation does not count as training time)."""
@@ -139,6 +143,20 @@ class _Interval:
         self.sums = values if self.sums is None else self.sums + values
         self.names = names
         self.passes += len(losses)
+
+    def state(self) -> dict:
+        """For a checkpoint: what the next log line has summed up so far on this process."""
+        return {"sums": self.sums, "names": list(self.names), "passes": self.passes}
+
+    def _restore(self, of_ranks: list[dict]) -> None:
+        """What this process had; the mean of all where there were more or fewer of them."""
+        if of_ranks[0]["sums"] is None:
+            return
+        same = len(of_ranks) == distributed.world_size()
+        own = of_ranks[distributed.rank()] if same else of_ranks[0]
+        self.names, self.passes = own["names"], own["passes"]
+        sums = own["sums"] if same else torch.stack([one["sums"] for one in of_ranks]).mean(dim=0)
+        self.sums = sums.to(self.run.device)
 
     def log(self, lr: float, grad_norm: Tensor) -> None:
         """Prints and records the means since the last call."""
@@ -155,28 +173,6 @@ class _Interval:
         self.restart()
 
 
-class _Stop:
-    """Set by the first Ctrl-C (or SIGTERM): finish this update, save, leave. The second one leaves at once."""
-
-    is_set = False
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
-
-
-@contextmanager
-def _stop_request() -> Iterator[_Stop]:
-    """Catches the first interrupt. Under a launcher the ranks cannot agree on a step, so there it is left alone."""
-    stop = _Stop()
-    caught = (signal.SIGINT, signal.SIGTERM) if distributed.world_size() == 1 else ()
-    previous = {signum: signal.signal(signum, stop.handle) for signum in caught}
-    try:
-        yield stop
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _memory(device: torch.device) -> str:

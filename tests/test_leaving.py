@@ -1,0 +1,165 @@
+"""Signals: what asks a run to leave, what that does to its workers, and how processes agree."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from data.workers import Loader, WorkerLost, obey_the_parent
+from tests.shared import ROOT
+from utils.engine.leaving import SIGNALS, Departure
+from utils.exits import BY_SIGNAL
+
+
+def wait_for(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_a_request_and_the_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with Departure() as departure:
+        assert not departure.asked
+        os.kill(os.getpid(), number)
+        assert departure.wait(10) and departure.reason == number.name
+        os.kill(os.getpid(), number)                    # at once after it: the same request, sent twice
+        time.sleep(0.05)
+    assert signal.getsignal(number) == before
+
+
+def test_a_request_interrupts_what_may_be_interrupted():
+    with Departure() as departure:
+        def leave():
+            raise KeyboardInterrupt("left")
+
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt, match="left"), departure.at_once(leave):
+            time.sleep(30)
+        assert time.monotonic() - start < 10 and departure.asked
+        with pytest.raises(KeyboardInterrupt, match="left"), departure.at_once(leave):
+            pass                                            # asked before
+
+
+def script(code: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+SECOND = """
+import signal, time
+from utils.engine import leaving
+leaving.SAME_REQUEST_S = 0.2
+with leaving.Departure() as departure:
+    print("ready", flush=True)
+    departure.wait(60)
+    print("asked", flush=True)
+    import torch
+    while True:
+        time.sleep(0.01)        # deaf: nothing looks at the request any more
+"""
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    process = script(SECOND)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == BY_SIGNAL + signal.SIGTERM
+
+
+NOHUP = """
+import os, signal
+from utils.engine.leaving import Departure
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with Departure() as departure:
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(departure.wait(0.5), signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+child = os.fork()
+"""
+
+
+def test_nohup_is_respected():
+    assert script(NOHUP).communicate(timeout=60)[0].startswith("False True")
+
+
+def test_a_forked_child_has_the_default_handlers():
+    with Departure() as departure:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM and not departure.wait(0.2)
+
+
+# ------------------------------------------------------------ workers
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.01)
+        return index
+
+
+def loader() -> Loader:
+    return Loader(Numbers(), batch_size=2, num_workers=2, worker_init_fn=lambda number: obey_the_parent())
+
+
+def workers_of(numbers: Loader) -> list:
+    return numbers._iterator._workers if numbers._iterator else []
+
+
+def test_workers_live_through_the_signals_of_a_group_and_end_with_their_loader():
+    import multiprocessing
+    batches = iter(loader())
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in SIGNALS:
+        for worker in workers:
+            sender = subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+            assert sender.returncode == 0
+    assert [next(batches)[0].item() for _ in range(20)] == [2 * i for i in range(1, 21)]
+    start = time.monotonic()
+    batches.close()
+    del batches
+    wait_for(lambda: not any(worker.is_alive() for worker in workers), 15)
+    assert time.monotonic() - start < 15
+
+
+def test_the_parent_may_end_a_worker():
+    import multiprocessing
+    batches = iter(loader())
+    next(batches)
+    [first, _] = multiprocessing.active_children()
+    first.terminate()
+    wait_for(lambda: not first.is_alive())
+    with pytest.raises(WorkerLost, match="a data loader worker was ended from outside"):
+        list(batches)
+
+
+def test_a_killed_worker_is_noticed_where_its_batch_is_missing():
+    import multiprocessing
+    batches = iter(loader())
+    next(batches)
+    before = signal.getsignal(signal.SIGCHLD)
+    multiprocessing.active_children()[0].kill()
+    time.sleep(0.3)                                         # no error here, in the middle of something else
+    with pytest.raises(WorkerLost, match="want of memory"):
+        list(batches)
+    assert signal.getsignal(signal.SIGCHLD) == before

@@ -1,0 +1,58 @@
+"""A run, ready for its first update: built, set to its checkpoint where there is one, its files open."""
+
+import logging
+
+import torch
+
+from utils import distributed
+from utils.engine.build import build_split
+from utils.engine.checkpoint import read_checkpoint
+from utils.engine.config import Config, save_config
+from utils.engine.folder import RunFolder
+from utils.engine.manifest import BEST
+from utils.engine.results import check_reference
+from utils.engine.resume import restore
+from utils.engine.run import Run, build_run
+from utils.logging import RunWriter, setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: Config, device: torch.device, resume: bool, folder: RunFolder) -> Run:
+    """Builds data, model and optimizer, restores a checkpoint, and writes config.yaml. Nothing is written on error."""
+    check_reference(config.single_task_scores)
+    train_set, val_set = build_split(config, "train"), build_split(config, "selects")
+    path = folder.checkpoint(resume or config.resume == "auto")
+    checkpoint = None if path is None else read_checkpoint(path)
+    run = build_run(config, device, train_set, val_set, checkpoint)
+    torch.manual_seed(config.seed + 1 + distributed.rank())   # different stochastic depth on every rank
+    if checkpoint is not None:
+        restore(run, checkpoint, path)
+    distributed.barrier()                                 # no rank writes before all have checked
+    has_best = folder.enter(path)
+    _open(run)
+    if path is not None:
+        logger.info("resumed at step %d from %s", run.step, path)
+    elif resume:
+        logger.warning("nothing to resume in %s (is version_name right?): starting at step 0", config.run_dir)
+    if run.best > float("-inf") and not has_best:
+        logger.warning("%s is gone: the best is chosen anew", config.run_dir / BEST)
+        run.best = float("-inf")
+    distributed.barrier()
+    return run
+
+
+def _open(run: Run) -> None:
+    """Rank 0: starts log.txt and the writers, saves and prints the resolved configuration."""
+    config, run_dir = run.config, run.config.run_dir
+    if not distributed.is_main():
+        return
+    setup_logging(True, run_dir)
+    save_config(config, run_dir / "config.yaml")
+    run.writer = RunWriter(run_dir, config.tensorboard, run.step, run.scored == run.step)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    logger.info("run %s: model %s on %s, %s parameters, tasks %s", run_dir, config.model, config.backbone,
+                f"{parameters:,}", ", ".join(config.tasks))
+    logger.info("%d updates of %d images (trBatch %d x %d process(es) x %d accumulation) on %s, %s", run.total_steps,
+                run.images_per_update, config.trBatch, distributed.world_size(), run.accumulate, run.device,
+                config.precision)
