@@ -69,7 +69,7 @@ def bench_orders(repeats: int) -> list[Row]:
     """Forward and backward pass, at a width of 192 (SS2D) and 2 x 192 (BI-Scan of four tasks)."""
     torch.manual_seed(0)
     four, bi = S6(192, rank=12, routes=4), BIScan(CHANNELS, rank=12, state=STATE)
-    feat, tasks = torch.randn(1, 56, 72, 192), torch.randn(1, 4, 28, 36, CHANNELS)
+    feat, tasks = torch.randn(1, 56, 72, 192), torch.randn(1, 28, 36, 4, CHANNELS)
     parts = {
         "SS2D": (feat, list(four.parameters()), {
             "usual": lambda x, *_: scans.usual_ss2d(x, four.weights),

@@ -82,7 +82,7 @@ def bench_orders(repeats: int) -> list[Row]:
     rows, kernel = [], _mamba()
     for batch in (1, 4):
         x = torch.randn(batch, HEIGHT, WIDTH, CHANNELS, device=GPU)
-        feat = torch.randn(batch, TASKS, HEIGHT, WIDTH, CHANNELS, device=GPU)
+        feat = torch.randn(batch, HEIGHT, WIDTH, TASKS, CHANNELS, device=GPU)
         parts = {"SS2D": (x, four, lambda x, *_: ss2d_core(x, four.weights),
                           lambda x, *_: scans.usual_ss2d(x, four.weights, kernel)),
                  "BI-Scan": (feat, bi, lambda x, *_: bi(x), lambda x, *_: scans.usual_bi_scan(bi, x, kernel))}

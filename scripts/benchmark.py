@@ -1,6 +1,7 @@
 """Size, cost and speed of a configured model.
 
     python scripts/benchmark.py --config_exp configs/bim_nyud.yml --count_only
+    python scripts/benchmark.py --config_exp configs/bim_nyud.yml --count_kernels
     python scripts/benchmark.py --config_exp configs/example/bim_nyud.yml --repeats 10 [key=value ...]
     python scripts/benchmark.py --config_exp configs/bim_nyud.yml --profile precision=bf16 compile=true
     python scripts/benchmark.py --compare configs/bim_nyud.yml configs/mtmamba_nyud.yml --set backbone=swin_tiny
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.ops.selective_scan import count_scan_flops
 from scripts import measuring
 from scripts.command_line import Command
+from scripts.kernel_count import kernel_rows
 from utils.distributed import pick_device
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config, load_config
@@ -158,8 +160,8 @@ def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor
     return batch
 
 
-def show(config_exp: str | None, compare: list[str] | None, set: list[str], count_only: bool, profile: bool,
-         repeats: int, overrides: list[str]) -> None:
+def show(config_exp: str | None, compare: list[str] | None, set: list[str], count_only: bool, count_kernels: bool,
+         profile: bool, repeats: int, overrides: list[str]) -> None:
     """Prints what is asked for: a table of several experiments, a profile, or two columns about one experiment."""
     if (config_exp is None) == (compare is None):
         raise ValueError("give either --config_exp or --compare")
@@ -170,7 +172,7 @@ def show(config_exp: str | None, compare: list[str] | None, set: list[str], coun
     if profile:
         print(profiled(config))
         return
-    rows = count(config) + ([] if count_only else measure(config, repeats))
+    rows = kernel_rows(config) if count_kernels else count(config) + ([] if count_only else measure(config, repeats))
     width = max(len(name) for name, _ in rows)
     print(f"{config_exp} {' '.join(overrides)}")
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
@@ -181,6 +183,7 @@ main = Command(__doc__, show, {
     "--compare": dict(nargs="+", metavar="YAML[@key=value,...]", help="one table of these experiments"),
     "--set": dict(nargs="+", default=[], metavar="key=value", help="overrides for all of --compare"),
     "--count_only": dict(action="store_true", help="parameters and GMACs only; nothing is run"),
+    "--count_kernels": dict(action="store_true", help="kernels of a forward pass in training mode; nothing is run"),
     "--profile": dict(action="store_true", help="where the time of a training step goes, by operator"),
     "--repeats": dict(type=int, default=10),
     "overrides": dict(nargs="*", metavar="key=value"),

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from models.blocks.s6 import S6
 from models.decoders.bim import BIScan
 from models.ops.routes import Route
 from models.ops.selective_scan import scan_routes, selective_scan
@@ -106,16 +105,12 @@ def usual_ss2d_channels_last(x: Tensor, weights: S6Weights) -> Tensor:
 
 
 def usual_bi_scan(module: BIScan, feat: Tensor, scan: Callable[..., Tensor] = selective_scan) -> Tensor:
-    """(B, T, H, W, D) -> (B, T, H, W, D), by copies in scan order."""
-    tasks, height = feat.shape[1:3]
-    forward, backward = rearrange(feat, "b t h w d -> b d (t h w)").chunk(2, dim=1)
+    """(B, H, W, T, D) -> (B, H, W, T, D), by copies in scan order."""
+    height, tasks = feat.shape[1], feat.shape[3]
+    forward, backward = rearrange(feat, "b h w t d -> b d (t h w)").chunk(2, dim=1)
     halves = torch.stack((forward, backward.flip(-1)), dim=1)  # (B, 2, D / 2, T L)
-    halves = usual_scan(halves, _pair(module.fwd_tf, module.bwd_tf), scan)
+    halves = usual_scan(halves, module.pair("tf"), scan)
     halves = rearrange(halves, "b k d (t q) -> b k d (q t)", t=tasks)
-    halves = usual_scan(halves, _pair(module.fwd_pf, module.bwd_pf), scan)
+    halves = usual_scan(halves, module.pair("pf"), scan)
     both = torch.cat((halves[:, 0], halves[:, 1].flip(-1)), dim=1)
-    return rearrange(both, "b d (h w t) -> b t h w d", h=height, t=tasks)
-
-
-def _pair(first: S6, second: S6) -> S6Weights:
-    return S6Weights(*map(torch.cat, zip(first.weights, second.weights, strict=True)))
+    return rearrange(both, "b d (h w t) -> b h w t d", h=height, t=tasks)

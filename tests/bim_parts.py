@@ -6,7 +6,7 @@ import torch
 from models.decoder import BuildContext
 from models.decoders.bim import BIMConfig, BIMDecoder, BIScan
 from models.ops.routes import Route
-from models.ops.ss2d import s6_scan
+from models.ops.ss2d import S6Weights, s6_scan
 
 STRIDES = (4, 8, 16, 32)
 WIDTHS = (8, 16, 32, 64)
@@ -31,6 +31,17 @@ def randomise(module):
 
 def bi_scan(width=6, state=4):
     return randomise(BIScan(width, rank=2, state=state))
+
+
+def over_tasks(scan):
+    """BI-Scan as a function of maps (B, T, H, W, D)."""
+    return lambda feat: scan(feat.movedim(1, 3)).movedim(3, 1)
+
+
+def one_pass(scan, name):
+    """The weights of a route of BI-Scan."""
+    index = scan.passes.index(name)
+    return S6Weights(*(weight[index:index + 1] for weight in scan.weights))
 
 
 def context(tasks="abc", widths=WIDTHS, strides=STRIDES):
@@ -66,7 +77,5 @@ def scan_sequence(sequence, route):
 def make_identity(scan):
     """Outputs read no state (rows of C are zero) and the skip gain is 1."""
     with torch.no_grad():
-        for name in ROUTES:
-            route = getattr(scan, name)
-            route.x_proj[:, -route.A_log.shape[-1]:] = 0
-            route.D.fill_(1)
+        scan.x_proj[:, -scan.A_log.shape[-1]:] = 0
+        scan.D.fill_(1)

@@ -5,16 +5,18 @@ from itertools import product
 import pytest
 import torch
 from einops import rearrange
+from torch import nn
 
 from models.blocks.s6 import S6
 from models.decoders.bim import BCFRBlock, BIMConfig
 from models.ops.selective_scan import count_scan_flops
 from tests.bim_parts import (
-    ROUTES,
     bi_scan,
     dependence,
     exact_arithmetic,  # noqa: F401  (a fixture of every test)
     make_identity,
+    one_pass,
+    over_tasks,
     randomise,
     scan_sequence,
 )
@@ -25,12 +27,12 @@ def recorded_routes(monkeypatch, scan, feat):
     """The routes that BI-Scan asks its two rounds of scans to take, and what is scanned, when scans change nothing."""
     rounds = []
 
-    def identity(groups, tokens, routes):
-        rounds.append((groups, tokens.clone(), routes))
+    def identity(tokens, weights, routes):
+        rounds.append((tokens.clone(), weights, routes))
         return tokens
 
-    monkeypatch.setattr("models.decoders.bim.scan_together", identity)
-    out = scan(feat)
+    monkeypatch.setattr("models.decoders.bim.s6_scan", identity)
+    out = over_tasks(scan)(feat)
     return rounds, out
 
 
@@ -39,30 +41,33 @@ def test_01_orders_of_the_four_passes(monkeypatch, tasks, height, width):
     length = height * width
     t, y, x = torch.meshgrid(*map(torch.arange, (tasks, height, width)), indexing="ij")
     token = t * length + y * width + x  # the value encodes the token
-    feat = token[None, ..., None].expand(2, tasks, height, width, 5).double()
-    scan = bi_scan(5)
+    feat = token[None, ..., None].expand(2, tasks, height, width, 6).double()
+    feat = feat + torch.tensor([0, 0, 0, 0.5, 0.5, 0.5])  # .. and the half of the channels
+    scan = bi_scan(6)
     rounds, out = recorded_routes(monkeypatch, scan, feat)
     task_first = (t * length + y * width + x).flatten()
     position_first = ((y * width + x) * tasks + t).flatten()
     last = tasks * length - 1
-    expected = (((scan.fwd_tf, scan.bwd_tf), task_first), ((scan.fwd_pf, scan.bwd_pf), position_first))
-    for (groups, tokens, routes), (parameters, position) in zip(rounds, expected, strict=True):
-        assert groups == parameters  # the forward half comes first ..
-        assert [group.D.shape[1] for group in groups] == [3, 2]  # .. and takes the odd channel
-        for route, where in zip(routes, (position, last - position), strict=True):
-            visited = tokens[1, route.tokens(), 0]  # by position
-            assert torch.equal(visited[where], token.flatten().double())
+    expected = ((("fwd_tf", "bwd_tf"), task_first), (("fwd_pf", "bwd_pf"), position_first))
+    for (tokens, weights, routes), (names, position) in zip(rounds, expected, strict=True):
+        assert tokens.shape == (2, tasks * length, 2, 3)
+        for k, (route, where) in enumerate(zip(routes, (position, last - position), strict=True)):
+            visited = tokens[1, route.tokens(), k, 0]  # by position; the forward half comes first
+            assert torch.equal(visited[where], token.flatten() + 0.5 * k)
+            assert all(torch.equal(used[k:k + 1], own) for used, own in
+                       zip(weights, one_pass(scan, names[k]), strict=True))
     assert torch.equal(out, feat)  # written back to where each token came from
 
 
 def test_02_one_task_scans_the_raster_twice():
     scan, feat = bi_scan(), torch.randn(2, 1, 3, 5, 6)
     raster = rearrange(feat, "b 1 h w d -> b d (h w)")
-    forward = scan_sequence(scan_sequence(raster[:, :3], scan.fwd_tf.weights), scan.fwd_pf.weights)
-    backward = raster[:, 3:].flip(-1)
-    backward = scan_sequence(scan_sequence(backward, scan.bwd_tf.weights), scan.bwd_pf.weights).flip(-1)
-    expected = rearrange(torch.cat((forward, backward), dim=1), "b d (h w) -> b 1 h w d", h=3)
-    torch.testing.assert_close(scan(feat), expected, rtol=0, atol=1e-13)
+    forward, backward = raster[:, :3], raster[:, 3:].flip(-1)
+    for order in ("tf", "pf"):
+        forward = scan_sequence(forward, one_pass(scan, f"fwd_{order}"))
+        backward = scan_sequence(backward, one_pass(scan, f"bwd_{order}"))
+    expected = rearrange(torch.cat((forward, backward.flip(-1)), dim=1), "b d (h w) -> b 1 h w d", h=3)
+    torch.testing.assert_close(over_tasks(scan)(feat), expected, rtol=0, atol=1e-13)
 
 
 def test_03_one_pixel_makes_both_orders_the_task_order(monkeypatch):
@@ -82,7 +87,7 @@ def test_04_mirror(tasks):
         return torch.cat((feat[..., 3:], feat[..., :3]), dim=-1).flip(1, 2, 3)
 
     feat = torch.randn(2, tasks, 3, 5, 6)
-    torch.testing.assert_close(mirrored(mirror(feat)), mirror(scan(feat)), rtol=0, atol=1e-13)
+    torch.testing.assert_close(over_tasks(mirrored)(mirror(feat)), mirror(over_tasks(scan)(feat)), rtol=0, atol=1e-13)
 
 
 def test_05_one_pass_is_lower_triangular_and_dense():
@@ -106,7 +111,7 @@ def forward_rule(tasks, length):
 
 def test_06_07_dependence_of_both_halves():
     tasks, height, width = 3, 3, 4
-    scan, feat = bi_scan(), torch.randn(1, tasks, height, width, 6)
+    scan, feat = over_tasks(bi_scan()), torch.randn(1, tasks, height, width, 6)
     forward, backward = slice(0, 3), slice(3, 6)
     rule = forward_rule(tasks, height * width)
     forward_found, backward_found = dependence(scan, feat, forward), dependence(scan, feat, backward)
@@ -122,12 +127,12 @@ def test_06_07_dependence_of_both_halves():
 
 @pytest.mark.parametrize("tasks, height, width", [(1, 1, 1), (1, 2, 3), (2, 1, 2), (5, 2, 2)])
 def test_07_global_receptive_field_for_any_size(tasks, height, width):
-    scan, feat = bi_scan(), torch.randn(1, tasks, height, width, 6)
+    scan, feat = over_tasks(bi_scan()), torch.randn(1, tasks, height, width, 6)
     assert dependence(scan, feat, slice(None)).all()
 
 
 def test_08_identity():
-    scan, feat = bi_scan(7), torch.randn(2, 3, 3, 5, 7)
+    scan, feat = bi_scan(), torch.randn(2, 3, 5, 3, 6)
     assert (scan(feat) - feat).abs().max() > 0.1
     make_identity(scan)
     assert torch.equal(scan(feat), feat)
@@ -135,15 +140,13 @@ def test_08_identity():
 
 def test_09_memoryless_limit():
     scan, feat = bi_scan(), torch.randn(1, 2, 3, 4, 6)
-    with torch.no_grad():
-        for name in ROUTES:
-            getattr(scan, name).A_log.fill_(30)
-    assert torch.equal(dependence(scan, feat, slice(None)), torch.eye(24).bool())
+    nn.init.constant_(scan.A_log, 30)
+    assert torch.equal(dependence(over_tasks(scan), feat, slice(None)), torch.eye(24).bool())
 
 
 def test_10_causality_across_the_border_of_a_task():
     tasks, height, width = 3, 3, 4
-    scan, feat = bi_scan(), torch.randn(1, tasks, height, width, 6)
+    scan, feat = over_tasks(bi_scan()), torch.randn(1, tasks, height, width, 6)
 
     def changed(task):
         other = feat.clone()
@@ -164,12 +167,15 @@ def test_11_parameters_do_not_grow_with_tasks_and_work_is_linear():
 
     def work(tasks, height, width, channels=6):
         with count_scan_flops() as counter:
-            bi_scan(channels)(torch.randn(1, tasks, height, width, channels))
+            bi_scan(channels)(torch.randn(1, height, width, tasks, channels))
         return counter
 
     base = work(2, 3, 5)
     assert (base.calls, base.elements) == (2, 4 * 2 * 15 * 3)
     for doubled in (work(4, 3, 5), work(2, 6, 5), work(2, 3, 10)):
         assert doubled.elements == 2 * base.elements
-    odd = work(2, 3, 5, 7)  # halves of unequal width
-    assert (odd.calls, odd.elements) == (4, 2 * 2 * 15 * 7)
+
+
+def test_an_odd_width_cannot_be_halved():
+    with pytest.raises(ValueError, match="BI-Scan halves the 7 channels of a stage; expand times its width must be"):
+        bi_scan(7)

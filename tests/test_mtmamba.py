@@ -99,12 +99,12 @@ def test_a_point_that_does_not_exist_is_listed(copied, capsys):
     assert "dec.0.depth.stm7: no such point" in capsys.readouterr().out
 
 
-BLOCKS = {
-    "ss2d_stm_5x3": GatedSS2D,
-    "ss2d_stm_1x6_dtrank2": GatedSS2D,
-    "ss2d_fctm_3x5": lambda channels: PlainSS2D(channels, channels),
-    "ss2d_fctm_4x6_rate3": lambda channels: PlainSS2D(3 * channels, channels),
-    "ss2d_sctm_4x7": lambda channels: GatedSS2D(channels, steered=True),
+BLOCKS = {  # of one task
+    "ss2d_stm_5x3": lambda channels: GatedSS2D(1, channels),
+    "ss2d_stm_1x6_dtrank2": lambda channels: GatedSS2D(1, channels),
+    "ss2d_fctm_3x5": lambda channels: PlainSS2D(1, channels, channels),
+    "ss2d_fctm_4x6_rate3": lambda channels: PlainSS2D(1, 3 * channels, channels),
+    "ss2d_sctm_4x7": lambda channels: GatedSS2D(1, channels, steered=True),
 }
 
 
@@ -122,7 +122,7 @@ def test_mamba_blocks_equal_the_original(name):
 
     block.load_state_dict(ours("param."))
     inputs = [data[f"in.{key}"].requires_grad_() for key in ("x", "x_cross") if f"in.{key}" in data]
-    y = block(*inputs)
+    y = block(inputs[0][None], *inputs[1:])[0]
     assert scaled_error(y, data["out.y"]) < 1e-12
     (y * data["cot.y"]).sum().backward()
     for key, value in zip(("x", "x_cross"), inputs, strict=False):
@@ -175,7 +175,7 @@ def test_stochastic_depth_falls_from_the_first_branch_to_none():
     for got, want in zip(stage_rates(MTMambaConfig().drop_path_rate, MTMambaConfig().stm_depth), rates, strict=True):
         assert got == pytest.approx(want, abs=1e-7)
     model = tiny_model("mtmamba_plus")
-    stage = model.decoder.stm[0].stm["semseg"]
+    stage = model.decoder.stm[0].stm
     assert [block.drop_path.drop_prob for block in stage] == pytest.approx([0.2, 0.175])
     assert model.decoder.ctm[1].drop_path.drop_prob == pytest.approx(0.075)
 
@@ -185,37 +185,36 @@ def test_stochastic_depth_falls_from_the_first_branch_to_none():
 def test_a_dropped_branch_is_dropped_for_one_sample_of_one_task(block, config):
     torch.manual_seed(0)
     block = block(["a", "b"], 8, 0.5, config).train()
-    feats = {task: torch.randn(16, 2, 3, 8) for task in "ab"}
-    dropped = {task: (out == feats[task]).flatten(1).all(1) for task, out in block(feats).items()}
-    assert all(0 < mask.sum() < 16 for mask in dropped.values())
-    assert not torch.equal(dropped["a"], dropped["b"])
+    feats = torch.randn(2, 16, 2, 3, 8)
+    dropped = (block(feats) == feats).flatten(2).all(2)  # (T, B)
+    assert all(0 < mask.sum() < 16 for mask in dropped)
+    assert not torch.equal(*dropped)
 
 
 def test_the_gate_chooses_between_the_shared_and_the_own_branch():
     """An open gate leaves no trace of the task's own scan, a closed one none of the shared scan."""
     torch.manual_seed(0)
     block = CTMBlock(["a", "b"], 8, 0.0, MTMambaConfig(d_state=2)).eval()
-    feats = {task: torch.randn(2, 3, 5, 8) for task in "ab"}
-    nn.init.constant_(block.norm["a"].weight, 0)
-    nn.init.constant_(block.norm["a"].bias, 1)
-    for sign, silent, heard in ((1, block.ss2d["a"], block.shared), (-1, block.shared, block.ss2d["a"])):
-        nn.init.constant_(block.gate["a"].weight, sign * 1e3)
-        before = block(feats)["a"]
+    feats = torch.randn(2, 2, 3, 5, 8)
+    nn.init.constant_(block.norm.weight[:8], 0)
+    nn.init.constant_(block.norm.bias[:8], 1)
+    for sign, silent, heard in ((1, block.ss2d, block.shared), (-1, block.shared, block.ss2d)):
+        nn.init.constant_(block.gate.weight, sign * 1e3)
+        before = block(feats)[0]
         for branch, matters in ((silent, False), (heard, True)):
             with torch.no_grad():
                 branch.core.norm.bias.add_(1)
-            assert torch.equal(block(feats)["a"], before) != matters
+            assert torch.equal(block(feats)[0], before) != matters
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_tasks_meet_in_the_cross_task_block_only(model):
     decoder = tiny_model(model).eval().decoder
-    feats = {task: torch.randn(1, 2, 3, 64, requires_grad=True) for task in decoder.tasks}
+    feats = torch.randn(2, 1, 2, 3, 64, requires_grad=True)
     refined = decoder.stm[0](feats, torch.randn(1, 4, 6, 32))
-    alone = torch.autograd.grad(refined["semseg"].square().sum(), feats.values(), retain_graph=True,
-                                allow_unused=True)
-    assert alone[0].any() and alone[1] is None
-    together = torch.autograd.grad(decoder.ctm[0](refined)["semseg"].square().sum(), feats.values())
+    alone, = torch.autograd.grad(refined[0].square().sum(), feats, retain_graph=True)
+    assert alone[0].any() and not alone[1].any()
+    together, = torch.autograd.grad(decoder.ctm[0](refined)[0].square().sum(), feats)
     assert all(grad.any() for grad in together)
 
 

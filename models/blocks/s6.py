@@ -4,13 +4,11 @@ Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective Stat
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models.ops.routes import Route
-from models.ops.ss2d import S6Weights, s6_scan
+from models.ops.ss2d import S6Weights
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes are log-uniform between the first two
 
@@ -41,15 +39,3 @@ class S6(nn.Module):
     @property
     def weights(self) -> S6Weights:
         return S6Weights(self.x_proj, self.dt_proj_weight, self.dt_proj_bias, self.A_log, self.D)
-
-
-def scan_together(groups: Sequence[S6], x: Tensor, routes: Sequence[Route]) -> Tensor:
-    """Tokens (B, P, D), whose channels `groups` share in this order, each along its route; in one call where all groups
-    have the same width."""
-    widths = [group.D.shape[-1] for group in groups]
-    if len(set(widths)) > 1:
-        parts = zip(groups, x.split(widths, dim=-1), routes, strict=True)
-        return torch.cat([s6_scan(part.unsqueeze(2), group.weights, [route]).squeeze(2)
-                          for group, part, route in parts], dim=-1)
-    weights = S6Weights(*map(torch.cat, zip(*(group.weights for group in groups), strict=True)))
-    return s6_scan(x.unflatten(-1, (len(groups), -1)), weights, routes).flatten(2)

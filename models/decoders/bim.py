@@ -7,8 +7,9 @@ Re-implemented from the description in Cao et al., "Enhancing Mamba Decoder with
 Multi-Task Dense Prediction", ICCV 2025. No code of it was published; options marked (gap) fill what the
 readable part of the paper leaves open.
 
-Axes: B batch, T tasks (their order matters), H W grid of the stage, L = H * W, C stage width,
-D = expand * C, N state size, R = ceil(C / 16) rank of the step size. Maps between layers are channels-last.
+Axes: T tasks (their order matters), B batch, H W grid of the stage, L = H * W, C stage width,
+D = expand * C, N state size, R = ceil(C / 16) rank of the step size. Between layers the maps of all tasks are one
+tensor (T, B, H, W, C); scans take (B, H, W, T, D).
 """
 
 import math
@@ -18,15 +19,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from models.blocks.s6 import S6, scan_together
+from models.blocks.s6 import S6
+from models.blocks.stacked import TaskDepthwise, TaskDropPath, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext
-from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, per_task, stage_rates
+from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, stage_rates
 from models.decoders.options import DecoderOptions
 from models.ops.routes import Route
-from models.ops.ss2d import ss2d_core
+from models.ops.ss2d import S6Weights, s6_scan, ss2d_core
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,12 @@ class BIMConfig(DecoderOptions):
 
 
 class MSScan(nn.Module):
-    """Four-route scans of channel groups, each at a granularity of its own: (B, H, W, D) -> (B, H, W, D)."""
+    """Four-route scans of channel groups, each at a granularity of its own.
 
-    def __init__(self, width: int, rank: int, config: BIMConfig):
+    The groups (B, H, W, T, D_g), one tensor each, to (B, H, W, T, D). Every task has weights of its own.
+    """
+
+    def __init__(self, num_tasks: int, width: int, rank: int, config: BIMConfig):
         super().__init__()
         self.pooled = config.ms_scan == "scale"
         self.sizes = config.scales if self.pooled else config.windows
@@ -60,92 +64,104 @@ class MSScan(nn.Module):
         if share == 0:
             raise ValueError(f"{width} channels cannot be split into {len(self.sizes)} MS-Scan groups")
         self.widths = [share + (g < extra) for g in range(len(self.sizes))]
-        self.groups = nn.ModuleList(S6(group, rank, config.d_state, routes=4) for group in self.widths)
+        self.groups = nn.ModuleList(S6(group, rank, config.d_state, routes=4 * num_tasks) for group in self.widths)
 
-    def forward(self, feat: Tensor) -> Tensor:
-        parts = zip(feat.split(self.widths, dim=-1), self.groups, self.sizes, strict=True)
-        return torch.cat([self._scan_group(*part) for part in parts], dim=-1)
+    def forward(self, parts: Sequence[Tensor]) -> Tensor:
+        scanned = [self._scan_group(*part) for part in zip(parts, self.groups, self.sizes, strict=True)]
+        return torch.cat(scanned, dim=-1)
 
     def _scan_group(self, feat: Tensor, group: S6, size: int) -> Tensor:
         if not self.pooled or size == 1:
             return ss2d_core(feat, group.weights, window=0 if self.pooled else size)
+        tasks = feat.shape[3]
+        maps = feat.flatten(3).movedim(-1, 1)  # (B, T D_g, H, W)
         # Border cells are means over the pixels that exist.
-        coarse = F.avg_pool2d(feat.movedim(-1, 1), size, ceil_mode=True, count_include_pad=False)
-        coarse = ss2d_core(coarse.movedim(1, -1), group.weights)  # (B, ceil(H / size), ceil(W / size), D_g)
-        fine = F.interpolate(coarse.movedim(-1, 1), size=feat.shape[1:3], mode="bilinear", align_corners=False)
-        return fine.movedim(1, -1)
+        coarse = F.avg_pool2d(maps, size, ceil_mode=True, count_include_pad=False).movedim(1, -1)
+        coarse = ss2d_core(coarse.unflatten(-1, (tasks, -1)), group.weights)  # (B, ceil(H / size), .., T, D_g)
+        fine = F.interpolate(coarse.flatten(3).movedim(-1, 1), size=feat.shape[1:3], mode="bilinear",
+                             align_corners=False)
+        return fine.movedim(1, -1).unflatten(-1, (tasks, -1))
 
 
-class BIScan(nn.Module):
-    """Scans the tokens of all tasks task-first, then position-first: (B, T, H, W, D) -> (B, T, H, W, D).
+class BIScan(S6):
+    """Scans the tokens of all tasks task-first, then position-first: (B, H, W, T, D) -> (B, H, W, T, D).
 
-    One half of the channels runs forward, the other backward. The state is never reset, neither at the border
-    of a task nor of a row.
+    One half of the channels runs forward, the other backward; each pass of a half has a route's weights of its own. The
+    state is never reset, neither at the border of a task nor of a row.
     """
 
+    passes = ("fwd_tf", "bwd_tf", "fwd_pf", "bwd_pf")
+
     def __init__(self, width: int, rank: int, state: int):
-        super().__init__()
-        forward, backward = width - width // 2, width // 2
-        self.fwd_tf, self.bwd_tf = S6(forward, rank, state), S6(backward, rank, state)
-        self.fwd_pf, self.bwd_pf = S6(forward, rank, state), S6(backward, rank, state)
+        if width % 2:
+            raise ValueError(f"BI-Scan halves the {width} channels of a stage; expand times its width must be even")
+        super().__init__(width // 2, rank, state, routes=len(self.passes))
+        by_task(self, self.passes)
 
     def forward(self, feat: Tensor) -> Tensor:
-        tasks, height, width = feat.shape[1:4]
-        tokens = feat.flatten(1, 3)  # (B, T L, D): a (T, L) grid of tokens
-        task_first = Route(tasks, height * width)
-        position_first = Route(tasks, height * width, by_column=True)
-        tokens = scan_together((self.fwd_tf, self.bwd_tf), tokens, (task_first, task_first.reversed()))
-        tokens = scan_together((self.fwd_pf, self.bwd_pf), tokens, (position_first, position_first.reversed()))
+        height, width, tasks = feat.shape[1:4]
+        tokens = feat.flatten(1, 3).unflatten(-1, (2, -1))  # (B, L T, 2, D / 2): an (L, T) grid of tokens
+        for order, by_column in (("tf", True), ("pf", False)):
+            route = Route(height * width, tasks, by_column)
+            tokens = s6_scan(tokens, self.pair(order), (route, route.reversed()))
         return tokens.view_as(feat)
 
-
-class MSSTLayer(nn.Module):
-    """Multi-scale single-task layer, a gated residual branch around MS-Scan: (B, H, W, C) -> (B, H, W, C)."""
-
-    def __init__(self, channels: int, drop_path: float, config: BIMConfig):
-        super().__init__()
-        width = config.expand * channels
-        self.norm = nn.LayerNorm(channels)
-        self.in_proj = nn.Linear(channels, 2 * width, bias=False)
-        self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
-        self.scan = MSScan(width, math.ceil(channels / 16), config)
-        self.out_norm = nn.LayerNorm(width)
-        self.out_proj = nn.Linear(width, channels, bias=False)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, feat: Tensor) -> Tensor:
-        inner, gate = self.in_proj(self.norm(feat)).chunk(2, dim=-1)  # (B, H, W, D) each
-        inner = self.conv(inner.movedim(-1, 1)).movedim(1, -1)  # seen in PyTorch's channels_last format; nothing moves
-        scanned = self.scan(F.silu(inner))
-        return feat + self.drop_path(self.out_proj(self.out_norm(scanned) * F.silu(gate)))
+    def pair(self, order: str) -> S6Weights:
+        """Weights of the forward and the backward pass of an order, "tf" or "pf"."""
+        first = self.passes.index(f"fwd_{order}")
+        return S6Weights(*(weight[first:first + 2] for weight in self.weights))
 
 
-class BCFRBlock(nn.Module):
-    """Bidirectional cross-task feature refine: one BI-Scan for all tasks, everything else per task."""
+class GatedBranch(nn.Module):
+    """What both blocks of BIM have around their scans, per task: (T, B, H, W, C) -> the same.
+
+    Norm, projection to two halves, depthwise convolution and SiLU of one, a scan, norm, the other as gate, projection,
+    residual.
+    """
 
     def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: BIMConfig):
         super().__init__()
-        width = config.expand * channels
-        self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
-        self.in_proj = per_task(tasks, lambda: nn.Linear(channels, 2 * width, bias=False))
-        self.conv = per_task(tasks, lambda: nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width))
-        self.scan = BIScan(width, math.ceil(channels / 16), config.d_state)
-        self.out_norm = per_task(tasks, lambda: nn.LayerNorm(width))
-        self.out_proj = per_task(tasks, lambda: nn.Linear(width, channels, bias=False))
-        self.drop_path = DropPath(drop_path)
+        num_tasks, width = len(tasks), config.expand * channels
+        self.norm = TaskLayerNorm(num_tasks, channels)
+        self.in_proj = TaskLinear(num_tasks, channels, 2 * width, bias=False)
+        self.conv = TaskDepthwise(num_tasks, width)
+        self.scan = self.build_scan(num_tasks, width, math.ceil(channels / 16), config)
+        self.out_norm = TaskLayerNorm(num_tasks, width, tasks_last=True)
+        self.out_proj = TaskLinear(num_tasks, width, channels, bias=False)
+        self.drop_path = TaskDropPath(drop_path)
 
-    def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
-        inner, gates = [], {}
-        for task, feat in feats.items():
-            projected = self.in_proj[task](self.norm[task](feat))  # (B, H, W, 2 D)
-            task_inner, gates[task] = projected.chunk(2, dim=-1)
-            inner.append(F.silu(self.conv[task](task_inner.movedim(-1, 1)).movedim(1, -1)))
-        scanned = self.scan(torch.stack(inner, dim=1))  # (B, T, H, W, D)
-        out = {}
-        for (task, feat), task_scanned in zip(feats.items(), scanned.unbind(1), strict=True):
-            gated = self.out_norm[task](task_scanned) * F.silu(gates[task])
-            out[task] = feat + self.drop_path(self.out_proj[task](gated))
-        return out
+    def forward(self, feat: Tensor) -> Tensor:
+        inner, gate = self.in_proj(self.norm(feat)).chunk(2, dim=-1)  # (T, B, H, W, D) each
+        scanned = self.out_norm(self.activate_and_scan(self.conv(inner)))  # (B, H, W, T, D)
+        gated = scanned.permute(3, 0, 1, 2, 4) * F.silu(gate)
+        return self.drop_path(feat, self.out_proj(gated))
+
+
+class MSSTLayer(GatedBranch):
+    """Multi-scale single-task layer: each task's map through MS-Scan."""
+
+    @staticmethod
+    def build_scan(num_tasks: int, width: int, rank: int, config: BIMConfig) -> nn.Module:
+        return MSScan(num_tasks, width, rank, config)
+
+    def activate_and_scan(self, inner: Tensor) -> Tensor:
+        return self.scan([F.silu(part) for part in inner.split(self.scan.widths, dim=-1)])
+
+
+class BCFRBlock(GatedBranch):
+    """Bidirectional cross-task feature refine: one BI-Scan for all tasks, everything else per task."""
+
+    def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: BIMConfig):
+        super().__init__(tasks, channels, drop_path, config)
+        for layer in (self.norm, self.in_proj, self.conv, self.out_norm, self.out_proj):
+            by_task(layer, tasks)
+
+    @staticmethod
+    def build_scan(num_tasks: int, width: int, rank: int, config: BIMConfig) -> nn.Module:
+        return BIScan(width, rank, config.d_state)
+
+    def activate_and_scan(self, inner: Tensor) -> Tensor:
+        return self.scan(F.silu(inner))
 
 
 class MFRStage(TaskStage):
@@ -156,19 +172,14 @@ class MFRStage(TaskStage):
         rates = list(rates)  # one per residual branch, in the order they run
         bcfr_rate = rates.pop(0 if config.order == "bcfr_first" else -1)
         self.interact_first = config.order == "bcfr_first"
-        self.msst = per_task(
-            tasks, lambda: nn.Sequential(*(MSSTLayer(channels, rate, config) for rate in rates)))
+        layers = (MSSTLayer(tasks, channels, rate, config) for rate in rates)
+        self.msst = by_task(nn.Sequential(*layers), tasks)
         self.bcfr = BCFRBlock(tasks, channels, bcfr_rate, config)
 
-    def forward(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
-        """Task maps (B, H / 2, W / 2, 2 C) and the skip map (B, H, W, C) to task maps (B, H, W, C)."""
+    def forward(self, feats: Tensor, skip: Tensor) -> Tensor:
+        """Task maps (T, B, H / 2, W / 2, 2 C) and the skip map (B, H, W, C) to task maps (T, B, H, W, C)."""
         fused = self.join(feats, skip)
-        if self.interact_first:
-            return self._refine(self.bcfr(fused))
-        return self.bcfr(self._refine(fused))
-
-    def _refine(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {task: self.msst[task](feat) for task, feat in feats.items()}
+        return self.msst(self.bcfr(fused)) if self.interact_first else self.bcfr(self.msst(fused))
 
 
 class BIMDecoder(CoarseToFineDecoder):

@@ -2,16 +2,18 @@
 
 Reference: Lin et al., "MTMamba: Enhancing Multi-Task Dense Scene Understanding by Mamba-Based Decoders", ECCV 2024,
 whose skeleton BIM (Cao et al., ICCV 2025) shares.
-Axes: B batch, H W grid of the stage, C stage width. Maps inside are channels-last.
+Axes: T tasks (their order is part of the model), B batch, H W grid of the stage, C stage width. Inside, the maps of all
+tasks are one tensor, channels last.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.blocks.stacked import JoinLinear, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext, Decoder, DecoderOutput
 
 STRIDES = (4, 8, 16, 32)
@@ -27,16 +29,17 @@ class CoarseToFineDecoder(Decoder):
                              "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e")
         self.tasks, self.channels = tuple(context.tasks), context.channels[0]
 
-    def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
-        """Task maps (B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (B, H, W, C)."""
+    def run_stage(self, index: int, feats: Tensor, skip: Tensor) -> Tensor:
+        """Task maps (T, B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (T, B, H, W, C)."""
         return self.stages[index](feats, skip)
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
-        *skips, coarsest = (rearrange(feat, "b c h w -> b h w c") for feat in feats)
-        refined = dict.fromkeys(self.tasks, coarsest)  # every task starts from the same map
+        *skips, coarsest = (rearrange(feat, "b c h w -> b h w c").contiguous() for feat in feats)
+        refined = coarsest.expand(len(self.tasks), *coarsest.shape)  # every task starts from the same map
         for index, skip in enumerate(reversed(skips)):
             refined = self.run_stage(index, refined, skip)
-        return DecoderOutput({task: rearrange(feat, "b h w c -> b c h w") for task, feat in refined.items()})
+        maps = rearrange(refined, "t b h w c -> t b c h w")
+        return DecoderOutput(dict(zip(self.tasks, maps.unbind(), strict=True)))
 
     def make_head(self, num_outputs: int) -> nn.Module:
         """The head of MTMamba and of BIM (Psi and P there): four-fold patch expansion to full resolution, then a linear
@@ -87,9 +90,19 @@ def stage_rates(largest: float, blocks: int) -> list[list[float]]:
     return [rates[first:first + per_stage] for first in range(0, 3 * per_stage, per_stage)]
 
 
-def per_task(tasks: Sequence[str], build: Callable[[], nn.Module]) -> nn.ModuleDict:
-    """One module with weights of its own for each task."""
-    return nn.ModuleDict({task: build() for task in tasks})
+class TaskPatchExpand(nn.Module):
+    """`PatchExpand` of all tasks: (T, B, H, W, in_channels) -> (T, B, scale H, scale W, out_channels)."""
+
+    def __init__(self, num_tasks: int, in_channels: int, out_channels: int, scale: int):
+        super().__init__()
+        self.scale = scale
+        self.proj = TaskLinear(num_tasks, in_channels, scale * scale * out_channels, bias=False)
+        self.norm = TaskLayerNorm(num_tasks, out_channels)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        fine = self.proj(feat)
+        fine = rearrange(fine, "t b h w (p1 p2 c) -> t b (h p1) (w p2) c", p1=self.scale, p2=self.scale)
+        return self.norm(fine)
 
 
 class TaskStage(nn.Module):
@@ -97,14 +110,14 @@ class TaskStage(nn.Module):
 
     def __init__(self, tasks: Sequence[str], channels: int):
         super().__init__()
-        self.expand = per_task(tasks, lambda: PatchExpand(2 * channels, channels, scale=2))
-        self.fuse = per_task(tasks, lambda: nn.Linear(2 * channels, channels))
+        self.expand = by_task(TaskPatchExpand(len(tasks), 2 * channels, channels, scale=2), tasks)
+        self.fuse = by_task(JoinLinear(len(tasks), 2 * channels, channels), tasks)
 
-    def join(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
-        """Task maps (B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (B, H, W, C)."""
-        fine = {task: self.expand[task](feat) for task, feat in feats.items()}  # (B, H, W, C)
-        height, width = next(iter(fine.values())).shape[1:3]
+    def join(self, feats: Tensor, skip: Tensor) -> Tensor:
+        """Task maps (T, B, H / 2, W / 2, 2 C) and the encoder's map (B, H, W, C) -> task maps (T, B, H, W, C)."""
+        fine = self.expand(feats)  # (T, B, H, W, C)
+        height, width = fine.shape[2:4]
         if (height, width) != skip.shape[1:3]:
             raise ValueError(f"up-sampled map is {height}x{width}, the encoder's {skip.shape[1]}x{skip.shape[2]}; "
                              f"the image's sides must be multiples of {STRIDES[-1]}")
-        return {task: self.fuse[task](torch.cat((feat, skip), dim=-1)) for task, feat in fine.items()}
+        return self.fuse(fine, skip)

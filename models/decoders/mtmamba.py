@@ -6,8 +6,9 @@ every task choose, per pixel and channel, between that shared map and its own.
 References: Lin et al., "MTMamba: Enhancing Multi-Task Dense Scene Understanding by Mamba-Based Decoders",
 ECCV 2024; Liu et al., "VMamba", 2024 (SS2D, the four-route scan).
 
-Axes: B batch, T tasks (their order fixes the order of the shared channels), H W grid of the stage, C stage
-width, D = expand * C, R = ceil(C / 16) rank of the step size. Maps between layers are channels-last.
+Axes: T tasks (their order fixes the order of the shared channels), B batch, H W grid of the stage, C stage
+width, D = expand * C, R = ceil(C / 16) rank of the step size. Between layers the maps of all tasks are one tensor
+(T, B, H, W, C); scans take (B, H, W, T, D).
 """
 
 import math
@@ -18,12 +19,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.blocks.s6 import S6
+from models.blocks.stacked import TaskDepthwise, TaskDropPath, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext
-from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, per_task, stage_rates
+from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, stage_rates
 from models.decoders.options import DecoderOptions
 from models.ops.ss2d import ss2d_core
 
@@ -43,68 +44,68 @@ class MTMambaConfig(DecoderOptions):
 
 
 class SS2DCore(nn.Module):
-    """Depth-wise convolution, SiLU, four-route scan, LayerNorm: (B, H, W, D) -> (B, H, W, D).
+    """Depth-wise convolution, SiLU, four-route scan, LayerNorm, per task: (T, B, H, W, D) -> the same.
 
-    With `source` (B, H, W, D) the scan's step sizes and input and output maps come from there; the sequences
+    With `source` (B, H, W, T, D) the scan's step sizes and input and output maps come from there; the sequences
     that are scanned still come from the first argument. The source is not convolved.
     """
 
-    def __init__(self, channels: int, width: int, state: int):
+    def __init__(self, num_tasks: int, channels: int, width: int, state: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
-        self.scan = S6(width, math.ceil(channels / 16), state, routes=4)
-        self.norm = nn.LayerNorm(width)
+        self.conv = TaskDepthwise(num_tasks, width)
+        self.scan = S6(width, math.ceil(channels / 16), state, routes=4 * num_tasks)
+        self.norm = TaskLayerNorm(num_tasks, width, tasks_last=True)
 
     def forward(self, inner: Tensor, source: Tensor | None = None) -> Tensor:
-        inner = self.conv(rearrange(inner, "b h w d -> b d h w"))  # a view: PyTorch's channels_last format
-        inner = F.silu(rearrange(inner, "b d h w -> b h w d"))
-        return self.norm(ss2d_core(inner, self.scan.weights, source))
+        inner = F.silu(self.conv(inner))  # (B, H, W, T, D)
+        scanned = self.norm(ss2d_core(inner, self.scan.weights, source))
+        return scanned.permute(3, 0, 1, 2, 4)
 
 
 class GatedSS2D(nn.Module):
-    """SS2D between two projections, with a gate: (B, H, W, C) -> (B, H, W, C).
+    """SS2D between two projections, with a gate, per task: (T, B, H, W, C) -> the same.
 
-    `steered`: the scan is steered by a second map (B, H, W, C), as MTMamba++ needs it.
+    `steered`: all scans are steered by a second map (B, H, W, C), as MTMamba++ needs it.
     """
 
-    def __init__(self, channels: int, expand: int = 2, state: int = 16, steered: bool = False):
+    def __init__(self, num_tasks: int, channels: int, expand: int = 2, state: int = 16, steered: bool = False):
         super().__init__()
         width = expand * channels
-        self.in_proj = nn.Linear(channels, 2 * width, bias=False)
-        self.source_proj = nn.Linear(channels, width, bias=False) if steered else None
-        self.core = SS2DCore(channels, width, state)
-        self.out_proj = nn.Linear(width, channels, bias=False)
+        self.in_proj = TaskLinear(num_tasks, channels, 2 * width, bias=False)
+        self.source_proj = TaskLinear(num_tasks, channels, width, bias=False) if steered else None
+        self.core = SS2DCore(num_tasks, channels, width, state)
+        self.out_proj = TaskLinear(num_tasks, width, channels, bias=False)
 
     def forward(self, feat: Tensor, source: Tensor | None = None) -> Tensor:
-        inner, gate = self.in_proj(feat).chunk(2, dim=-1)  # (B, H, W, D) each
-        source = None if source is None else self.source_proj(source)
+        inner, gate = self.in_proj(feat).chunk(2, dim=-1)  # (T, B, H, W, D) each
+        source = None if source is None else self.source_proj.of_common(source)
         return self.out_proj(self.core(inner, source) * F.silu(gate))
 
 
 class PlainSS2D(nn.Module):
-    """SS2D after a projection, without gate: (B, H, W, in_channels) -> (B, H, W, D); C sets D and R."""
+    """SS2D after a projection, without gate: (T, B, H, W, in_channels) -> (T, B, H, W, D); C sets D and R."""
 
-    def __init__(self, in_channels: int, channels: int, expand: int = 2, state: int = 16):
+    def __init__(self, num_tasks: int, in_channels: int, channels: int, expand: int = 2, state: int = 16):
         super().__init__()
         width = expand * channels
-        self.in_proj = nn.Linear(in_channels, width, bias=False)
-        self.core = SS2DCore(channels, width, state)
+        self.in_proj = TaskLinear(num_tasks, in_channels, width, bias=False)
+        self.core = SS2DCore(num_tasks, channels, width, state)
 
     def forward(self, feat: Tensor) -> Tensor:
         return self.core(self.in_proj(feat))
 
 
 class STMLayer(nn.Module):
-    """Self-task Mamba block, a residual gated SS2D: (B, H, W, C) -> (B, H, W, C)."""
+    """Self-task Mamba block, a residual gated SS2D of each task: (T, B, H, W, C) -> the same."""
 
-    def __init__(self, channels: int, drop_path: float, expand: int, state: int):
+    def __init__(self, num_tasks: int, channels: int, drop_path: float, expand: int, state: int):
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.ss2d = GatedSS2D(channels, expand, state)
-        self.drop_path = DropPath(drop_path)
+        self.norm = TaskLayerNorm(num_tasks, channels)
+        self.ss2d = GatedSS2D(num_tasks, channels, expand, state)
+        self.drop_path = TaskDropPath(drop_path)
 
     def forward(self, feat: Tensor) -> Tensor:
-        return feat + self.drop_path(self.ss2d(self.norm(feat)))
+        return self.drop_path(feat, self.ss2d(self.norm(feat)))
 
 
 class STMStage(TaskStage):
@@ -112,41 +113,38 @@ class STMStage(TaskStage):
 
     def __init__(self, tasks: Sequence[str], channels: int, rates: Iterable[float], config: MTMambaConfig):
         super().__init__(tasks, channels)
-        self.stm = per_task(tasks, lambda: nn.Sequential(
-            *(STMLayer(channels, rate, config.expand, config.d_state) for rate in rates)))
+        layers = (STMLayer(len(tasks), channels, rate, config.expand, config.d_state) for rate in rates)
+        self.stm = by_task(nn.Sequential(*layers), tasks)
 
-    def forward(self, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
-        """Task maps (B, H / 2, W / 2, 2 C) and the skip map (B, H, W, C) to task maps (B, H, W, C)."""
-        return {task: self.stm[task](feat) for task, feat in self.join(feats, skip).items()}
+    def forward(self, feats: Tensor, skip: Tensor) -> Tensor:
+        """Task maps (T, B, H / 2, W / 2, 2 C) and the skip map (B, H, W, C) to task maps (T, B, H, W, C)."""
+        return self.stm(self.join(feats, skip))
 
 
 class CTMBlock(nn.Module):
-    """Cross-task Mamba block at feature level: task maps (B, H, W, C) to task maps (B, H, W, C).
+    """Cross-task Mamba block at feature level: task maps (T, B, H, W, C) to task maps (T, B, H, W, C).
 
     The gate is the share of the common branch; 1 takes nothing of the task's own.
     """
 
     def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: MTMambaConfig):
         super().__init__()
-        width, sizes = config.expand * channels, (config.expand, config.d_state)
-        self.shared_norm = nn.LayerNorm(len(tasks) * channels)
-        self.shared = PlainSS2D(len(tasks) * channels, channels, *sizes)
-        self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
-        self.ss2d = per_task(tasks, lambda: PlainSS2D(channels, channels, *sizes))
-        self.gate = per_task(tasks, lambda: nn.Linear(channels, width, bias=False))
-        self.out_proj = per_task(tasks, lambda: nn.Linear(width, channels, bias=False))
-        self.drop_path = DropPath(drop_path)
+        num_tasks, width, sizes = len(tasks), config.expand * channels, (config.expand, config.d_state)
+        self.shared_norm = nn.LayerNorm(num_tasks * channels)
+        self.shared = PlainSS2D(1, num_tasks * channels, channels, *sizes)
+        self.norm = by_task(TaskLayerNorm(num_tasks, channels), tasks)
+        self.ss2d = by_task(PlainSS2D(num_tasks, channels, channels, *sizes), tasks)
+        self.gate = by_task(TaskLinear(num_tasks, channels, width, bias=False), tasks)
+        self.out_proj = by_task(TaskLinear(num_tasks, width, channels, bias=False), tasks)
+        self.drop_path = TaskDropPath(drop_path)
 
-    def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
-        stacked = torch.cat(list(feats.values()), dim=-1)  # (B, H, W, T C), without the per-task norms
-        shared = self.shared(self.shared_norm(stacked))  # (B, H, W, D)
-        out = {}
-        for task, feat in feats.items():
-            normed = self.norm[task](feat)
-            gate = torch.sigmoid(self.gate[task](normed))  # (B, H, W, D)
-            mixed = gate * shared + (1 - gate) * self.ss2d[task](normed)
-            out[task] = feat + self.drop_path(self.out_proj[task](mixed))
-        return out
+    def forward(self, feats: Tensor) -> Tensor:
+        joined = rearrange(feats, "t b h w c -> 1 b h w (t c)")  # without the per-task norms
+        shared = self.shared(self.shared_norm(joined))  # (1, B, H, W, D)
+        normed = self.norm(feats)
+        own, gate = self.ss2d(normed), torch.sigmoid(self.gate(normed))  # (T, B, H, W, D)
+        mixed = torch.lerp(own, shared, gate.to(own.dtype))
+        return self.drop_path(feats, self.out_proj(mixed))
 
 
 class MTMambaDecoder(CoarseToFineDecoder):
@@ -167,5 +165,5 @@ class MTMambaDecoder(CoarseToFineDecoder):
             self.stm.append(STMStage(self.tasks, channels, own, config))
             self.ctm.append(self.cross_task(self.tasks, channels, last, config))
 
-    def run_stage(self, index: int, feats: dict[str, Tensor], skip: Tensor) -> dict[str, Tensor]:
+    def run_stage(self, index: int, feats: Tensor, skip: Tensor) -> Tensor:
         return self.ctm[index](self.stm[index](feats, skip))

@@ -7,21 +7,19 @@ quarter of the resolution.
 Reference: Lin et al., "MTMamba++: Enhancing Multi-Task Dense Scene Understanding via Mamba-Based Decoders",
 TPAMI 2025. Its feature-level block is that of MTMamba and exists there only, as in the published code.
 
-Axes: B batch, T tasks (their order fixes the order of the fused channels), H W grid of the stage, C stage
-width. Maps between layers are channels-last.
+Axes: T tasks (their order fixes the order of the fused channels), B batch, H W grid of the stage, C stage
+width. Between layers the maps of all tasks are one tensor (T, B, H, W, C).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.blocks.layers import lite_head
+from models.blocks.stacked import TaskDropPath, TaskLayerNorm, by_task
 from models.decoder import BuildContext
-from models.decoders.coarse_to_fine import per_task
 from models.decoders.mtmamba import GatedSS2D, MTMambaConfig, MTMambaDecoder, STMLayer
 
 
@@ -37,7 +35,7 @@ class MTMambaPlusConfig(MTMambaConfig):
 
 
 class TaskFusion(nn.Module):
-    """All task maps (B, H, W, C) into one map (B, H, W, C), without any activation."""
+    """All task maps (T, B, H, W, C) into one map (B, H, W, C), without any activation."""
 
     def __init__(self, num_tasks: int, channels: int):
         super().__init__()
@@ -45,26 +43,25 @@ class TaskFusion(nn.Module):
         self.proj = nn.Linear(num_tasks * channels, channels)
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, feats: dict[str, Tensor]) -> Tensor:
-        fused = self.proj(self.norm(torch.cat(list(feats.values()), dim=-1)))  # T C -> C channels
-        fused = self.conv(rearrange(fused, "b h w c -> b c h w"))
+    def forward(self, feats: Tensor) -> Tensor:
+        joined = rearrange(feats, "t b h w c -> b h w (t c)")
+        fused = self.conv(rearrange(self.proj(self.norm(joined)), "b h w c -> b c h w"))  # T C -> C channels
         return rearrange(fused, "b c h w -> b h w c")
 
 
 class SCTMBlock(nn.Module):
-    """Cross-task Mamba block at semantic level: task maps (B, H, W, C) to task maps (B, H, W, C)."""
+    """Cross-task Mamba block at semantic level: task maps (T, B, H, W, C) to task maps (T, B, H, W, C)."""
 
     def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: MTMambaPlusConfig):
         super().__init__()
-        self.shared = TaskFusion(len(tasks), channels)
-        self.norm = per_task(tasks, lambda: nn.LayerNorm(channels))
-        self.ss2d = per_task(tasks, lambda: GatedSS2D(channels, config.expand, config.d_state, steered=True))
-        self.drop_path = DropPath(drop_path)
+        num_tasks = len(tasks)
+        self.shared = TaskFusion(num_tasks, channels)
+        self.norm = by_task(TaskLayerNorm(num_tasks, channels), tasks)
+        self.ss2d = by_task(GatedSS2D(num_tasks, channels, config.expand, config.d_state, steered=True), tasks)
+        self.drop_path = TaskDropPath(drop_path)
 
-    def forward(self, feats: dict[str, Tensor]) -> dict[str, Tensor]:
-        shared = self.shared(feats)
-        return {task: feat + self.drop_path(self.ss2d[task](self.norm[task](feat), shared))
-                for task, feat in feats.items()}
+    def forward(self, feats: Tensor) -> Tensor:
+        return self.drop_path(feats, self.ss2d(self.norm(feats), self.shared(feats)))
 
 
 class MTMambaPlusDecoder(MTMambaDecoder):

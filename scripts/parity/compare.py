@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.swin import DERIVED_BUFFERS
+from models.blocks.stacked import split_by_task
 from models.model import MultiTaskModel, Predictions
 from models.released import RELEASED, recognise
 from scripts.parity.base import Measure, absolute_error
@@ -73,8 +74,8 @@ def loss_and_gradients(case: Case, step: Step, run: str) -> Iterator[Measure]:
     step.loss.backward()
     want = case.values[f"{run}loss"]
     yield case.measure("loss", f"{run}loss", step.loss.reshape(want.shape), want)
-    gradients = {name: parameter.grad for name, parameter in step.model.named_parameters()}
-    yield Measure("parameters without a gradient", sum(gradient is None for gradient in gradients.values()))
+    yield Measure("parameters without a gradient", sum(p.grad is None for p in step.model.parameters()))
+    gradients = gradients_by_task(step.model)
     published = case.below(f"{run}grad.")
     if "image" in published:
         yield case.measure("gradient", "grad image", step.image.grad, published.pop("image"))
@@ -82,8 +83,13 @@ def loss_and_gradients(case: Case, step: Step, run: str) -> Iterator[Measure]:
         yield case.measure("gradient", f"grad {name}", got, want)
 
 
+def gradients_by_task(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients after a backward pass, under the keys of the state dict."""
+    return split_by_task(model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
 def buffers(case: Case, model: nn.Module, run: str) -> Iterator[Measure]:
-    for name, got, want in case.paired(case.below(f"{run}after."), dict(model.named_buffers())):
+    for name, got, want in case.paired(case.below(f"{run}after."), split_by_task(model, dict(model.named_buffers()))):
         yield case.measure("after", f"after {name}", got, want)
 
 
@@ -95,7 +101,7 @@ def gradient_norms(case: Case) -> Iterator[Measure]:
     norms, step = case.table("norms"), forward(case)
     step.loss.backward()
     dead = dead_keys(norms)
-    got = {name: parameter.grad.norm().item() for name, parameter in step.model.named_parameters()}
+    got = {name: grad.norm().item() for name, grad in gradients_by_task(step.model).items()}
     want = case.system.convert({key: norm for key, norm in norms.items() if norm is not None and key not in dead},
                                case.tasks)
     yield Measure("parameters only here or only there", len(got.keys() ^ want.keys()))

@@ -6,7 +6,7 @@ recorded a quantity, the one in the arithmetic asked for is compared.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -86,17 +86,28 @@ def _as_stored(got: Tensor, want: Tensor) -> Tensor:
     return got
 
 
+def _of_task(module: str) -> Callable[..., Tensor]:
+    """The part of one task, of a decoder's module whose maps are (T, B, H, W, C)."""
+    return lambda case, seen, stage, task: seen["decoder." + module.format(stage)][case.tasks.index(task)]
+
+
+def _common(case: Case, seen: Mapping[str, Tensor], stage: str) -> Tensor:
+    """MTMamba's common branch is one of T = 1, MTMamba++'s a map."""
+    got = seen[f"decoder.ctm.{stage}.shared"]
+    return got[0] if got.ndim == 5 else got
+
+
 PLACES = (
     (r"bb\.patch_embed", "encoder.patch_embed"),
     (r"bb\.stages\.(\d)\.blocks\.(\d+)", r"encoder.layers.\1.blocks.\2"),
     (r"bb\.stages\.(\d)\.downsample", lambda case, seen, stage: seen[f"encoder.layers.{int(stage) + 1}.downsample"]),
-    (r"dec\.(\d)\.ctm\.shared", r"decoder.ctm.\1.shared"),
-    (r"dec\.(\d)\.ctm\.op\.(\w+)", r"decoder.ctm.\1.ss2d.\2"),
-    (r"dec\.(\d)\.(\w+)\.expand", r"decoder.stm.\1.expand.\2"),
-    (r"dec\.(\d)\.(\w+)\.reduce", r"decoder.stm.\1.fuse.\2"),
-    (r"dec\.(\d)\.(\w+)\.stm1", r"decoder.stm.\1.stm.\2.0"),
-    (r"dec\.(\d)\.(\w+)\.stm2", r"decoder.stm.\1.stm.\2.1"),
-    (r"dec\.(\d)\.(\w+)\.ctm", r"decoder.ctm.\1[\2]"),
+    (r"dec\.(\d)\.ctm\.shared", _common),
+    (r"dec\.(\d)\.ctm\.op\.(\w+)", _of_task("ctm.{}.ss2d")),
+    (r"dec\.(\d)\.(\w+)\.expand", _of_task("stm.{}.expand")),
+    (r"dec\.(\d)\.(\w+)\.reduce", _of_task("stm.{}.fuse")),
+    (r"dec\.(\d)\.(\w+)\.stm1", _of_task("stm.{}.stm.0")),
+    (r"dec\.(\d)\.(\w+)\.stm2", _of_task("stm.{}.stm.1")),
+    (r"dec\.(\d)\.(\w+)\.ctm", _of_task("ctm.{}")),
     (r"head\.(\w+)\.expand", r"heads.\1.proj<0"),
     (r"head\.(\w+)\.logits", r"heads.\1.proj"),
 )

@@ -1,0 +1,180 @@
+"""Layers of several tasks as one: the same as a layer per task, in values, gradients, initial weights and files."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from models.blocks.stacked import (
+    JoinLinear,
+    TaskDepthwise,
+    TaskDropPath,
+    TaskLayerNorm,
+    TaskLinear,
+    by_task,
+    split_by_task,
+)
+from scripts.kernel_count import SCAN, count_kernels
+from tests.conftest import TINY
+from tests.shared import ROOT
+from utils.engine.build import model_from_config
+from utils.engine.config import load_config
+
+TASKS = ("a", "b", "c")
+
+
+def randomised(layer):
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def alone(layer, state, task):
+    """One task's plain layer."""
+    layer.load_state_dict({key.removeprefix(f"{task}."): x for key, x in state.items() if key.startswith(f"{task}.")})
+    return layer
+
+
+@pytest.mark.parametrize("tasks", [TASKS, TASKS[:1]])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers(tasks, bias):
+    together = randomised(by_task(TaskLinear(len(tasks), 5, 7, bias), tasks).double())
+    feat = torch.randn(len(tasks), 2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    state = together.state_dict()
+    expected = torch.stack([alone(nn.Linear(5, 7, bias).double(), state, task)(x)
+                            for task, x in zip(tasks, feat, strict=True)])
+    torch.testing.assert_close(together(feat), expected, rtol=0, atol=1e-13)
+    grads = [torch.autograd.grad(out.sin().sum(), feat)[0] for out in (together(feat), expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-13)
+    common = feat[0].expand_as(feat)  # one map for all tasks, without copies
+    torch.testing.assert_close(together(common), together.of_common(feat[0]).movedim(-2, 0), rtol=0, atol=1e-13)
+
+
+def test_linear_layers_on_a_map_joined_with_a_common_one():
+    together = randomised(by_task(JoinLinear(3, 9, 7), TASKS).double())
+    own, common = torch.randn(3, 2, 4, 5, 6).double(), torch.randn(2, 4, 5, 3).double()
+    state, out = together.state_dict(), together(own, common)
+    for index, task in enumerate(TASKS):
+        expected = alone(nn.Linear(9, 7).double(), state, task)(torch.cat((own[index], common), dim=-1))
+        torch.testing.assert_close(out[index], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("tasks_last", [False, True])
+def test_norms(tasks_last):
+    together = randomised(by_task(TaskLayerNorm(3, 6, tasks_last), TASKS))
+    feat, axis = torch.randn(3, 2, 4, 5, 6), 3 if tasks_last else 0
+    out, state = together(feat.movedim(0, axis).contiguous()).movedim(axis, 0), together.state_dict()
+    for index, task in enumerate(TASKS):
+        torch.testing.assert_close(out[index], alone(nn.LayerNorm(6), state, task)(feat[index]))
+
+
+def test_depthwise_convolutions():
+    together = randomised(by_task(TaskDepthwise(3, 4), TASKS))
+    feat = torch.randn(3, 2, 5, 6, 4)
+    out, state = together(feat), together.state_dict()
+    for index, task in enumerate(TASKS):
+        plain = alone(nn.Conv2d(4, 4, 3, padding=1, groups=4), state, task)
+        expected = plain(feat[index].movedim(-1, 1)).movedim(1, -1)
+        torch.testing.assert_close(out[..., index, :], expected, rtol=1e-5, atol=1e-5)
+    assert out.is_contiguous()
+
+
+def test_a_branch_is_dropped_for_one_image_of_one_task_and_its_mean_is_kept():
+    torch.manual_seed(0)
+    drop, feat, branch = TaskDropPath(0.25).train(), torch.randn(4, 500, 2, 3), torch.ones(4, 500, 2, 3)
+    added = drop(feat, branch) - feat
+    kept = (added[..., 0, 0] > 0.5)
+    torch.testing.assert_close(added, (kept / 0.75)[..., None, None].expand_as(added))
+    for one, other in pairwise(kept):
+        assert 0.7 < one.float().mean() < 0.8 and not torch.equal(one, other)
+    assert torch.equal(drop.eval()(feat, branch), feat + branch)
+
+
+def test_every_task_starts_like_a_layer_of_its_own():
+    torch.manual_seed(0)
+    for together, plain in ((TaskLinear(50, 16, 32), nn.Linear(16, 32)),
+                            (TaskDepthwise(50, 32), nn.Conv2d(32, 32, 3, padding=1, groups=32))):
+        for found, own in zip(together.parameters(), plain.parameters(), strict=True):
+            limit = (16 if isinstance(plain, nn.Linear) else 9) ** -0.5
+            assert 0.95 * limit < found.abs().max() <= limit and own.abs().max() <= limit
+            assert found.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)
+            assert found.numel() == 50 * own.numel()
+
+
+def test_layers_run_in_mixed_precision():
+    """The norm in float32, products in bfloat16; maps of both kinds meet in the residual."""
+    layers = nn.ModuleList([TaskLayerNorm(3, 8), TaskLinear(3, 8, 8), TaskDropPath(0.5), JoinLinear(3, 16, 8)]).train()
+    feat = torch.randn(3, 2, 4, 4, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normed = layers[0](feat.bfloat16())
+        product = layers[1](normed)
+        summed = layers[2](feat, product)
+        joined = layers[3](summed, feat[0])
+    assert [x.dtype for x in (normed, product, summed, joined)] == [torch.float32, torch.bfloat16, torch.float32,
+                                                                     torch.bfloat16]
+    joined.float().sum().backward()
+    assert feat.grad.isfinite().all()
+
+
+# ------------------------------------------------------------ state dicts
+
+
+def nested():
+    block = nn.Sequential(TaskLinear(3, 4, 4), TaskLayerNorm(3, 4), nn.BatchNorm2d(12))
+    return nn.ModuleDict({"stage": by_task(randomised(block), TASKS), "common": nn.Linear(2, 2)})
+
+
+def test_files_have_keys_for_every_task_and_load_again():
+    model, other = nested(), nested()
+    state = model.state_dict()
+    assert set(state) >= {"stage.a.0.weight", "stage.c.1.bias", "stage.b.2.running_var", "common.weight"}
+    assert not any(key.startswith("stage.0") for key in state)
+    assert state["stage.b.0.weight"].shape == (4, 4) and state["stage.a.2.num_batches_tracked"].dim() == 0
+    other.load_state_dict(state)
+    copied = copy.deepcopy(nested())
+    copied.load_state_dict(state)
+    for found in (other, copied):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), found.parameters(), strict=True))
+    assert torch.equal(other["stage"][0].weight[4:8], state["stage.b.0.weight"])
+
+
+def test_an_incomplete_file_is_refused():
+    state = nested().state_dict()
+    del state["stage.b.0.weight"]
+    with pytest.raises(RuntimeError, match="(?s)Missing key.*stage.0.weight.*Unexpected key.*stage.a.0.weight"):
+        nested().load_state_dict(state)
+
+
+def test_gradients_by_the_keys_of_the_file():
+    model = nested()
+    tensors = split_by_task(model, dict(model.named_parameters()))
+    assert tensors.keys() == {key for key, value in model.state_dict().items() if key.split(".")[-1] in
+                              ("weight", "bias")}
+    assert torch.equal(tensors["stage.c.0.weight"], model["stage"][0].weight[8:])
+
+
+@pytest.mark.parametrize("name", ["bim", "mtmamba", "mtmamba_plus"])
+def test_one_task_alone(name):
+    """A stack of one; every parameter learns."""
+    others = ("depth", "normals", "edge")
+    config = load_config(f"configs/{name}_nyud.yml", [*TINY, "model_kwargs={d_state: 2}", *(
+        f"task_dictionary.include_{task}=false" for task in others)])
+    model = model_from_config(config)
+    out = model(torch.randn(1, 3, 64, 96)).final
+    assert list(out) == ["semseg"]
+    out["semseg"].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# ------------------------------------------------------------ what it saves
+
+
+@pytest.mark.parametrize(("name", "most", "scans"), [
+    ("bim_nyud", 330, 24), ("mtmamba_nyud", 260, 12), ("mtmamba_plus_nyud", 250, 9)])
+def test_kernels_of_a_forward_pass(name, most, scans):
+    """Of decoder and heads, at full size; a module per task would dispatch three times as many."""
+    kernels = count_kernels(load_config(ROOT / "configs" / f"{name}.yml"))
+    assert kernels["decoder"].total() + kernels["heads"].total() <= most
+    assert kernels["decoder"][SCAN] == scans
