@@ -114,7 +114,7 @@ class MultiTaskDataset:
         size = maps["image"].shape[:2]
         labels = {}
         for key, rules in self.labels.items():
-            self._check_geometry(key, name, size, np.shape(maps[key])[:2])
+            self.check_geometry(key, name, size, np.shape(maps[key])[:2])
             labels[key] = rules.fit(maps[key], size)
         output = self.spec.output_name.format(id=name, stem=self.paths("image", name)[0].stem)
         return {"image": maps["image"], **labels, "meta": {"name": output, "size": size}}
@@ -133,9 +133,14 @@ class MultiTaskDataset:
         read = (self.spec.image if key == "image" else self.spec.labels[key]).read
         return f"{key} {read}" if is_dataclass(read) else key
 
-    def _check_geometry(self, task: str, name: str, image: tuple[int, int], label: tuple[int, ...]) -> None:
-        """A label map shows what its image shows: equal sides, or the same aspect ratio to within a pixel of either."""
-        if len(label) != 2 or label in (image, (1, 1)) or self.labels[task].same_view(label, image):
+    def check_geometry(self, task: str, name: str, image: tuple[int, int], label: tuple[int, ...]) -> None:
+        """A label map shows what its image shows: equal sides, or the same aspect ratio to within a pixel of either.
+
+        1 x 1 pixels are the label of an image without any of the objects that the label is about.
+        """
+        nothing = self.spec.labels[task].informs is not None
+        fits = nothing if label == (1, 1) else len(label) != 2 or self.labels[task].same_view(label, image)
+        if fits or label == image:
             return
         turned = self.labels[task].same_view(label[::-1], image)
         advice = (" (one of them is turned by 90 degrees: does the photograph carry an EXIF orientation?)" if turned

@@ -30,6 +30,10 @@ class LabelRules(ABC):
         """Whether a label of this size can show what an image of that size shows."""
         return True
 
+    def doubts(self, label: Any) -> str:
+        """Why the label of a file may not be what it should be, in words; empty where nothing is strange."""
+        return ""
+
     @abstractmethod
     def resize(self, label: Any, size: tuple[int, int]) -> Any:
         """At another size, values as they are."""
@@ -132,6 +136,15 @@ class NormalsLabel(MapLabel):
     interp: str = "cubic"
     pad_value: float = 0.0
 
+    def doubts(self, label: np.ndarray) -> str:
+        length = np.linalg.norm(label, axis=-1)
+        directed = length[~(length < 0.1)]                 # near zero: no direction
+        off = ~(np.abs(directed - 1) < 0.1)
+        if directed.size == 0 or off.mean() <= 0.5:
+            return ""
+        return (f"{off.mean():.0%} of its vectors are not of unit length (mean length {directed.mean():.2f}): stored "
+                "in another encoding, or no normals?")
+
     def flip(self, label: np.ndarray) -> np.ndarray:
         mirrored = flip_map(label)
         np.negative(mirrored[..., 0], out=mirrored[..., 0])
@@ -139,6 +152,15 @@ class NormalsLabel(MapLabel):
 
     def mark_void(self, label: np.ndarray) -> np.ndarray:
         return _with_void(label, (label[..., 0] == 0) & (label[..., 1] == 0) & (label[..., 2] == 0))
+
+
+@dataclass(frozen=True)
+class EdgeLabel(MapLabel):
+    """Boundaries: 1 on them, 0 elsewhere."""
+
+    def doubts(self, label: np.ndarray) -> str:
+        share = float((label[label != VOID] >= 0.5).mean()) if (label != VOID).any() else 0.0
+        return f"{share:.0%} of its pixels are boundaries: is it inverted?" if share > 0.5 else ""
 
 
 @dataclass(frozen=True)

@@ -1,161 +1,173 @@
-"""Checks a data folder: python scripts/check_data.py --db_root DIR --dataset NYUD [--split train] [--limit N]
+"""Checks data folders: python scripts/check_data.py ROOT [--dataset NYUD] [--split train] [--sheet sheet.png]
 
-Reads every file of the chosen splits with the training loaders and reports counts, sizes, value ranges and the share
-of void per task, plus what the papers leave open (how wide boundary lines are, whether depth has holes, whether
-normals have unit length). Ends with exit status 1 and a list if anything is missing, unreadable or out of range.
+ROOT holds NYUDv2/, PASCALContext/ or cityscapes/, or is one of them, or has a dataset.yml (docs/own_data.md). Every
+file of every split is read with the training loaders. The report says which known copy of a data set this is, what is
+missing, unreadable, of another kind, range or geometry than it should be, listed twice or in both splits, and describes
+every map: sizes, values, void, classes, and what the papers leave open (how wide boundary lines are, whether depth has
+holes, whether normals have unit length). Exit status 1 if anything is wrong that a training would refuse. --sheet draws
+samples with their labels laid over them; --fix-list writes split lists of the sound images into another folder.
 """
 
+import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import tqdm
+
 from data.base import MultiTaskDataset
+from data.check import repeated, survey
 from data.datasets import DATASETS
-from data.labels import VOID, LabelRules
-from evaluation.boundary.thinning import thin
+from data.spec import DatasetSpec, find_folder
+from data.splits import SplitList, SplitRule
+from evaluation.boundary.pool import default_workers
 from scripts.command_line import Command
+from scripts.contact_sheet import contact_sheet
+from scripts.data_report import MapReport, look, recognise
+from utils.engine.data_choice import FILE, DataChoice
 from utils.engine.tasks import label_rules
 
 MAX_LISTED = 50
+ENCODINGS = ("utf-8-sig", "cp1252")
 
 
-@dataclass
-class MapReport:
-    """What is gathered about one kind of map ("image" or a task) of a split."""
+class Lenient(MultiTaskDataset):
+    """A data set that opens whatever is wrong with it, so that all of it can be listed."""
 
-    count: int = 0
-    low: float = np.inf
-    high: float = -np.inf
-    void: float = 0.0                                       # sum over images of the share of void pixels
-    empty: int = 0                                          # images that are void everywhere
-    sizes: Counter = field(default_factory=Counter)
-    resized: Counter = field(default_factory=Counter)       # folder -> labels whose size is not the image's
-    answers: list[tuple[float, ...]] = field(default_factory=list)
+    def check_files(self) -> None:
+        """Missing files are told with everything else."""
 
-    def add(self, label: np.ndarray, void: np.ndarray) -> None:
-        """`label` H x W x C as stored; `void` H x W bool."""
-        self.count += 1
-        self.sizes[label.shape[:2]] += 1
-        self.void += void.mean()
-        self.empty += bool(void.all())
-        if (values := label[~void]).size:
-            self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
+    def select_ids(self) -> list[str]:
+        return self.ids
 
 
-def edge_facts(label: np.ndarray) -> tuple[float, ...]:
-    """Share of values other than 0 and 1, share of edge pixels, share of these that thinning keeps."""
-    edge = label[..., 0] > 0
-    kept = thin(edge).sum() / edge.sum() if edge.any() else np.nan
-    return float(((label != 0) & (label != 1)).mean()), float(edge.mean()), float(kept)
+class SplitReport:
+    """One split: read, described, judged."""
 
-
-def normals_facts(label: np.ndarray) -> tuple[float, ...]:
-    """Share of vectors of zero length; of the others, the share whose length is off by more than 0.1."""
-    length = np.linalg.norm(label, axis=-1)
-    zero = length == 0
-    return float(zero.mean()), float((np.abs(length[~zero] - 1) > 0.1).mean()) if not zero.all() else np.nan
-
-
-# Questions that need more than a range: task -> (function of the stored label, sentence with their means).
-QUESTIONS: dict[str, tuple[Callable[[np.ndarray], tuple[float, ...]], str]] = {
-    "edge": (edge_facts, "values other than 0 and full: {:.2%}; edge pixels: {:.2%}; "
-                         "kept by thinning: {:.1%} (100% = lines one pixel wide, about 50% = two)"),
-    "normals": (normals_facts, "zero vectors: {:.2%}; other lengths off by more than 0.1: {:.2%}"),
-    "depth": (lambda label: (float((label == 0).mean()),), "zeros (no value): {:.3%}"),
-}
-
-
-def examine(dataset: MultiTaskDataset, name: str, reports: dict[str, MapReport]) -> list[str]:
-    """Reads all maps of one image into the reports; returns what is wrong."""
-    problems = []
-    image_size = None
-    for key, report in reports.items():
+    def __init__(self, spec: DatasetSpec, root: str, split: str, tasks: Sequence[str] | None, limit: int | None,
+                 workers: int):
+        self.split, self.problems, self.notes, self.digests, self.sound = split, [], [], {}, []
+        self.reports = {"image": MapReport()}
+        self.dataset: Lenient | None = None
         try:
-            label = dataset.read(key, name)
+            self.dataset = dataset = Lenient(spec, root, split, label_rules(tasks or spec.tasks))
         except (ValueError, OSError) as error:
-            problems.append(str(error))
-            continue
-        if key == "image":
-            image_size = label.shape[:2]
-            report.add(label, np.zeros(image_size, bool))
-            continue
-        report.add(label, (dataset.labels[key].mark_void(label) == VOID).all(axis=-1))
-        if image_size and label.shape[:2] not in (image_size, (1, 1)):     # 1 x 1: a map without objects
-            report.resized[dataset.paths(key, name)[0].parent.relative_to(dataset.folder).as_posix()] += 1
-        if key in QUESTIONS:
-            report.answers.append(QUESTIONS[key][0](label))
-    return problems
+            self.problems.append(str(error))
+            return
+        missing = dataset.missing_files()
+        self.problems += [f"missing: {path}" for path in missing]
+        self.reports |= {task: MapReport(spec.labels[task].classes) for task in dataset.labels}
+        absent = set(missing)
+        step = max(1, len(dataset.ids) // limit) if limit else 1
+        chosen = [name for name in dataset.ids[::step]
+                  if not any(path in absent for key in self.reports for path in dataset.paths(key, name))]
+        found = survey(dataset, chosen, workers, look)
+        for examined in tqdm(found, desc=split, total=len(chosen), leave=False, disable=not sys.stderr.isatty()):
+            self.problems += examined.problems
+            self.notes += examined.notes
+            self.digests[examined.name] = examined.digest
+            for key, facts in examined.seen.items():
+                self.reports[key].facts.append(facts)
+            if not examined.problems:
+                self.sound.append(examined.name)
+        print(f"{spec.name} {split}: {len(dataset.ids)} ids, {len(missing)} missing files, {len(chosen)} images "
+              f"examined in {dataset.folder}")
+        for key, report in self.reports.items():
+            print("\n".join(report.lines(key)))
 
 
-def describe(key: str, report: MapReport) -> str:
-    """The lines printed about one kind of map."""
-    if not report.count:
-        return f"  {key:12s} nothing readable"
-    sizes = ", ".join(f"{h} x {w}: {n}" for (h, w), n in report.sizes.most_common(3))
-    more = f" and {len(report.sizes) - 3} other sizes" if len(report.sizes) > 3 else ""
-    lines = [f"  {key:12s} {report.count} read; values {report.low:g}..{report.high:g}; void "
-             f"{report.void / report.count:.2%}, all void in {report.empty}; H x W {sizes}{more}"]
-    if report.resized:
-        folders = ", ".join(f"{folder}: {n}" for folder, n in report.resized.items())
-        lines.append(f"{'':15s}size differs from the image's (labels will be resized): {folders}")
-    if report.answers:
-        means = [np.nanmean(c) if np.isfinite(c).any() else np.nan for c in np.array(report.answers).T]
-        lines.append(f"{'':15s}{QUESTIONS[key][1].format(*means)}")
-    return "\n".join(lines)
-
-
-def check_split(name: str, db_root: str, split: str, labels: Mapping[str, LabelRules], limit: int | None) -> list[str]:
-    """Prints the report of one split; returns its problems."""
-    # The data set without its own start-up checks, so that everything wrong can be listed at once.
-    lenient = {"check_files": lambda self: None, "select_ids": lambda self: self.ids}
-    try:
-        dataset = type("Lenient", (MultiTaskDataset,), lenient)(DATASETS.load(name), db_root, split, labels)
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    missing = dataset.missing_files()
-    problems = [f"missing: {path}" for path in missing]
-    if double := len(dataset.ids) - len(set(dataset.ids)):
-        problems.append(f"split {split!r} lists {double} id(s) more than once")
-    reports = {key: MapReport() for key in ("image", *dataset.labels)}
-    step = max(1, len(dataset.ids) // limit) if limit else 1
-    chosen = [image_id for image_id in dataset.ids[::step]
-              if all(path.is_file() for key in reports for path in dataset.paths(key, image_id))]
-    for image_id in tqdm(chosen, desc=split, leave=False, disable=not sys.stderr.isatty()):
-        problems += examine(dataset, image_id, reports)
-    print(f"{name} {split}: {len(dataset.ids)} ids, {len(missing)} missing files, {len(chosen)} images "
-          f"examined in {dataset.folder}")
-    for key, report in reports.items():
-        print(describe(key, report))
-    return problems
-
-
-def check(db_root: str, dataset: str, split: str | None, tasks: list[str] | None, limit: int | None) -> int:
-    """0 if all is well, 1 with a list of problems otherwise."""
-    spec = DATASETS.load(dataset)
-    labels = label_rules(tasks or spec.labels)
-    problems = list(dict.fromkeys(problem for name in ([split] if split else spec.splits)
-                                  for problem in check_split(dataset, db_root, name, labels, limit)))
-    more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-    if problems:
-        print(f"{len(problems)} problem(s):", *problems[:MAX_LISTED], *more, sep="\n  ")
-    else:
+def check(root: Path, dataset: str | None, split: str | None, tasks: list[str] | None, limit: int | None, workers: int,
+          sheet: Path | None, fix_list: Path | None) -> int:
+    """0 if a training would take all data sets that were found, 1 with a list of problems otherwise."""
+    problems, notes, opened = [], [], []
+    for spec in found_specs(root, dataset):
+        reports = [SplitReport(spec, str(root), name, tasks, limit, workers) for name in ([split] if split else
+                                                                                          spec.splits)]
+        sizes = {facts.size for report in reports for facts in report.reports["image"].facts}
+        numbers = {report.split: len(report.dataset.ids) for report in reports if report.dataset}
+        if not (split or limit) and numbers:
+            print(f"{spec.name}: {recognise(spec, numbers, sizes)}")
+        leaks, twins = repeated({report.split: report.digests for report in reports})
+        problems += [problem for report in reports for problem in report.problems] + leaks
+        notes += [note for report in reports for note in report.notes] + twins
+        opened += [report.dataset for report in reports if report.dataset]
+        for report in reports if fix_list else ():
+            write_list(report, spec.splits[report.split], root, spec, fix_list)
+    problems, notes = list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
+    for title, lines in (("note(s), which do no harm", notes), ("problem(s)", problems)):
+        if lines:
+            more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+            print(f"{len(lines)} {title}:", *lines[:MAX_LISTED], *more, sep="\n  ")
+    if not problems:
         print("no problems found")
+    if sheet is not None:
+        print(f"{contact_sheet(opened, sheet, rows=4)} samples with their labels: {sheet}")
     return 1 if problems else 0
 
 
+def found_specs(root: Path, dataset: str | None) -> list[DatasetSpec]:
+    """The data sets whose folders are there, or the named one."""
+    if dataset:
+        return [DATASETS.load(dataset)]
+    specs = []
+    if (root / FILE).is_file():
+        specs.append(DataChoice.from_yaml({"folder": str(root)}, "ROOT", lambda key: str(root / FILE)).spec)
+    for spec in map(DATASETS.load, DATASETS):
+        try:
+            find_folder(root, spec)
+        except FileNotFoundError:
+            continue
+        specs.append(spec)
+    if not specs:
+        folders = ", ".join(f"{spec.folder}/" for spec in map(DATASETS.load, DATASETS))
+        raise FileNotFoundError(f"{root} holds none of {folders}, and no {FILE}; README, \"Data\", says where to get "
+                                "them")
+    return specs
+
+
+def write_list(report: SplitReport, rule: SplitRule, root: Path, spec: DatasetSpec, target: Path) -> None:
+    """The sound images of a split, one id per line, in their order, as UTF-8; never over a list that is there."""
+    if not isinstance(rule, SplitList):
+        print(f"--fix-list: split {report.split!r} of {spec.name} is no list, its images are found by name")
+        return
+    path = target / Path(spec.folder).name / rule.file
+    if path.exists():
+        raise FileExistsError(f"{path} exists and is left alone; give --fix-list another folder")
+    names = report.sound
+    if report.dataset is None:                             # the list itself cannot be read: what can be saved of it
+        names = repaired_ids(find_folder(root, spec) / rule.file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    checked = "sound" if report.dataset else "repaired, run this check with it again"
+    print(f"{path}: {len(names)} ids, {checked}")
+
+
+def repaired_ids(path: Path) -> list[str]:
+    """Ids of a list in another encoding, with invisible characters, repeated lines, or more columns (the first)."""
+    content = path.read_bytes()
+    for encoding in ("utf-16",) if content.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
+        try:
+            text = content.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            continue
+    else:
+        raise ValueError(f"{path} is no text in any of {', '.join(ENCODINGS)}")
+    lines = ("".join(c for c in line if c.isprintable()).split() for line in re.split(r"\r\n|\r|\n", text))
+    return list(dict.fromkeys(columns[0] for columns in lines if columns and ".." not in columns[0].split("/")))
+
+
 main = Command(__doc__, check, {
-    "--db_root": dict(required=True, help="holds NYUDv2/, PASCALContext/ or cityscapes/"),
-    "--dataset": dict(required=True, choices=list(DATASETS)),
+    "root": dict(type=Path, help="holds NYUDv2/, PASCALContext/ or cityscapes/, or is one of them, or a dataset.yml"),
+    "--dataset": dict(choices=list(DATASETS), help="default: all that are there"),
     "--split": dict(help="default: all splits"),
     "--tasks": dict(nargs="+", help="default: all tasks of the data set"),
     "--limit": dict(type=int, help="examine about this many images per split, evenly spaced"),
+    "--workers": dict(type=int, default=default_workers(), help="processes"),
+    "--sheet": dict(type=Path, metavar="PNG", help="write a picture of random samples with their labels"),
+    "--fix-list": dict(type=Path, metavar="DIR", help="write split lists of the sound images into this folder"),
 })
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def example_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def what_the_data_check_remembers(tmp_path_factory) -> None:
+    """Lies with the other files of the tests."""
+    os.environ["DATA_CHECK_CACHE"] = str(tmp_path_factory.mktemp("known"))
+
+
 @pytest.fixture
 def tiny(example_root, tmp_path) -> list[str]:
     """`key=value` arguments of a tiny run on the example data, writing into this test's folder."""

@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from data.labels import MapLabel
 from data.loader import EvalSampler, TrainBatchSampler, build_eval_loader, build_train_loader
 from data.transforms import build_transform, fixed_transform
 from evaluation.boundary.thinning import thin
-from scripts import check_data
 from tests.shared import golden, real_data
 from utils.engine.tasks import TASKS, label_rules
 from utils.files import read_depth, read_rgb
@@ -363,25 +361,3 @@ def test_eval_loader_covers_the_split_with_original_sizes(nyud):
     assert [len(batch["meta"]) for batch in batches] == [2, 2, 1]
     assert [m["name"] for batch in batches for m in batch["meta"]] == dataset.ids
     assert all(m["size"] == (20, 24) for batch in batches for m in batch["meta"])
-
-
-# scripts/check_data.py -------------------------------------------------------------------------------------
-
-def test_check_data_reports_a_good_folder(nyud, capsys):
-    assert check_data.main(["--db_root", str(nyud.parent), "--dataset", "NYUD"]) == 0
-    printed = capsys.readouterr().out
-    assert "NYUD train: 6 ids, 0 missing files, 6 images examined" in printed
-    assert "NYUD val: 5 ids" in printed and "no problems found" in printed
-    assert re.search(r"depth +6 read; values 1\.\d+\.\.4\.9\d+; void 0\.00%", printed)
-
-
-def test_check_data_lists_everything_that_is_wrong(nyud, capsys):
-    (nyud / "edge" / "0001.png").unlink()
-    halve(nyud / "images" / "0002.png")
-    write_values(nyud / "segmentation" / "0003.png", np.full((20, 24), 77, np.uint8))
-    assert check_data.main(["--db_root", str(nyud.parent), "--dataset", "NYUD", "--split", "train"]) == 1
-    printed = capsys.readouterr().out
-    assert "3 problem(s):" in printed and "5 images examined" in printed
-    assert re.search(r"missing: .*edge/0001\.png", printed)
-    assert re.search(r"cannot read .*images/0002\.png", printed)
-    assert re.search(r"0003\.png: label value\(s\) 77 out of range", printed)

@@ -25,14 +25,34 @@ def _decode(path: Path, apply_exif: bool = False, as_stored: bool = False) -> tu
     """
     try:
         with Image.open(path) as image:
+            if as_stored and (reason := _blurs(image)):
+                raise ValueError(reason)
             step = _spread(image) if as_stored else 1
             image.load()
             picture = ImageOps.exif_transpose(image) if apply_exif else image
             return np.asarray(picture) // step if step > 1 else np.asarray(picture), picture.mode
     except FileNotFoundError:
         raise FileNotFoundError(f"file not found: {path}") from None
-    except (OSError, SyntaxError, ValueError) as error:     # Pillow reports a broken PNG as a SyntaxError
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # SyntaxError: a broken PNG
         raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a picture") from error
+
+
+def _blurs(image: Image.Image) -> str:
+    """Why an opened picture cannot hold class indices, or nothing."""
+    if image.format in ("JPEG", "MPO"):
+        return "class indices stored as JPEG are not those that were saved: its compression mixes neighbours"
+    frames = getattr(image, "n_frames", 1)
+    return f"it holds {frames} pictures, a label is one" if frames > 1 else ""
+
+
+def exif_orientation(path: Path) -> int:
+    """The EXIF orientation of a picture, 1 (upright) to 8; 1 where there is none. From 5 on width and height change."""
+    try:
+        with Image.open(path) as image:
+            turn = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError):             # a tag block that is none
+        return 1
+    return turn if turn in range(1, 9) else 1
 
 
 def _spread(image: Image.Image) -> int:
@@ -167,19 +187,20 @@ def read_values(path: Path, variable: str = "", as_stored: bool = False) -> np.n
 
 def check_orientation(path: Path) -> None:
     """ValueError for a photograph that asks to be turned before it is shown."""
-    try:
-        with Image.open(path) as image:
-            turn = image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError):
-        return                                                         # reading it will tell
-    if turn not in (0, 1):
+    if (turn := exif_orientation(path)) != 1:
         raise ValueError(f"{path} carries EXIF orientation {turn}: say whether its labels belong to the stored pixels "
                          "(exif: stored) or to the upright picture (exif: upright)")
 
 
 def read_table(path: Path, table: np.ndarray, channels: int = 1) -> np.ndarray:
-    """8-bit map with every value v replaced by `table[v]`: H x W x channels float32."""
-    values = cv2.LUT(read_uint8(path, channels), table)
+    """8-bit map with every value v replaced by `table[v]`: H x W x channels float32.
+
+    A map of one channel that holds 0 and 1 only was not stored as 0..255: a ValueError.
+    """
+    pixels = read_uint8(path, channels)
+    if channels == 1 and pixels.max() == 1 and pixels.mean() > 0.01:
+        raise ValueError(f"{path}: its values are 0 and 1, where 255 stands for 1; multiply them by 255")
+    values = cv2.LUT(pixels, table)
     return values if channels > 1 else values[..., None]               # (H, W) -> (H, W, 1)
 
 

@@ -10,12 +10,14 @@ TRAINING_KEYS = (
     "log_interval", "global_batch", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs",
     "grad_clip_param", "ema_decay",
     "pretrained", "pretrained_allow_missing", "activation_checkpointing", "find_unused_parameters", "tensorboard",
-    "eval_at_start", "boundary_eval", "out_dir", "resume")
+    "eval_at_start", "boundary_eval", "out_dir", "resume", "skip_data_check")
 FLAGS = {       # flag -> (run modes that read it, options of argparse's add_argument)
     "--trained_model": (("infer", "predict"), dict(type=Path, metavar="CKPT", help="checkpoint for infer and predict")),
     "--input": (("predict",), dict(type=Path, metavar="PATH", help="predict: an image, or a folder of images")),
     "--output": (("infer", "predict"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
                                                                            "checkpoint")),
+    "--skip_data_check": (("train",), dict(action="store_true", help="train: start without reading every file first; a "
+                                           "damaged one then ends the run when it is met")),
     "--resume": (("train",), dict(action="store_true", help="train: continue from the run's newest checkpoint")),
 }
 NEEDED = {"train": ("config_exp",), "infer": ("trained_model",), "predict": ("trained_model", "input")}
@@ -40,6 +42,8 @@ def parse_arguments(arguments: Sequence[str] | None, description: str | None) ->
     args = parser.parse_intermixed_args(arguments)
     if args.seed is not None:
         args.overrides.append(f"seed={args.seed}")
+    if args.skip_data_check:
+        args.overrides.append("skip_data_check=true")
     for name in NEEDED[args.run_mode]:
         if getattr(args, name) is None:
             parser.error(f"--run_mode {args.run_mode} needs --{name} (README, \"The commands of the field\")")

@@ -72,6 +72,7 @@ class Config:
     augmentation: Augmentation = field(default_factory=Augmentation)
     val_from_train: float = given(0.0, at_least=0, at_most=0.5)     # part of the training split to select by; 0: test
     data_cache: DataCache = field(default_factory=DataCache)
+    skip_data_check: bool = False                # start without reading every file first (`utils.engine.data_check`)
     # schedule
     max_iter: int = given(40000, at_least=1)
     epochs: int = given(999999, at_least=1)

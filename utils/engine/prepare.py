@@ -8,6 +8,7 @@ from utils import distributed
 from utils.engine.build import build_split
 from utils.engine.checkpoint import read_checkpoint
 from utils.engine.config import Config, save_config
+from utils.engine.data_check import require_sound
 from utils.engine.folder import RunFolder
 from utils.engine.manifest import BEST
 from utils.engine.results import check_reference
@@ -22,6 +23,8 @@ def prepare(config: Config, device: torch.device, resume: bool, folder: RunFolde
     """Builds data, model and optimizer, restores a checkpoint, and writes config.yaml. Nothing is written on error."""
     check_reference(config.single_task_scores)
     train_set, val_set = build_split(config, "train"), build_split(config, "selects")
+    if not config.skip_data_check:
+        require_sound({"train": train_set, val_set.split: val_set}, config.nworkers)
     path = folder.checkpoint(resume or config.resume == "auto")
     checkpoint = None if path is None else read_checkpoint(path)
     run = build_run(config, device, train_set, val_set, checkpoint)

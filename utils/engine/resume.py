@@ -47,7 +47,7 @@ RULES: Mapping[str, Rule] = {
              "boundary_eval boundary_infer boundary_kwargs"),
     **_rules("harmless", "the weights come from the checkpoint", "pretrained pretrained_allow_missing"),
     **_rules("harmless", "where things lie",
-             "out_dir version_name db_root resume train_db_name.folder val_db_name.folder data_cache"),
+             "out_dir version_name db_root resume train_db_name.folder val_db_name.folder data_cache skip_data_check"),
     **_rules("harmless", "how it is computed, up to rounding", "nworkers valBatch device compile "
              "activation_checkpointing channels_last scan_backend find_unused_parameters cuda_graph deterministic"),
     **_rules("harmless", "what is shown", "tensorboard progress eval_at_start single_task_scores"),

@@ -6,7 +6,7 @@ boundary loss always.
 
 import torch
 
-from data.labels import MapLabel
+from data.labels import EdgeLabel
 from evaluation.boundary.edge_loss import EdgeLossMeter
 from evaluation.boundary.edge_maps import save_edge_maps
 from evaluation.boundary.evaluator import BoundaryEvaluator
@@ -22,7 +22,7 @@ def _loss(context: TaskContext) -> BalancedBCELoss:
 
 EDGE = Task(
     num_channels=1,
-    label=MapLabel(),
+    label=EdgeLabel(),
     loss=_loss,
     decode=torch.sigmoid,
     evaluators=(BoundaryEvaluator, EdgeLossMeter),
