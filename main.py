@@ -25,6 +25,10 @@ def read_config(args: argparse.Namespace):
 def run(args: argparse.Namespace) -> None:
     """Imports what the mode needs once the experiment has been read: a mistake is told before PyTorch is loaded."""
     config = read_config(args)
+    if args.dry_run:
+        from utils.engine.dry_run import dry_run
+        dry_run(config)
+        return
     if args.run_mode == "train":
         from utils.engine.train import train
         train(config, args.resume)

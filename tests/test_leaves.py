@@ -1,44 +1,12 @@
-"""The small parts below everything: the check for finite numbers, arithmetic by name, batches on their way."""
+"""The small parts below everything: arithmetic by name, batches on their way."""
 
-import math
 
-import pytest
 import torch
 
 from utils.batches import batches_on, to_device
-from utils.finite import FiniteGuard
 from utils.precision import autocast, set_float32_arithmetic
 
 CPU = torch.device("cpu")
-
-
-NAMES = ["semseg", "depth"]
-
-
-def test_finite_numbers_pass():
-    guard = FiniteGuard(CPU)
-    guard.flush()
-    guard.check(1, NAMES, torch.tensor([[1.0, -2.0]]), torch.tensor(3.0))
-    guard.check(2, NAMES[:1], torch.tensor([[1.0]]), None)
-    guard.check(3, NAMES[:1], torch.tensor([[torch.finfo(torch.float32).max]]), torch.tensor(0.0))
-    guard.flush()
-
-
-@pytest.mark.parametrize(("passes", "norm", "words"), [
-    ([[math.nan, 1.0]], 1.0, "step 7: loss 'semseg' is nan; training stopped before"),
-    ([[0.0, 1.0], [0.0, -math.inf]], 1.0, "step 7: loss 'depth' is -inf; training"),
-    ([[0.0, 1.0]], math.inf, "step 7: gradient norm is inf; training"),
-    ([[0.0, math.inf]], math.nan, "step 7: loss 'depth' is inf, gradient norm is nan; training"),
-    ([[0.0, math.inf]], None, "step 7: loss 'depth' is inf; training")])
-def test_bad_numbers_stop_the_run_at_once_on_a_cpu(passes, norm, words):
-    guard = FiniteGuard(CPU)
-    with pytest.raises(FloatingPointError, match=words):
-        guard.check(7, NAMES, torch.tensor(passes), None if norm is None else torch.tensor(norm))
-    guard.flush()                                          # what was reported is not reported again
-
-
-def test_a_norm_of_any_precision_is_read():
-    FiniteGuard(CPU).check(1, NAMES, torch.ones(1, 2), torch.tensor(1.0, dtype=torch.float64))
 
 
 def test_autocast_by_name():

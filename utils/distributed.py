@@ -99,6 +99,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def true_everywhere(flag: Tensor) -> Tensor:
+    """Whether a 0-dim flag is true on all processes, the same on each; the host does not wait for it."""
+    if not dist.is_initialized():
+        return flag
+    lowest = flag.to(torch.float32)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    return lowest > 0
+
+
 def average_gradients(parameters: Iterable[Parameter]) -> None:
     """Replaces each gradient by its mean over all processes; every process holds the same parameters."""
     for parameter in parameters:

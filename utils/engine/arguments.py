@@ -10,6 +10,7 @@ TRAINING_KEYS = (
     "log_interval", "global_batch", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs",
     "grad_clip_param", "ema_decay",
     "pretrained", "pretrained_allow_missing", "activation_checkpointing", "find_unused_parameters", "tensorboard",
+    "val_from_train", "on_nonfinite", "nonfinite_limit", "watchdog",
     "eval_at_start", "boundary_eval", "out_dir", "resume", "skip_data_check")
 FLAGS = {       # flag -> (run modes that read it, options of argparse's add_argument)
     "--trained_model": (("infer", "predict"), dict(type=Path, metavar="CKPT", help="checkpoint for infer and predict")),
@@ -18,6 +19,7 @@ FLAGS = {       # flag -> (run modes that read it, options of argparse's add_arg
                                                                            "checkpoint")),
     "--skip_data_check": (("train",), dict(action="store_true", help="train: start without reading every file first; a "
                                            "damaged one then ends the run when it is met")),
+    "--dry_run": (("train",), dict(action="store_true", help="train: rehearse everything once and say what it needs")),
     "--resume": (("train",), dict(action="store_true", help="train: continue from the run's newest checkpoint")),
 }
 NEEDED = {"train": ("config_exp",), "infer": ("trained_model",), "predict": ("trained_model", "input")}

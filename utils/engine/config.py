@@ -89,6 +89,10 @@ class Config:
     grad_clip_param: GradClip = field(default_factory=GradClip)
     ema_decay: float = given(0.0, at_least=0, below=1)   # 0: no moving average
     seed: int = given(0, at_least=0)
+    # guards (docs/reliability.md)
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"   # at a loss or gradient that is not finite
+    nonfinite_limit: int = given(10, at_least=1)  # so many updates may be skipped or rolled back; one more stops
+    watchdog: float = given(20.0, at_least=0)     # stacks are written where an update takes so many times the median
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"

@@ -35,7 +35,8 @@ def prepare(config: Config, device: torch.device, resume: bool, folder: RunFolde
     has_best = folder.enter(path)
     _open(run)
     if path is not None:
-        logger.info("resumed at step %d from %s", run.step, path)
+        logger.info("resumed at step %d from %s%s", run.step, path,
+                    ": all updates have been made, nothing is left to train" if run.finished else "")
     elif resume:
         logger.warning("nothing to resume in %s (is version_name right?): starting at step 0", config.run_dir)
     if run.best > float("-inf") and not has_best:

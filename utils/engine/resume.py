@@ -42,7 +42,8 @@ RULES: Mapping[str, Rule] = {
              "trBatch global_batch"),
     **_rules("applied", "another decay; switching the average on or off is refused", "ema_decay"),
     **_rules("applied", "from the next update on", "max_iter epochs optimizer_kwargs scheduler scheduler_kwargs "
-             "loss_kwargs grad_clip_param augmentation intermediate_supervision precision task_dictionary.edge_w"),
+             "loss_kwargs grad_clip_param augmentation intermediate_supervision precision task_dictionary.edge_w "
+             "on_nonfinite nonfinite_limit watchdog"),
     **_rules("applied", "from the next time on", "val_interval checkpoint_interval save_interval log_interval "
              "boundary_eval boundary_infer boundary_kwargs"),
     **_rules("harmless", "the weights come from the checkpoint", "pretrained pretrained_allow_missing"),
@@ -84,6 +85,9 @@ def restore(run: Run, checkpoint: Mapping[str, Any], path: Path) -> None:
     run.step, run.best, run.metrics, run.rng = (checkpoint[key] for key in ("step", "best", "metrics", "rng"))
     run.scored = checkpoint.get("scored", run.step)
     run.sums = checkpoint.get("sums", [])
+    if run.step > run.total_steps:
+        raise ValueError(f"{path} holds step {run.step}, but the run ends after {run.total_steps} updates (max_iter, "
+                         "epochs): there is nothing to train; set max_iter higher")
 
 
 def changed_keys(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

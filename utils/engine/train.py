@@ -7,7 +7,6 @@ after every evaluation and at the end, `best.pt` whenever the evaluation is the 
 
 import logging
 import math
-import resource
 import time
 
 import torch
@@ -22,17 +21,20 @@ from utils.engine.build import evaluation_contexts
 from utils.engine.config import Config
 from utils.engine.evaluate import build_evaluators, evaluate, log_reports
 from utils.engine.folder import RunFolder
+from utils.engine.guard import Guard
 from utils.engine.keeper import Keeper
 from utils.engine.leaving import Departure
 from utils.engine.panel import batch_panel
 from utils.engine.prepare import prepare
 from utils.engine.results import format_table, save_results, selection_score, unscored
 from utils.engine.resume import restore_rng
+from utils.engine.rollback import roll_back
 from utils.engine.run import Run
 from utils.engine.schedules import SCHEDULES
 from utils.engine.update import build_update, tensors_of
-from utils.finite import FiniteGuard
+from utils.engine.watchdog import Watchdog
 from utils.logging import duration
+from utils.machine import in_words, peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -58,31 +60,36 @@ def _loop(run: Run, departure: Departure) -> dict:
     schedule = SCHEDULES.load(config.scheduler)(config.scheduler_kwargs, config.optimizer_kwargs.lr, config.max_iter)
     batches = BatchesAhead(batches_on(device, iter(run.train_loader)), run.accumulate)
     restore_rng(run)                                        # after the loader, which draws from the generators
-    guard, interval = FiniteGuard(device), _Interval(run)
+    interval = _Interval(run)
     update, make_update = build_update(run)
     keeper = Keeper(run, departure, interval.state, lambda: batches.failed)
+    guard = Guard(run, update, rollback=lambda: roll_back(run, keeper, make_update))
+    watchdog = Watchdog(config.run_dir / "stacks", config.watchdog)
     run.model.train()
-    with keeper.watching(), tqdm(total=run.total_steps, initial=run.step, unit="it", leave=False,
-                                 disable=None if distributed.is_main() and config.progress else True) as bar:
+    with keeper.watching(), watchdog, tqdm(total=run.total_steps, initial=run.step, unit="it", leave=False,
+                                           disable=None if distributed.is_main() and config.progress else True) as bar:
         while run.evaluation_due or not run.finished:
             if run.evaluation_due:                          # also one that an interruption left open
                 interval.restart()                          # before: of checkpoints; after: of the time
-                run_evaluation(run, keeper)
+                with watchdog.resting():
+                    run_evaluation(run, keeper)
                 interval.restart()
                 continue
             of_update = batches.take(last=run.step + 1 == run.total_steps)
             keeper.begin_update()
             lr = schedule(run.step)
             update.set_lr(lr)
-            losses, grad_norm = make_update([tensors_of(batch, config) for batch in of_update])
-            interval.add(update.loss_names, losses)
-            guard.check(run.step + 1, update.loss_names, losses, None if run.scaler.is_enabled() else grad_norm)
+            outcome = make_update([tensors_of(batch, config) for batch in of_update])
+            interval.add(update.loss_names, outcome.losses)
+            guard.check(outcome, [image["name"] for batch in of_update for image in batch["meta"]])
+            watchdog.beat()
             run.step += 1
             bar.update()
             if run.step % config.log_interval == 0 or run.step == run.total_steps:
-                interval.log(lr, grad_norm)
+                interval.log(lr, outcome.grad_norm)
             keeper.end_update(settle=guard.flush)
         keeper.finish()
+        guard.finish()
     return run.metrics or {}
 
 
@@ -133,20 +140,20 @@ class _Interval:
 
     def restart(self) -> None:
         """Forgets everything (also the time, so that an evaluation does not count as training time)."""
-        self.sums: Tensor | None = None
+        self.sums: Tensor | None = None         # of each loss, and the number of passes
         self.names: list[str] = []
-        self.passes, self.first_step, self.start = 0, self.run.step, time.perf_counter()
+        self.first_step, self.start = self.run.step, time.perf_counter()
 
     def add(self, names: list[str], losses: Tensor) -> None:
-        """Adds the losses (passes, names) of one update."""
-        values = losses.sum(dim=0)
+        """Adds the losses (passes, names) of one update, unless one of them is not finite."""
+        values = torch.cat((losses.sum(dim=0), torch.full_like(losses[0, :1], len(losses))))
+        values = torch.where(losses.isfinite().all(), values, 0.0)
         self.sums = values if self.sums is None else self.sums + values
         self.names = names
-        self.passes += len(losses)
 
     def state(self) -> dict:
         """For a checkpoint: what the next log line has summed up so far on this process."""
-        return {"sums": self.sums, "names": list(self.names), "passes": self.passes}
+        return {"sums": self.sums, "names": list(self.names)}
 
     def _restore(self, of_ranks: list[dict]) -> None:
         """What this process had; the mean of all where there were more or fewer of them."""
@@ -154,28 +161,22 @@ class _Interval:
             return
         same = len(of_ranks) == distributed.world_size()
         own = of_ranks[distributed.rank()] if same else of_ranks[0]
-        self.names, self.passes = own["names"], own["passes"]
+        self.names = own["names"]
         sums = own["sums"] if same else torch.stack([one["sums"] for one in of_ranks]).mean(dim=0)
         self.sums = sums.to(self.run.device)
 
     def log(self, lr: float, grad_norm: Tensor) -> None:
         """Prints and records the means since the last call."""
         run, config = self.run, self.run.config
-        means = dict(zip(self.names, distributed.mean_over_ranks(self.sums / self.passes).tolist(), strict=True))
+        sums = distributed.mean_over_ranks(self.sums)
+        means = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
         rate = (run.step - self.first_step) / (time.perf_counter() - self.start)
         images = rate * config.trBatch * distributed.world_size() * run.accumulate
         parts = " ".join(f"{name} {value:.3g}" for name, value in means.items() if name != "total")
         logger.info("step %d/%d  loss %.4g (%s)  lr %.2e  grad %.3g  %.3g it/s  %.3g img/s  mem %s  eta %s", run.step,
-                 run.total_steps, means["total"], parts, lr, grad_norm.item(), rate, images, _memory(run.device),
-                 duration((run.total_steps - run.step) / rate))
+                 run.total_steps, means["total"], parts, lr, grad_norm.item(), rate, images,
+                 in_words(peak_memory(run.device)), duration((run.total_steps - run.step) / rate))
         run.writer.scalars("train", run.step, {**{f"loss/{k}": v for k, v in means.items()}, "lr": lr,
                                                "grad_norm": grad_norm.item(), "images_per_s": images})
         self.restart()
 
-
-
-
-def _memory(device: torch.device) -> str:
-    peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return f"{peak / 2**30:.1f}G"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from losses.multi_task import MultiTaskLoss
 from utils import distributed
@@ -30,6 +30,8 @@ class Outcome(NamedTuple):
 
     losses: Tensor       # (passes, names), float32
     grad_norm: Tensor    # 0-dim, before clipping
+    grad_norms: Tensor   # (parameters that have a gradient,), of each, before clipping
+    sound: Tensor        # 0-dim, whether all of it is finite on every process: only then the weights have changed
 
 
 class Trained(Protocol):
@@ -57,6 +59,7 @@ class Update:
         self.run, self.optimizer = run, run.optimizer
         self.parameters = list(run.model.parameters())
         self.loss_names: list[str] = []
+        self.grad_names: list[str] = []             # of the model's parameters that have a gradient
         self.lr: Tensor | None = None               # where updates are recorded, its place on the device
 
     def set_lr(self, lr: float) -> None:
@@ -73,11 +76,12 @@ class Update:
         losses = torch.stack([self._backward(batch, last=batch is batches[-1]) for batch in batches])
         distributed.average_gradients(run.criterion.parameters())         # the model's are averaged by DDP
         run.scaler.unscale_(self.optimizer)
-        grad_norm = self._clip()
-        self._step(losses, grad_norm)
+        grad_norm, grad_norms = self._clip()
+        sound = distributed.true_everywhere(torch.isfinite(losses).all() & torch.isfinite(grad_norm))
+        self._step(sound)
         if run.ema is not None:
             run.ema.update_parameters(run.model)
-        return Outcome(losses, grad_norm)
+        return Outcome(losses, grad_norm, grad_norms, sound)
 
     def _backward(self, batch: Mapping[str, Any], last: bool) -> Tensor:
         """Adds the gradients of one batch; returns its losses (names,)."""
@@ -94,23 +98,24 @@ class Update:
         self.loss_names = list(losses)
         return torch.stack([loss.detach().float() for loss in losses.values()])
 
-    def _clip(self) -> Tensor:
-        """Norm of the model's gradients, which are scaled down to the largest one allowed."""
+    def _clip(self) -> tuple[Tensor, Tensor]:
+        """Norm of the model's gradients, which are scaled down to the largest one allowed, and of each of them."""
         limit = self.run.config.grad_clip_param
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(grads, limit.norm_type)
+        named = {name: p.grad for name, p in self.run.model.named_parameters() if p.grad is not None}
+        self.grad_names = list(named)
+        norms = torch.stack(torch._foreach_norm(list(named.values()), limit.norm_type))
+        norm = torch.linalg.vector_norm(norms, limit.norm_type)
         if limit.max_norm != float("inf"):
             clip_grads_with_norm_(self.parameters, limit.max_norm, norm)
-        return norm
+        return norm, norms
 
-    def _step(self, losses: Tensor, grad_norm: Tensor) -> None:
+    def _step(self, sound: Tensor) -> None:
         scaler, optimizer = self.run.scaler, self.optimizer
         with self._lr_on_device():
             if scaler.is_enabled():
                 scaler.step(optimizer)
                 scaler.update()
                 return
-            sound = torch.isfinite(losses).all() & torch.isfinite(grad_norm)
             if can_skip(optimizer):
                 optimizer.found_inf = (~sound).float()
                 optimizer.step()
