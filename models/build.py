@@ -1,10 +1,12 @@
 """From names and options to a model, and the check that its parts fit together."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.func import functional_call
 
 from models.backbones import BACKBONES, PROMPTED
 from models.decoder import BuildContext
@@ -46,18 +48,20 @@ def build_model(model: str, backbone: str, tasks: Mapping[str, int], image_size:
     if any(side % multiple for side in image_size):
         raise ValueError(f"image_size {tuple(image_size)} must be multiples of {multiple} for model '{model}' "
                          f"on backbone '{backbone}'")
+    if decoder.unread_maps:
+        _freeze_unread(nn.Sequential(encoder, between), image_size, decoder.unread_maps)
     heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
     return MultiTaskModel(encoder, between, decoder, heads, config.label_size or label_size)
 
 
 def build_backbone(name: str, image_size: tuple[int, int], options: Mapping[str, Any] | Options | None = None,
                    wanted: Mapping[str, Any] | None = None) -> nn.Module:
-    """Builds a backbone with random weights (pretrained ones: `utils.engine.checkpoint.load_pretrained`).
+    """Builds a backbone with random weights (pretrained ones: `utils.engine.pretrained.load_pretrained`).
 
     `options` stand above the sizes of the name's row in BACKBONES. `wanted` is what a decoder would like
     (`Decoder.backbone_options`): it fills options that are None, and its entry `prompting` asks for the variant with
-    task prompts inside. The result also knows where its ImageNet weights are, as `pretrained_tag` and
-    `pretrained_file`. ValueError: an unknown name or option, a value that is missing or does not fit.
+    task prompts inside. The result also knows where its ImageNet weights are: `pretrained_tag`, `pretrained_file` and
+    `pretrained_package`, as in its row. ValueError: an unknown name or option, a value that is missing or does not fit.
     """
     config, wanted = _options(BACKBONES, name, options, "backbone_kwargs."), wanted or {}
     unset = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None}
@@ -70,8 +74,24 @@ def build_backbone(name: str, image_size: tuple[int, int], options: Mapping[str,
     else:
         able = ", ".join(key for key, other in BACKBONES.items() if other.target in PROMPTED)
         raise ValueError(f"backbone '{name}' cannot carry task prompts inside its blocks; those that can: {able}")
-    backbone.pretrained_tag, backbone.pretrained_file = entry.pretrained_tag, entry.pretrained_file
+    for name in ("pretrained_tag", "pretrained_file", "pretrained_package"):
+        setattr(backbone, name, getattr(entry, name))
     return backbone
+
+
+def _freeze_unread(maker: nn.Module, image_size: tuple[int, int], unread: Sequence[int]) -> None:
+    """Freezes the layers of backbone and neck on which no map depends but those of which the decoder makes nothing.
+
+    They would wait for a gradient in vain, and several processes for each other. A pass on the meta device finds them.
+    """
+    parameters = dict(maker.named_parameters())
+    shapes = {name: torch.empty_like(value, device="meta", requires_grad=name in parameters)
+              for name, value in (*parameters.items(), *maker.named_buffers())}
+    maps = functional_call(maker, shapes, torch.empty(2, 3, *image_size, device="meta"))
+    read = sum(feat.sum() for index, feat in enumerate(maps) if index not in unread)
+    gradients = torch.autograd.grad(read, [shapes[name] for name in parameters], allow_unused=True)
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def _options(table: Table, name: str, given: Mapping[str, Any] | Options | None, prefix: str) -> Any:

@@ -30,11 +30,13 @@ class BuildContext:
             raise ValueError("a decoder needs one or more tasks, got none")
         self.require_maps(self.channels, "one or more maps")
 
-    def require_maps(self, condition: object, needed: str) -> None:
-        """ValueError that says which maps are needed and which there are, unless the condition holds."""
+    def require_maps(self, condition: object, needed: str, neck: str = "") -> None:
+        """ValueError that says which maps are needed and which there are, unless the condition holds.
+
+        neck: the name of the neck that makes such maps out of others, if there is one.
+        """
         if not condition:
-            plain_vit = len(self.strides) == 4 and len(set(self.strides)) == 1
-            hint = "; `neck: pyramid` makes the four maps of a pyramid out of them" if plain_vit else ""
+            hint = f"; `neck: {neck}` with `neck_kwargs: {{embed_dim: WIDTH}}` makes them out of others" if neck else ""
             raise ValueError(f"the decoder needs {needed}; got widths {self.channels} and strides "
                              f"{self.strides}{hint}")
 
@@ -66,6 +68,7 @@ class Decoder(nn.Module):
     needs_labels: ClassVar[bool] = False  # whether forward(feats, labels) takes the labels, None but in training
     recomputed: ClassVar[Sequence[type[nn.Module] | str]] = ()  # see `models.blocks.recompute`
     input_multiple: int | None = None  # of the image's sides; None: the stride of the coarsest map
+    unread_maps: ClassVar[Sequence[int]] = ()  # of those it is given, counted from the finest
     logit_std: ClassVar[float | None] = None  # of the usual head's initial weights, beside zero biases; None: PyTorch's
 
     @classmethod

@@ -14,17 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.backbones import BACKBONES
 from scripts.command_line import Command
-from utils.engine.checkpoint import PRETRAINED_DIR, atomic_path, download_weights
+from utils.engine.checkpoint import atomic_path
+from utils.engine.pretrained import PRETRAINED_DIR, download_weights, with_tag
 
 
 def download(name: str, out_dir: Path) -> Path:
     """Saves the weights of a backbone name or timm tag under `out_dir`; returns the file, kept if there."""
-    entry = BACKBONES[BACKBONES.find(name)] if name in (*BACKBONES, *BACKBONES.aliases) else None
-    tag = entry.pretrained_tag if entry else name
-    if tag is None and entry.pretrained_file:
+    entry = BACKBONES[BACKBONES.find(name)] if name in (*BACKBONES, *BACKBONES.aliases) or ":" in name else None
+    tag = with_tag(entry.pretrained_tag or "") if entry else name
+    if not tag and entry.pretrained_file:
         home = BACKBONES.load(name).pretrained_home
         raise ValueError(f"fetch {entry.pretrained_file} from {home} and put it in {out_dir}")
-    if tag is None:
+    if not tag:
         raise ValueError(f"backbone '{name}' has no ImageNet weights: its sizes come from the configuration")
     path = out_dir / f"{tag}.safetensors"
     if path.is_file():

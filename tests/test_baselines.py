@@ -12,8 +12,8 @@ from models.build import build_backbone, build_model
 from scripts.delta_m import main as delta_m
 from tests.shared import ROOT
 from utils.engine.build import build_split, model_from_config
-from utils.engine.checkpoint import load_pretrained
 from utils.engine.config import load_config
+from utils.engine.pretrained import load_pretrained
 from utils.engine.train import train
 
 BASELINES = ("fcn", "multi_scale")

@@ -15,8 +15,8 @@ from models.ops.dcnv3 import Kernel, dcnv3
 from scripts.check_parity import main as check_parity
 from scripts.download_pretrained import download
 from tests.shared import golden
-from utils.engine import checkpoint
-from utils.engine.checkpoint import load_pretrained
+from utils.engine import pretrained
+from utils.engine.pretrained import load_pretrained
 
 TINY = {"embed_dim": 8, "depths": (1, 2, 1, 1), "groups": (1, 2, 2, 4)}
 
@@ -228,7 +228,7 @@ def test_files_of_another_model_are_refused(tmp_path):
 
 
 def test_true_means_the_authors_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PRETRAINED_DIR", tmp_path)
+    monkeypatch.setattr(pretrained, "PRETRAINED_DIR", tmp_path)
     backbone, original = tiny(), tiny(drop_path_rate=0.0)
     nn.init.normal_(original.levels[0].blocks[0].gamma1)
     backbone.pretrained_file = BACKBONES["internimage_b"].pretrained_file

@@ -67,7 +67,7 @@ def test_options_are_frozen_and_their_defaults_valid(folder, name):
     required = {"swin": SWIN, "vit": VIT, "hrnet": {"width": 4, "num_blocks": 1, "num_modules": [1, 1, 1],
                                                     "stem_blocks": 1},
                 "internimage": {"embed_dim": 8, "depths": [1, 1, 1, 1], "groups": [1, 1, 2, 2]},
-                "pyramid": {"embed_dim": 8}}
+                "pyramid": {"embed_dim": 8}, "one_stride": {"embed_dim": 8}}
     table = TABLES[folder]
     options = parse(table.options(name), required.get(name, table.defaults(name)))
     for field in dataclasses.fields(options):

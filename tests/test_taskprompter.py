@@ -21,8 +21,9 @@ from scripts.parity.compare import BUFFERS
 from tests.shared import ROOT, golden
 from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
-from utils.engine.checkpoint import convert_released, load_pretrained
+from utils.engine.checkpoint import convert_released
 from utils.engine.config import load_config
+from utils.engine.pretrained import load_pretrained
 from utils.engine.tasks import label_rules
 from utils.engine.train import train
 from utils.options import ConfigError, parse

@@ -10,7 +10,7 @@ import builtins
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,21 @@ class Table(dict):
     An entry with attributes `target` and `defaults` stands for what `target` names, with these options.
 
     `aliases` maps further spellings to names; upper and lower case make no difference.
+
+    `families` maps the first word of names such as "timm:resnet50" to a function, rest of the name -> entry, which
+    raises a ValueError for what it does not know. These names are no rows: the table does not list them.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, Any], aliases: Mapping[str, str] | None = None):
+    def __init__(self, kind: str, entries: Mapping[str, Any], aliases: Mapping[str, str] | None = None,
+                 families: Mapping[str, Callable[[str], Any]] | None = None):
         super().__init__(entries)
-        self.kind, self.aliases = kind, dict(aliases or {})
+        self.kind, self.aliases, self.families = kind, dict(aliases or {}), dict(families or {})
+
+    def __missing__(self, name: str) -> Any:
+        family, colon, rest = str(name).partition(":")
+        if not colon or family not in self.families:
+            raise KeyError(name)
+        return self.families[family](rest)
 
     def find(self, name: Any) -> str:
         """The entry's own name for any spelling of it; an unknown one is a ValueError with the nearest and all."""
@@ -41,8 +51,12 @@ class Table(dict):
         spellings = {key.lower(): key for key in self} | {key.lower(): own for key, own in self.aliases.items()}
         if name.lower() in spellings:
             return spellings[name.lower()]
+        if name.partition(":")[0] in self.families and ":" in name:
+            _ = self[name]                      # ValueError where the family does not know it
+            return name
         hint = nearest(name, [*self, *self.aliases])
         known = "" if hint.startswith("known") else f" known: {', '.join(self)}"
+        known += "".join(f", {family}:NAME" for family in self.families)
         raise ValueError(f"unknown {self.kind} {shown(name)}; {hint}{known}")
 
     def load(self, name: str) -> Any:

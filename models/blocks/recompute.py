@@ -31,8 +31,8 @@ def recompute_blocks(part: nn.Module) -> int:
 @functools.cache
 def _recomputed(original: Callable) -> Callable:
     """The method of a class, recomputed in training; one function for all objects, so that they compile alike."""
-    def recomputed(self, *args):
-        run = functools.partial(original, self)
+    def recomputed(self, *args, **kwargs):
+        run = functools.partial(original, self, **kwargs)
         if not (self.training and torch.is_grad_enabled()):
             return run(*args)
         norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]

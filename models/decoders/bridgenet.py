@@ -216,12 +216,12 @@ class BridgeStage(nn.Module):
 class BridgeNetDecoder(Decoder):
     """Four maps of a plain ViT or of a pyramid to one map per task, and preliminary predictions.
 
-    The order of the tasks is part of the model. A backbone with a layer of its own for the finest map (Swin's output
-    norm) has parameters without gradient: several processes then need `find_unused_parameters: true`.
+    The order of the tasks is part of the model. Nothing is made of the finest map.
     """
 
     Config = BridgeNetConfig
     recomputed = (BridgeStage,)
+    unread_maps = (0,)
     intermediate_weight = 0.5
 
     def __init__(self, context: BuildContext, config: BridgeNetConfig):
@@ -229,7 +229,7 @@ class BridgeNetDecoder(Decoder):
         tasks, strides = context.tasks, context.strides
         plain, doubling = (tuple(strides[0] * factor**level for level in range(4)) for factor in (1, 2))
         context.require_maps(strides in (plain, doubling),
-                             "four maps, of one stride as a plain ViT gives or of strides that double")
+                             "four maps, of one stride as a plain ViT gives or of strides that double", neck="pyramid")
         self.downsample = config.mtt_resolution_downsample_rate or (2 if strides == plain else 1)
         self.input_multiple = strides[3] * self.downsample
         self.refine_from = config.refine_from

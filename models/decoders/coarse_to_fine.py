@@ -26,7 +26,7 @@ class CoarseToFineDecoder(Decoder):
         super().__init__()
         widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(context.channels))
         context.require_maps(context.strides == STRIDES and widths_fit,
-                             "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e")
+                             "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e", neck="pyramid")
         self.tasks, self.channels = tuple(context.tasks), context.channels[0]
 
     def run_stage(self, index: int, feats: Tensor, skip: Tensor) -> Tensor:

@@ -144,17 +144,18 @@ class InvPTStage(nn.Module):
 class InvPTDecoder(Decoder):
     """Four maps of a plain ViT to one map per task at a quarter of its stride, and preliminary predictions.
 
-    The order of the tasks is part of the model.
+    The order of the tasks is part of the model. Nothing is made of the third map.
     """
 
     Config = InvPTConfig
     recomputed = (InvPTStage,)
+    unread_maps = (2,)
 
     def __init__(self, context: BuildContext, config: InvPTConfig):
         super().__init__()
         tasks, strides = context.tasks, context.strides
         context.require_maps(len(strides) == 4 and len(set(strides)) == 1 and len(set(context.channels)) == 1,
-                             "four maps of one stride and width, as a plain ViT gives")
+                             "four maps of one stride and width, as a plain ViT gives", neck="one_stride")
         width, embed, (coarse, middle, fine) = context.channels[0], config.embed_dim, config.widths
         self.channels, self.input_multiple = coarse, 4 * strides[0]
         self.downsample = config.mtt_resolution_downsample_rate
@@ -171,7 +172,7 @@ class InvPTDecoder(Decoder):
             nn.init.trunc_normal_(conv.weight, std=INIT_STD)
 
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
-        shallow, second, _, deep = feats  # nothing is made of the third tap
+        shallow, second, _, deep = feats
         height, width = (side // self.downsample for side in deep.shape[-2:])
         start = resize(deep, (height, width))
         maps, intermediate, message, outputs = {}, {}, None, []

@@ -231,7 +231,8 @@ class MLoREDecoder(Decoder):
     def __init__(self, context: BuildContext, config: MLoREConfig):
         super().__init__()
         tasks, widths, (stride, *others) = list(context.tasks), context.channels, context.strides
-        context.require_maps(all(other == stride for other in others), "maps of one stride, as a plain ViT gives")
+        context.require_maps(all(other == stride for other in others), "maps of one stride, as a plain ViT gives",
+                             neck="one_stride")
         self.channels = config.final_embed_dim
         self.weight, self.fold = config.load_balancing_weight, config.fold
         positions = math.prod(side // stride for side in context.image_size)

@@ -173,7 +173,8 @@ class TaskDiffusionDecoder(Decoder):
     def __init__(self, context: BuildContext, config: TaskDiffusionConfig):
         super().__init__()
         tasks, widths, (stride, *others) = dict(context.tasks), context.channels, context.strides
-        context.require_maps(all(other == stride for other in others), "maps of one stride, as a plain ViT gives")
+        context.require_maps(all(other == stride for other in others), "maps of one stride, as a plain ViT gives",
+                             neck="one_stride")
         channels, levels = config.final_embed_dim, len(widths)
         self.tasks, self.config = tuple(tasks), config
         self.codes = LabelCodes(tasks, channels, config.bit_scale, config.mask_void)

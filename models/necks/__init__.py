@@ -12,5 +12,6 @@ from utils.table import Table
 
 NECKS = Table("neck", {
     "none": "models.necks.none:NoNeck",
+    "one_stride": "models.necks.one_stride:OneStride",
     "pyramid": "models.necks.pyramid:SimplePyramid",
 })

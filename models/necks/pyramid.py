@@ -1,10 +1,11 @@
-"""Four-level pyramid from a plain ViT: decoders made for a pyramid like Swin's run on a ViT as well.
+"""Four-level pyramid from any maps: decoders made for a pyramid like Swin's run on every backbone.
 
-Our choice: the layers follow the simple feature pyramid of ViTDet (Li et al., ECCV 2022), but each level
-starts from its own tap (shallow tap -> fine level), because the multi-task ViTs of this code base deliver
-four depths. Widths double from level to level as in Swin, so a decoder cannot tell the two apart.
+Our choice: the layers follow the simple feature pyramid of ViTDet (Li et al., ECCV 2022), but each level starts from
+its own map where there are four of them (shallow tap of a plain ViT -> fine level), because the multi-task ViTs of this
+code base deliver four depths. Widths double from level to level as in Swin, so a decoder cannot tell the two apart.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from models.blocks.layers import ChannelLayerNorm
 from utils.options import Options
+
+STRIDES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -25,31 +28,55 @@ class PyramidConfig(Options):
 
 
 class SimplePyramid(nn.Module):
-    """Neck: four maps of one stride s (16) -> strides s/4, s/2, s, 2s with widths e, 2e, 4e, 8e.
+    """Neck: maps of any widths, with strides that are powers of two -> strides 4, 8, 16, 32, widths e, 2e, 4e, 8e.
 
-    Raises ValueError unless there are four input maps of one stride.
+    Of four maps each makes a level; otherwise a level is made of the map with the nearest stride (the finer of two).
     """
 
     Config = PyramidConfig
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], config: PyramidConfig):
         super().__init__()
-        if len(strides) != 4 or len(set(strides)) != 1 or strides[0] % 4:
-            raise ValueError("neck 'pyramid' needs four maps of one stride, a multiple of 4, as a plain ViT gives; "
-                             f"got strides {tuple(strides)}")
-        self.strides = tuple(strides[0] * 2**level // 4 for level in range(4))
-        c1, c2, c3, c4 = channels
+        require_powers_of_two("pyramid", strides)
+        self.strides = STRIDES
         self.channels = tuple(config.embed_dim * 2**level for level in range(4))
-        e1, e2, e4, e8 = self.channels
-        self.levels = nn.ModuleList([
-            nn.Sequential(
-                nn.ConvTranspose2d(c1, e2, 2, stride=2), ChannelLayerNorm(e2), nn.GELU(),
-                nn.ConvTranspose2d(e2, e1, 2, stride=2), ChannelLayerNorm(e1)),
-            nn.Sequential(nn.ConvTranspose2d(c2, e2, 2, stride=2), ChannelLayerNorm(e2)),
-            nn.Sequential(nn.Conv2d(c3, e4, 1), ChannelLayerNorm(e4)),
-            nn.Sequential(nn.Conv2d(c4, e8, 3, stride=2, padding=1), ChannelLayerNorm(e8)),
-        ])
+        self.sources = range(4) if len(strides) == 4 else [nearest_map(strides, stride) for stride in STRIDES]
+        self.levels = nn.ModuleList(
+            level_of(channels[source], self.channels[level], strides[source], STRIDES[level], config.embed_dim)
+            for level, source in enumerate(self.sources))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Four (B, C, H, W) -> (B, e, 4H, 4W), (B, 2e, 2H, 2W), (B, 4e, H, W), (B, 8e, H/2, W/2)."""
-        return [level(feature) for level, feature in zip(self.levels, maps, strict=True)]
+        """Maps (B, C_i, H/s_i, W/s_i) -> (B, e, H/4, W/4), (B, 2e, H/8, W/8), (B, 4e, H/16, W/16), (B, 8e, H/32, W/32)
+        of an image (B, 3, H, W)."""
+        return [level(maps[source]) for level, source in zip(self.levels, self.sources, strict=True)]
+
+
+def require_powers_of_two(neck: str, strides: Sequence[int]) -> None:
+    """ValueError unless every stride is a power of two."""
+    if any(stride & (stride - 1) for stride in strides):
+        raise ValueError(f"neck '{neck}' needs maps whose strides are powers of two; got strides {tuple(strides)}")
+
+
+def nearest_map(strides: Sequence[int], stride: int) -> int:
+    """The index of the map whose stride is nearest, counted in doublings; of two the finer."""
+    return min(range(len(strides)), key=lambda index: (abs(math.log2(strides[index] / stride)), strides[index]))
+
+
+def level_of(in_channels: int, channels: int, stride: int, wanted: int, embed_dim: int) -> nn.Sequential:
+    """(B, in_channels, h, w) at `stride` -> (B, channels, h', w') at `wanted`, layer-normed.
+
+    Doubling the grid: transposed 2 x 2 convolutions, at twice the width e of the finest map while there is another one
+    to come; halving it: 3 x 3 convolutions of stride 2; else 1 x 1.
+    """
+    doublings = round(math.log2(stride / wanted))
+    layers: list[nn.Module] = []
+    for left in range(doublings, 0, -1):
+        width = channels if left == 1 else 2 * embed_dim
+        layers += [nn.ConvTranspose2d(in_channels, width, 2, stride=2), ChannelLayerNorm(width)]
+        layers += [nn.GELU()] if left > 1 else []
+        in_channels = width
+    for left in range(-doublings, 0, -1):
+        layers += [nn.Conv2d(in_channels, channels, 3, stride=2, padding=1), ChannelLayerNorm(channels)]
+        layers += [nn.GELU()] if left > 1 else []
+        in_channels = channels
+    return nn.Sequential(*(layers or [nn.Conv2d(in_channels, channels, 1), ChannelLayerNorm(channels)]))

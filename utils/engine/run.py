@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -18,9 +19,9 @@ from losses.multi_task import MultiTaskLoss
 from utils import distributed
 from utils.engine.averages import MovingAverage
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
-from utils.engine.checkpoint import load_pretrained
 from utils.engine.config import Config
 from utils.engine.optimizers import OPTIMIZERS
+from utils.engine.pretrained import load_pretrained
 from utils.logging import RunWriter
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
         return model
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)         # timm's: it keeps the activation inside its batch norms
         else:
             logger.warning("batch norm is synchronised on CUDA only: every CPU process uses its own batch statistics")
     on_cuda = device.type == "cuda"
