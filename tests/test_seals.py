@@ -56,6 +56,14 @@ def test_files_of_others_are_checked_by_their_own_sums(tmp_path):
         read_checkpoint(path)
 
 
+def test_files_that_are_no_archives_have_nothing_to_be_checked_by(tmp_path):
+    """PyTorch wrote such files before version 1.6; many published weights are."""
+    for last in (0.0, 1.0, -1.0, 0.057):
+        torch.save({"weight": torch.full((64,), last)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        check_whole(tmp_path / "old.pth")
+        assert read_checkpoint(tmp_path / "old.pth")["model"]["weight"][0] == pytest.approx(last)
+
+
 def test_a_write_that_fails_names_the_file_and_the_cause(tmp_path):
     with pytest.raises(WriteError, match=rf"^cannot write {tmp_path}/gone/file/a.txt: Not a directory$"):
         (tmp_path / "gone").write_text("")

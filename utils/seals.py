@@ -88,8 +88,9 @@ def _end(path: Path) -> bytes:
 
 def _is_cut(path: Path) -> bool:
     """Whether an archive's comment is shorter than it says."""
-    record = _end(path).rpartition(b"PK\5\6")[2][LAST_RECORD - 6:]
-    return len(record) >= 2 and int.from_bytes(record[:2], "little") > len(record) - 2
+    _, signature, rest = _end(path).rpartition(b"PK\5\6")
+    record = rest[LAST_RECORD - 6:]
+    return bool(signature) and len(record) >= 2 and int.from_bytes(record[:2], "little") > len(record) - 2
 
 
 def _check_archive(path: Path) -> None:
