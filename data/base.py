@@ -4,6 +4,8 @@ Everything that can be wrong with a data folder is found before the first batch,
 PyTorch is not needed to read this file.
 """
 
+import itertools
+import logging
 import os
 import random
 from collections.abc import Callable, Mapping
@@ -15,9 +17,13 @@ import numpy as np
 
 from data.cache import DecodedCache
 from data.labels import LabelRules
+from data.partial import PartialLabels, choose_labels
 from data.spec import DatasetSpec, find_folder
 from data.splits import PICTURES, explain_unknown, id_of
 
+logger = logging.getLogger(__name__)
+
+COMPLETE = PartialLabels()
 ANY_ENDING = ".*"
 ENDINGS = (*PICTURES, ".npy", ".npz", ".mat", ".exr", ".pfm", ".hdr")      # of the files that ANY_ENDING stands for
 
@@ -29,10 +35,15 @@ class MultiTaskDataset:
     uses the index as seed. Sample before the transform: "image" H x W x 3 uint8 RGB, each task's label (maps: H x W x C
     float32 of the image's size), "meta" {"name": str, "size": (H, W)}. Without a transform that sample is returned.
     `labels` maps each wanted task to the rules of its label. `cache` keeps what the files hold, decoded.
+
+    `partial` says whether images may lack labels, and which of them are used: such a label is None in a sample without
+    transform, and supervises nothing after one. `present` (images, tasks) bool has those that are used, in the order of
+    `labels`; an image without any is left out.
     """
 
     def __init__(self, spec: DatasetSpec, root: str | Path, split: str, labels: Mapping[str, LabelRules],
-                 transform: Callable[[dict, random.Random], dict] | None = None, cache: DecodedCache | None = None):
+                 transform: Callable[[dict, random.Random], dict] | None = None, cache: DecodedCache | None = None,
+                 partial: PartialLabels = COMPLETE):
         if split not in spec.splits:
             raise ValueError(f"{spec.name} has no split {split!r}; valid: {', '.join(spec.splits)}")
         if absent := [name for name in labels if name not in spec.labels]:
@@ -43,16 +54,47 @@ class MultiTaskDataset:
         self.labels = {name: spec.labels[name].rules or labels[name] for name in spec.labels if name in labels}
         self.files = Files(self.folder)
         self.ids = spec.splits[split].ids(self.folder, spec.image.files[0])
+        self.partial = partial
         self.check_files()
         self.ids = self.select_ids()
+        self.present = choose_labels(self._labels_there(), self.ids, partial)
+        if self.labels and not self.present.all():
+            self._leave_out_unlabelled()
         if not self.ids:
             raise ValueError(f"split {split!r} of {spec.name} in {self.folder} lists no images")
+        self._used = {name: row for name, row in zip(self.ids, self.present, strict=True) if not row.all()}
 
     def select_ids(self) -> list[str]:
         """The ids this run uses: where there is one task, only those whose label can say something about it."""
         [*tasks] = self.labels
         informs = self.spec.labels[tasks[0]].informs if len(tasks) == 1 else None
-        return self.ids if informs is None else [name for name in self.ids if informs(*self.paths(tasks[0], name))]
+        if informs is None:
+            return self.ids
+        return [name for name in self.ids if self._is_there(tasks[0], name) and informs(*self.paths(tasks[0], name))]
+
+    def _labels_there(self) -> np.ndarray:
+        """(images, tasks) bool: whether all files of a label exist."""
+        there = np.ones((len(self.ids), len(self.labels)), bool)
+        if self.partial.missing == "allow":
+            for column, task in enumerate(self.labels):
+                there[:, column] = [self._is_there(task, name) for name in self.ids]
+        return there
+
+    def _is_there(self, task: str, name: str) -> bool:
+        return all(self.files.find(pattern, name) for pattern in self.patterns(task))
+
+    def _leave_out_unlabelled(self) -> None:
+        some = self.present.any(axis=1)
+        self.ids = [name for name, has in zip(self.ids, some, strict=True) if has]
+        self.present = self.present[some]
+        counts = ", ".join(f"{task} {n}" for task, n in zip(self.labels, self.present.sum(axis=0), strict=True))
+        logger.info("%s, split %s: %d images with labels (%s)%s", self.spec.name, self.split, len(self.ids), counts,
+                    f"; {(~some).sum()} without any are left out" if not some.all() else "")
+
+    def labelled(self, task: str) -> list[str]:
+        """Ids of the images that have a label of this task."""
+        column = list(self.labels).index(task)
+        return [name for name, row in zip(self.ids, self.present, strict=True) if row[column]]
 
     def patterns(self, key: str) -> tuple[str, ...]:
         """Patterns of the files of one map, "image" or a task."""
@@ -72,7 +114,8 @@ class MultiTaskDataset:
 
     def missing_files(self) -> list[Path]:
         """Files the split needs that are not there; lists each folder once: fast on network disks."""
-        patterns = dict.fromkeys(p for key in ("image", *self.labels) for p in self.patterns(key))
+        needed = ("image",) if self.partial.missing == "allow" else ("image", *self.labels)
+        patterns = dict.fromkeys(p for key in needed for p in self.patterns(key))
         return [self.folder / pattern.split("|")[-1].format(id=name) for pattern in patterns for name in self.ids
                 if self.files.find(pattern, name) is None]
 
@@ -89,7 +132,7 @@ class MultiTaskDataset:
         [pattern] = self.spec.image.files
         unknown = next((name for name in self.ids if self.files.find(pattern, name) is None), None)
         if unknown is None:
-            return ""
+            return "; partial_labels.missing=allow trains and scores with the labels that are there"
         folder = pattern.partition("{id}")[0].rpartition("/")[0]
         prefix = f"{folder}/" if folder else ""
         known = {id_of(f"{prefix}{file}", pattern) for file in self.files.names(folder)}
@@ -114,14 +157,16 @@ class MultiTaskDataset:
         size = maps["image"].shape[:2]
         labels = {}
         for key, rules in self.labels.items():
-            self.check_geometry(key, name, size, np.shape(maps[key])[:2])
-            labels[key] = rules.fit(maps[key], size)
+            if key in maps:
+                self.check_geometry(key, name, size, np.shape(maps[key])[:2])
+            labels[key] = rules.fit(maps[key], size) if key in maps else None
         output = self.spec.output_name.format(id=name, stem=self.paths("image", name)[0].stem)
         return {"image": maps["image"], **labels, "meta": {"name": output, "size": size}}
 
     def _maps(self, name: str) -> dict[str, Any]:
         """Image and labels as stored, from the cache where there is one."""
-        keys = ("image", *self.labels)
+        used = self._used.get(name)
+        keys = ("image", *(self.labels if used is None else itertools.compress(self.labels, used)))
         if self.cache is None:
             return {key: self.read(key, name) for key in keys}
         files = [path for key in keys for path in self.paths(key, name)]

@@ -62,6 +62,10 @@ class LabelRules(ABC):
     def to_tensor(self, label: Any) -> Any:
         """As the loss takes it, of one image."""
 
+    def absent(self, size: tuple[int, int]) -> Any:
+        """What stands for the label of an image that has none, as `to_tensor` gives it: nothing is supervised."""
+        raise ValueError(f"labels of kind {type(self).__name__} cannot be missing")
+
     def collate(self, labels: Sequence[Any]) -> Any:
         """The labels of a batch's images together."""
         return list(labels)
@@ -102,6 +106,9 @@ class MapLabel(LabelRules):
 
     def to_tensor(self, label: np.ndarray) -> Any:
         return map_to_tensor(label)
+
+    def absent(self, size: tuple[int, int]) -> Any:
+        return map_to_tensor(np.full((*size, self.channels), VOID, np.float32))
 
     def collate(self, labels: Sequence[Any]) -> Any:
         return stack(labels)

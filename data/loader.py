@@ -27,11 +27,11 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     the samples in a permutation seeded by (seed, e); every update takes the next images of it, and in each
     pass rank r the entries r::world_size. So the images of an update do not depend on how they are shared
     out. What is left at the end of an epoch is dropped. A sample's seed depends on (seed, epoch, index)
-    only.
+    only. present: which image has which label, (samples, tasks) bool; scope: what one loss belongs to (`shares`).
     """
 
     def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 accumulate: int = 1, start_update: int = 0):
+                 accumulate: int = 1, start_update: int = 0, present: np.ndarray | None = None, scope: str = "image"):
         self.per_pass = batch_size * world_size
         self.global_batch = self.per_pass * accumulate
         if min(batch_size, accumulate) < 1 or not 0 <= rank < world_size or start_update < 0:
@@ -44,17 +44,39 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
                              "accumulation); reduce trBatch or global_batch")
         self.num_samples, self.rank, self.world_size = num_samples, rank, world_size
         self.seed, self.start_update = seed, start_update
+        self.present, self.scope = np.ones((num_samples, 0), bool) if present is None else present, scope
         self.updates_per_epoch = num_samples // self.global_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, update in self._updates():
+            for batch in update[:, self.rank::self.world_size]:
+                yield [(int(index), sample_seed(self.seed, epoch, int(index))) for index in batch]
+
+    def _updates(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Epoch, and the images of an update, (passes, images of all ranks)."""
         epoch, first = divmod(self.start_update, self.updates_per_epoch)
         while True:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
             end = self.updates_per_epoch * self.global_batch
-            for start in range(first * self.global_batch, end, self.per_pass):
-                batch = order[start:start + self.per_pass][self.rank::self.world_size]
-                yield [(int(index), sample_seed(self.seed, epoch, int(index))) for index in batch]
+            for start in range(first * self.global_batch, end, self.global_batch):
+                yield epoch, order[start:start + self.global_batch].reshape(-1, self.per_pass)
             epoch, first = epoch + 1, 0
+
+    def shares(self) -> Iterator[np.ndarray]:
+        """For each batch how much the loss of each image and task counts, (images, tasks) float32.
+
+        A loss is that of an image (scope "image") or of a batch of one process ("process"). One without a label counts
+        0; the others more, so that their mean over all processes and passes is the mean over those that have a label.
+        Every process knows the images of all, so nothing has to be exchanged. 1 where every image has every label.
+        """
+        for _, update in self._updates():
+            images = self.per_pass // self.world_size
+            labelled = self.present[update].reshape(len(update), images, self.world_size, self.present.shape[1])
+            if self.scope == "process":                                # (passes, images, ranks, tasks)
+                labelled = np.broadcast_to(labelled.any(axis=1, keepdims=True), labelled.shape)
+            mean = labelled.mean(axis=(0, 1, 2))
+            share = np.divide(labelled, mean, out=np.zeros(labelled.shape), where=labelled)
+            yield from share[:, :, self.rank].astype(np.float32)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -98,18 +120,35 @@ def _start_worker(worker_id: int) -> None:
     init_worker(worker_id)
 
 
-def _loader(dataset: MultiTaskDataset, num_workers: int, **kwargs) -> DataLoader:
-    return Loader(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
-                  worker_init_fn=_start_worker, persistent_workers=num_workers > 0,
-                  pin_memory=torch.cuda.is_available(), **kwargs)
+class TrainLoader(Loader):
+    """Batches of a `TrainBatchSampler`, each with "shares": task -> how much the loss of each image counts, (B,)."""
+
+    def __iter__(self) -> Iterator[dict]:
+        return self._with_shares(super().__iter__())       # here, not later: it draws from the random generators
+
+    def _with_shares(self, batches: Iterator[dict]) -> Iterator[dict]:
+        for batch, share in zip(batches, self.batch_sampler.shares(), strict=False):               # both endless
+            values = torch.from_numpy(share.T.copy())                                             # (tasks, B)
+            values = values.pin_memory() if self.pin_memory else values
+            yield batch | {"shares": dict(zip(self.dataset.labels, values, strict=True))}
+
+
+def _loader(dataset: MultiTaskDataset, num_workers: int, kind: type[Loader] = Loader, **kwargs) -> Loader:
+    return kind(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
+                worker_init_fn=_start_worker, persistent_workers=num_workers > 0,
+                pin_memory=torch.cuda.is_available(), **kwargs)
 
 
 def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
                        world_size: int = 1, seed: int = 0, accumulate: int = 1,
-                       start_update: int = 0) -> DataLoader:
-    """Endless loader; `batch_size` is per process and pass; restart with the number of updates made."""
-    sampler = TrainBatchSampler(len(dataset), batch_size, rank, world_size, seed, accumulate, start_update)
-    return _loader(dataset, num_workers, batch_sampler=sampler)
+                       start_update: int = 0, scope: str = "image") -> TrainLoader:
+    """Endless loader; `batch_size` is per process and pass; restart with the number of updates made.
+
+    scope: what one loss belongs to, an image or the batch of a process.
+    """
+    sampler = TrainBatchSampler(len(dataset), batch_size, rank, world_size, seed, accumulate, start_update,
+                                dataset.present, scope)
+    return _loader(dataset, num_workers, TrainLoader, batch_sampler=sampler)
 
 
 def build_eval_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,

@@ -1,8 +1,9 @@
 """Augmentation and preparation of samples, exactly as published (ASTMT, MTI-Net, ATRC, InvPT and successors).
 
-A sample is a dict of "image" (H x W x 3), labels by task, and "meta". Each step is called with the sample and a
-`random.Random`-like object (random, uniform, randint); the order of the draws is part of the definition, so
-recorded draws can be replayed. What a step does to a label is the label's own affair (`data.labels`).
+A sample is a dict of "image" (H x W x 3), labels by task (None where the image has no such label), and "meta". Each
+step is called with the sample and a `random.Random`-like object (random, uniform, randint); the order of the draws is
+part of the definition, so recorded draws can be replayed. What a step does to a label is the label's own affair
+(`data.labels`).
 
 Cheap by construction: a crop is a view, 8-bit arithmetic runs through tables of 256 values, and padding writes into
 channel-first memory, so that `ToTensor` copies nothing. `scripts/bench_data.py` measures it.
@@ -27,8 +28,8 @@ NORMALISE_TABLE = ((LEVELS[:, None] / 255 - MEAN) / STD)[None]         # (1, 256
 
 
 def _each_label(sample: Sample, labels: Labels, change: Callable[[LabelRules, object], object]) -> dict[str, object]:
-    """The labels of a sample after `change(rules, label)`."""
-    return {key: change(rules, sample[key]) for key, rules in labels.items()}
+    """The labels of a sample after `change(rules, label)`; those that it lacks stay away."""
+    return {key: None if sample[key] is None else change(rules, sample[key]) for key, rules in labels.items()}
 
 
 class Compose:
@@ -75,16 +76,17 @@ class RandomCrop:
 
     def __init__(self, labels: Labels, size: tuple[int, int], category_limit: float = 0.75):
         self.labels, self.size, self.category_limit = labels, tuple(size), category_limit
-        self.guide = next((key for key, rules in labels.items() if rules.guides_crop), None)
+        self.guides = [key for key, rules in labels.items() if rules.guides_crop]
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         height, width = sample["image"].shape[:2]
         if (height, width) == self.size:
             return sample
         corner = self._draw(height, width, rng)
-        if self.guide is not None:
+        guide = next((key for key in self.guides if sample[key] is not None), None)
+        if guide is not None:
             for _ in range(self.max_tries):
-                if self._is_varied(crop_map(sample[self.guide], *corner, self.size)):
+                if self._is_varied(crop_map(sample[guide], *corner, self.size)):
                     break
                 corner = self._draw(height, width, rng)
         return self.apply(sample, *corner)
@@ -219,14 +221,19 @@ class MarkVoid:
 
 
 class ToTensor:
-    """Image H x W x 3 -> 3 x H x W float32 tensor, labels as their rules say; "meta" stays."""
+    """Image H x W x 3 -> 3 x H x W float32 tensor, labels as their rules say; "meta" stays.
 
-    def __init__(self, labels: Labels):
-        self.labels = labels
+    A label that the image lacks becomes one without any supervision, of the size `label_size` (None: the image's).
+    """
+
+    def __init__(self, labels: Labels, label_size: tuple[int, int] | None = None):
+        self.labels, self.label_size = labels, label_size
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
+        size = self.label_size or sample["image"].shape[:2]
+        absent = {key: rules.absent(size) for key, rules in self.labels.items() if sample[key] is None}
         return sample | {"image": map_to_tensor(sample["image"])} | _each_label(
-            sample, self.labels, lambda rules, label: rules.to_tensor(label))
+            sample, self.labels, lambda rules, label: rules.to_tensor(label)) | absent
 
 
 class ResizeImage:
@@ -293,7 +300,7 @@ def fixed_transform(size: tuple[int, int], labels: Labels, label_size: tuple[int
     There is no padding and zero is a legal disparity (sky), so the labels' void rules do not apply.
     """
     resized = (ResizeLabels(labels, label_size),) if label_size else ()
-    return Compose((ResizeImage(size), *resized, Normalise(), ToTensor(labels)))
+    return Compose((ResizeImage(size), *resized, Normalise(), ToTensor(labels, label_size)))
 
 
 def build_transform(image_size: tuple[int, int], fixed_label_size: tuple[int, int] | None, training: bool,

@@ -33,7 +33,8 @@ class Score:
 class Split:
     """The images that are evaluated: where they lie, which ones, and their boundary ground truth, if any.
 
-    truth_files(id): files of an image's ground truth; None: as its patterns say, below the folder.
+    truth_files(id): files of an image's ground truth; None: as its patterns say, below the folder. complete: whether
+    the images are all that will be predicted; else there are others, without a label.
     """
 
     dataset: str
@@ -42,6 +43,7 @@ class Split:
     ids: tuple[str, ...]
     boundary: BoundaryTruth | None = None
     truth_files: Callable[[str], tuple[Path, ...]] | None = None
+    complete: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """All losses of a training step in one place, and what one loss belongs to.
 
 Losses of a mini-batch pool its valid pixels. `scope` states whether one "loss" is that of a process's mini-batch or
-of an image, so that the objective does not silently depend on how many processes share a batch.
+of an image, so that the objective does not silently depend on how many processes share a batch. Where images lack
+labels, `shares` make every loss a mean over those that have one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,20 +41,27 @@ class MultiTaskLoss(nn.Module):
         self.use_intermediate = use_intermediate
 
     def forward(self, final: Outputs, labels: Outputs, intermediate: Outputs | None = None,
-                extra: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+                extra: Mapping[str, Tensor] | None = None,
+                shares: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Un-weighted loss per task, `inter/<task>`, the extras, and `total`; all 0-dim.
 
         final, intermediate: task -> raw outputs (B, n_t, H, W), intermediate for some tasks or none; labels: task
         -> (B, C, H, W), or for a task without maps a sequence of B entries; extra: name -> 0-dim term, already
         weighted, added to the total whichever the scheme. Under scope "image" every figure is the mean over the
-        images.
+        images. shares: task -> (B,), how much the loss of each image (scope "process": of the mini-batch, B times)
+        counts, as `data.loader` works it out; None: every label is there. A loss without a label counts 0: it is
+        computed on void, so that every output has a gradient on every process, if only of zeros.
         """
         outputs = {task: _of(final, task, "prediction") for task in self.task_losses}
         labels = {task: _of(labels, task, "label") for task in self.task_losses}
         if self.use_intermediate:
             outputs |= {f"{INTER}{task}": logits for task, logits in (intermediate or {}).items()}
-        units = ([(outputs, labels)] if self.scope == "process"
-                 else zip(images_of(outputs), images_of(labels), strict=True))
+        if self.scope == "process":
+            units = [(outputs, labels, {task: share[0] for task, share in (shares or {}).items()})]
+        else:
+            images = images_of(outputs)
+            shared = images_of({task: shares[task] for task in self.task_losses}) if shares else [{}] * len(images)
+            units = zip(images, images_of(labels), shared, strict=True)
         parts = [self._one(*unit) for unit in units]
         losses = {key: torch.stack([part[key] for part in parts]).mean() for key in parts[0]}
         for name, term in (extra or {}).items():
@@ -61,14 +69,16 @@ class MultiTaskLoss(nn.Module):
             losses["total"] = losses["total"] + term
         return losses
 
-    def _one(self, outputs: Outputs, labels: Outputs) -> dict[str, Tensor]:
+    def _one(self, outputs: Outputs, labels: Outputs, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Losses and total of one unit of the scope: the mini-batch or a single image."""
+        shares = {task: shares[task].squeeze() if task in shares else 1.0 for task in self.task_losses}
         final = {task: loss(outputs[task], labels[task]) for task, loss in self.task_losses.items()}
         inter = {task: loss(outputs[INTER + task], labels[task])
                  for task, loss in self.task_losses.items() if INTER + task in outputs}
-        total = self.balancing.combine(final)
+        total = self.balancing.combine(final, shares)
         if inter:
-            total = total + self.intermediate_weight * self.balancing.combine(inter)
+            total = total + self.intermediate_weight * self.balancing.combine(inter, shares)
+        final, inter = ({task: shares[task] * loss for task, loss in losses.items()} for losses in (final, inter))
         return final | {INTER + task: loss for task, loss in inter.items()} | {"total": total}
 
 

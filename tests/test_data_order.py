@@ -4,6 +4,7 @@ import itertools
 import pickle
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -73,7 +74,7 @@ def test_evaluation_takes_every_nth():
 class Squares(torch.utils.data.Dataset):
     """A sample is its index squared and its seed."""
 
-    labels = {}
+    labels, present = {}, np.ones((7, 0), bool)
 
     def __len__(self) -> int:
         return 7

@@ -39,12 +39,15 @@ def truth_source(split: Split, images: str, fast: bool = False) -> TruthSource:
     if truth is None:
         raise ValueError(f"{split.dataset} has no ground truth for the boundary score; set boundary_infer=off")
     names, covered = None, f"all of {split.name}"
+    if not split.complete:
+        names, covered = frozenset(split.ids), f"the {len(split.ids)} images of {split.name} with labels"
     if truth.published_list is not None and images != "all":
         path = split.folder / truth.published_list
         if path.is_file():
-            names = frozenset(path.read_text(encoding="utf-8").split())
+            listed = frozenset(path.read_text(encoding="utf-8").split())
             covered = f"the list {path.name}"
-            if absent := names - set(split.ids):
+            names = listed & frozenset(split.ids)
+            if split.complete and (absent := listed - names):
                 raise ValueError(f"{path} lists {min(absent)}, which is not in the split {split.name!r}")
         elif images == "auto":
             covered += f"; published scores cover the list {path.name}, which is not at {path}"

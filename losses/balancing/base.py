@@ -33,8 +33,12 @@ class Balancing(nn.Module):
         super().__init__()
         self.tasks, self.weights, self.config = tuple(tasks), dict(weights), config
 
-    def combine(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The losses of some tasks, each 0-dim, as one number: of a mini-batch, or of one image (`loss_scope`)."""
+    def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
+        """The losses of some tasks, each 0-dim, as one number: of a mini-batch, or of one image (`loss_scope`).
+
+        shares: how much each task counts in this number: 1 where every image has every label, 0 where this one has no
+        label of the task, and more than 1 where others lack theirs. A task's whole term is multiplied by its share.
+        """
         raise NotImplementedError(f"{type(self).__name__}.combine")
 
     def backward(self, losses: Mapping[str, Tensor], backward: Callable[..., None],

@@ -20,8 +20,8 @@ class WeightedSum(Balancing):
 
     Config = NoOptions
 
-    def combine(self, losses: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self.weights[task] * loss for task, loss in losses.items()]).sum()
+    def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
+        return torch.stack([self.weights[task] * shares[task] * loss for task, loss in losses.items()]).sum()
 
 
 class LogSum(Balancing):
@@ -29,5 +29,6 @@ class LogSum(Balancing):
 
     Config = NoOptions
 
-    def combine(self, losses: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self.weights[task] * torch.log(loss + LOG_EPS) for task, loss in losses.items()]).sum()
+    def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
+        return torch.stack([self.weights[task] * shares[task] * torch.log(loss + LOG_EPS)
+                            for task, loss in losses.items()]).sum()

@@ -1,8 +1,8 @@
 """From a `Config` to the objects it describes; what training, evaluation and prediction have in common."""
 
+import functools
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,8 +43,9 @@ def evaluation_contexts(config: Config, dataset: MultiTaskDataset, boundary: Mod
                         progress: bool = False) -> dict[str, TaskContext]:
     """`task_contexts` for an evaluation on this split; `boundary` says whether the boundary score is wanted."""
     def split(task: str) -> Split:
-        return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.ids),
-                     dataset.spec.labels[task].boundary, partial(dataset.truth_files, task))
+        return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.labelled(task)),
+                     dataset.spec.labels[task].boundary, functools.partial(dataset.truth_files, task),
+                     complete=bool(dataset.present.all()))
 
     return {task: replace(context, split=split(task), boundary=config.boundary_kwargs, boundary_mode=boundary,
                           progress=progress) for task, context in task_contexts(config).items()}
@@ -124,5 +125,10 @@ def build_split(config: Config, split: str) -> MultiTaskDataset:
                                 scale_range=settings.scale_range, flip=settings.flip_prob,
                                 photometric=settings.photometric)
     cache = config.data_cache
-    return MultiTaskDataset(spec, config.db_root, split, labels, transform,
-                            DecodedCache(cache.folder, cache.max_gb * 1e9) if cache.folder else None)
+    decoded = DecodedCache(cache.folder, cache.max_gb * 1e9) if cache.folder else None
+    partial = config.partial_labels if training else replace(config.partial_labels, subset="all")
+    dataset = MultiTaskDataset(spec, config.db_root, split, labels, transform, decoded, partial)
+    if training and (empty := [task for task in config.tasks if not dataset.labelled(task)]):
+        raise ValueError(f"no training image of {spec.name} has a label for {', '.join(empty)}; take the task out of "
+                         "task_dictionary")
+    return dataset

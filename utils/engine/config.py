@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from data.labels import VOID
+from data.partial import PartialLabels
 from data.spec import DatasetSpec
 from evaluation.boundary.settings import BoundarySettings, Mode
 from models.backbones import BACKBONES
@@ -70,6 +71,7 @@ class Config:
     valBatch: int = given(1, at_least=1)
     nworkers: int = given(2, at_least=0, at_most=256)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    partial_labels: PartialLabels = field(default_factory=PartialLabels)   # images without some labels, and subsets
     val_from_train: float = given(0.0, at_least=0, at_most=0.5)     # part of the training split to select by; 0: test
     data_cache: DataCache = field(default_factory=DataCache)
     skip_data_check: bool = False                # start without reading every file first (`utils.engine.data_check`)
@@ -209,6 +211,9 @@ def _check_relations(c: Config, where: Where) -> None:
     if c.ignore_index != VOID:
         refuse("ignore_index", f"'ignore_index' must be {VOID:g}, got {c.ignore_index}: labels hold {VOID:g} where "
                                "they are void, and any other value would train on void")
+    if c.augmentation.always_guide_crop and c.partial_labels != PartialLabels():
+        refuse("augmentation.always_guide_crop", "augmentation.always_guide_crop reads a label that partial_labels may "
+                                                 "hide; set one of them to its default")
     weights = c.loss_kwargs.loss_weights
     named = {"loss_kwargs.loss_weights": weights, "single_task_scores": [key.split("/")[0] for key in
                                                                          c.single_task_scores]}

@@ -88,7 +88,8 @@ def build_run(config: Config, device: torch.device, train_set: MultiTaskDataset,
     world = distributed.world_size()
     accumulate = accumulation(config, world, checkpoint)
     train_loader = build_train_loader(train_set, config.trBatch, config.nworkers, distributed.rank(), world,
-                                      config.seed, accumulate, start_update=checkpoint["step"] if checkpoint else 0)
+                                      config.seed, accumulate, start_update=checkpoint["step"] if checkpoint else 0,
+                                      scope=config.loss_kwargs.loss_scope)
     val_loader = build_eval_loader(val_set, config.valBatch, config.nworkers, distributed.rank(), world)
     steps_per_epoch = len(train_set) // (config.trBatch * world * accumulate)
     torch.manual_seed(config.seed)                        # the same weights on every rank

@@ -70,7 +70,7 @@ class Update:
             self.lr.fill_(lr)
 
     def __call__(self, batches: Sequence[Mapping[str, Any]]) -> Outcome:
-        """batches: image (B, 3, H, W) and the label of each task, for every pass."""
+        """batches: image (B, 3, H, W), the label of each task, and its "shares" (`MultiTaskLoss`), for every pass."""
         run = self.run
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.stack([self._backward(batch, last=batch is batches[-1]) for batch in batches])
@@ -93,7 +93,7 @@ class Update:
         with _synchronised(run.wrapped, last):
             with autocast(run.device, run.config.precision):
                 out = run.wrapped(batch["image"], batch)
-            losses = run.criterion(out.final, batch, out.intermediate, out.extra)
+            losses = run.criterion(out.final, batch, out.intermediate, out.extra, batch["shares"])
             run.criterion.balancing.backward(losses, backward, self.parameters)
         self.loss_names = list(losses)
         return torch.stack([loss.detach().float() for loss in losses.values()])
@@ -151,8 +151,8 @@ def build_update(run: Trained) -> tuple[Update, Callable[[Sequence[Mapping[str, 
 
 
 def tensors_of(batch: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What an update takes of a batch: the images and the labels of the active tasks."""
-    return {name: batch[name] for name in ("image", *config.tasks)}
+    """What an update takes of a batch: the images, the labels of the active tasks, and how much each counts."""
+    return {name: batch[name] for name in ("image", "shares", *config.tasks)}
 
 
 def recorded(update: Update, recorder: Recorder) -> Recorded:
