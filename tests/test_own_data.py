@@ -1,5 +1,6 @@
 """Folders of one's own, from YAML to samples, scores and files; mistakes are named by key or file."""
 
+import re
 from pathlib import Path
 
 import cv2
@@ -323,3 +324,32 @@ def test_files_that_differ_in_the_ending_alone(own):
 def test_disparities_grow_when_the_camera_comes_nearer():
     near = DisparityLabel().scale(np.full((2, 2, 1), 8, np.float32), (4, 4), 2.0)
     assert near.shape == (4, 4, 1) and (near == 16).all()
+
+
+# The tutorial --------------------------------------------------------------------------------------------------------
+
+def test_the_tutorial_as_it_is_printed(tmp_path, monkeypatch):
+    """docs/own_data.md: its folder, its two files and its commands, with a smaller backbone and fewer updates."""
+    page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"```yaml\n# (\S+)\n(.*?)```", page, flags=re.DOTALL))
+    assert set(files) == {"street/dataset.yml", "street.yml"}
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        name = f"north/b{i:03d}" if i % 2 else f"a{i:03d}"
+        save(tmp_path / "street" / "photos" / f"{name}.jpg", rng.integers(0, 256, (120, 180, 3)).astype(np.uint8))
+        mask = rng.choice([0, 7, 23, 26, 27, 33, 255], (120, 180))
+        save(tmp_path / "street" / "masks" / f"{name}.png", mask.astype(np.uint8))
+        save(tmp_path / "street" / "depth" / f"{name}.png", rng.integers(0, 65535, (60, 90)).astype(np.uint16))
+    (tmp_path / "street" / "names.txt").write_text("road\ncar\nsky\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    small = [item for item in TINY if item.startswith(("backbone", "nworkers", "tensorboard", "progress", "device"))]
+    config = load_config("street.yml", [*small, "max_iter=1", "trBatch=2"])
+    assert config.dataset.labels["semseg"].classes == ("road", "car", "sky") and config.version_name == "street"
+    assert set(train(config, resume=False)) == {"semseg", "depth"}
+    assert predict(config, Path("runs/street/best.pt"), tmp_path / "street" / "photos" / "a000.jpg", tmp_path / "out")
+    (tmp_path / "street" / "masks" / "a000.png").unlink()
+    partial = load_config("street.yml", [*small, "max_iter=1", "trBatch=2", "partial_labels.missing=allow"])
+    assert not MultiTaskDataset(partial.dataset, "", "train", label_rules(["semseg", "depth"]), None, None,
+                                partial.partial_labels).present.all()
