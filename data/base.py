@@ -8,8 +8,9 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from data.labels import LabelRules
 from data.partial import PartialLabels, choose_labels
 from data.spec import DatasetSpec, find_folder
 from data.splits import PICTURES, explain_unknown, id_of
+from evaluation.evaluator import Split
 
 logger = logging.getLogger(__name__)
 
@@ -36,28 +38,31 @@ class MultiTaskDataset:
     float32 of the image's size), "meta" {"name": str, "size": (H, W)}. Without a transform that sample is returned.
     `labels` maps each wanted task to the rules of its label. `cache` keeps what the files hold, decoded.
 
-    `partial` says whether images may lack labels, and which of them are used: such a label is None in a sample without
-    transform, and supervises nothing after one. `present` (images, tasks) bool has those that are used, in the order of
-    `labels`; an image without any is left out.
+    `partial_labels` says whether images may lack labels, and which of them are used: such a label is None in a sample
+    without transform, and supervises nothing after one. `present` (images, tasks) bool has those that are used, in the
+    order of `labels`; an image without any is left out. `elsewhere`: tasks among `labels` that this data set has not,
+    because others of the same run have them (`data.mixture`).
     """
+
+    draws: list[tuple[int, int]] | None = None      # see `data.mixture.MixedDataset`
 
     def __init__(self, spec: DatasetSpec, root: str | Path, split: str, labels: Mapping[str, LabelRules],
                  transform: Callable[[dict, random.Random], dict] | None = None, cache: DecodedCache | None = None,
-                 partial: PartialLabels = COMPLETE):
+                 partial_labels: PartialLabels = COMPLETE, elsewhere: Collection[str] = ()):
         if split not in spec.splits:
             raise ValueError(f"{spec.name} has no split {split!r}; valid: {', '.join(spec.splits)}")
-        if absent := [name for name in labels if name not in spec.labels]:
+        if absent := [name for name in labels if name not in spec.labels and name not in elsewhere]:
             raise ValueError(f"{spec.name} has no labels for {', '.join(absent)}; "
                              f"its tasks: {', '.join(spec.labels)}")
         self.spec, self.split, self.transform, self.cache = spec, split, transform, cache
         self.folder = find_folder(root, spec)
-        self.labels = {name: spec.labels[name].rules or labels[name] for name in spec.labels if name in labels}
+        self.labels = dict(labels)
         self.files = Files(self.folder)
         self.ids = spec.splits[split].ids(self.folder, spec.image.files[0])
-        self.partial = partial
+        self.partial = partial_labels
         self.check_files()
         self.ids = self.select_ids()
-        self.present = choose_labels(self._labels_there(), self.ids, partial)
+        self.present = choose_labels(self._labels_there(), self.ids, partial_labels)
         if self.labels and not self.present.all():
             self._leave_out_unlabelled()
         if not self.ids:
@@ -74,10 +79,11 @@ class MultiTaskDataset:
 
     def _labels_there(self) -> np.ndarray:
         """(images, tasks) bool: whether all files of a label exist."""
-        there = np.ones((len(self.ids), len(self.labels)), bool)
-        if self.partial.missing == "allow":
-            for column, task in enumerate(self.labels):
-                there[:, column] = [self._is_there(task, name) for name in self.ids]
+        there = np.zeros((len(self.ids), len(self.labels)), bool)
+        for column, task in enumerate(self.labels):
+            if task in self.spec.labels:
+                there[:, column] = (self.partial.missing == "refuse"
+                                    or [self._is_there(task, name) for name in self.ids])
         return there
 
     def _is_there(self, task: str, name: str) -> bool:
@@ -112,9 +118,15 @@ class MultiTaskDataset:
         """Files of the boundary score's ground truth of the image with this id."""
         return self._located(self.spec.labels[task].boundary.files, name)
 
+    def scored(self, task: str) -> Split:
+        """What an evaluation of a task must know of these images."""
+        return Split(self.spec.name, self.split, self.folder, tuple(self.labelled(task)),
+                     self.spec.labels[task].boundary, partial(self.truth_files, task), bool(self.present.all()))
+
     def missing_files(self) -> list[Path]:
         """Files the split needs that are not there; lists each folder once: fast on network disks."""
-        needed = ("image",) if self.partial.missing == "allow" else ("image", *self.labels)
+        own = [task for task in self.labels if task in self.spec.labels]
+        needed = ("image",) if self.partial.missing == "allow" else ("image", *own)
         patterns = dict.fromkeys(p for key in needed for p in self.patterns(key))
         return [self.folder / pattern.split("|")[-1].format(id=name) for pattern in patterns for name in self.ids
                 if self.files.find(pattern, name) is None]

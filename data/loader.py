@@ -7,7 +7,7 @@ but the step.
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import cv2
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.base import MultiTaskDataset
 from data.labels import LabelRules, stack
+from data.mixture import MixedDataset
 from data.workers import Loader, obey_the_parent
 
 
@@ -28,39 +29,56 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     pass rank r the entries r::world_size. So the images of an update do not depend on how they are shared
     out. What is left at the end of an epoch is dropped. A sample's seed depends on (seed, epoch, index)
     only. present: which image has which label, (samples, tasks) bool; scope: what one loss belongs to (`shares`).
+    draws: the samples fall into groups of these sizes, of each of which an epoch takes that many, some more than once;
+    None: every sample once.
     """
 
     def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
-                 accumulate: int = 1, start_update: int = 0, present: np.ndarray | None = None, scope: str = "image"):
+                 accumulate: int = 1, start_update: int = 0, present: np.ndarray | None = None, scope: str = "image",
+                 draws: Sequence[tuple[int, int]] | None = None):
         self.per_pass = batch_size * world_size
         self.global_batch = self.per_pass * accumulate
         if min(batch_size, accumulate) < 1 or not 0 <= rank < world_size or start_update < 0:
             raise ValueError(f"invalid sampler: batch_size={batch_size} (>= 1), accumulate={accumulate} "
                              f"(>= 1), rank={rank} (0..world_size-1), world_size={world_size}, "
                              f"start_update={start_update} (>= 0)")
-        if num_samples < self.global_batch:
-            raise ValueError(f"{num_samples} training images do not fill one update of {self.global_batch} "
+        self.epoch_size = num_samples if draws is None else sum(number for _, number in draws)
+        if self.epoch_size < self.global_batch:
+            raise ValueError(f"{self.epoch_size} training images do not fill one update of {self.global_batch} "
                              f"({batch_size} per process x {world_size} process(es) x {accumulate} "
                              "accumulation); reduce trBatch or global_batch")
         self.num_samples, self.rank, self.world_size = num_samples, rank, world_size
         self.seed, self.start_update = seed, start_update
         self.present, self.scope = np.ones((num_samples, 0), bool) if present is None else present, scope
-        self.updates_per_epoch = num_samples // self.global_batch
+        self.updates_per_epoch = self.epoch_size // self.global_batch
+        self.draws = draws
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch, update in self._updates():
             for batch in update[:, self.rank::self.world_size]:
-                yield [(int(index), sample_seed(self.seed, epoch, int(index))) for index in batch]
+                yield [(int(i) % self.num_samples, sample_seed(self.seed, epoch, int(i))) for i in batch]
 
     def _updates(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Epoch, and the images of an update, (passes, images of all ranks)."""
+        """Epoch, and the images of an update, (passes, images of all ranks); the n-th repetition of one is n * samples
+        higher."""
         epoch, first = divmod(self.start_update, self.updates_per_epoch)
         while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            order = self._order(np.random.default_rng((self.seed, epoch)))
             end = self.updates_per_epoch * self.global_batch
             for start in range(first * self.global_batch, end, self.global_batch):
                 yield epoch, order[start:start + self.global_batch].reshape(-1, self.per_pass)
             epoch, first = epoch + 1, 0
+
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        """The images of an epoch."""
+        if self.draws is None:
+            return rng.permutation(self.num_samples)
+        taken, start = [], 0
+        for size, number in self.draws:
+            rounds = [start + rng.permutation(size) + self.num_samples * i for i in range(-(-number // size))]
+            taken.append(np.concatenate(rounds)[:number])
+            start += size
+        return rng.permutation(np.concatenate(taken))
 
     def shares(self) -> Iterator[np.ndarray]:
         """For each batch how much the loss of each image and task counts, (images, tasks) float32.
@@ -71,7 +89,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         """
         for _, update in self._updates():
             images = self.per_pass // self.world_size
-            labelled = self.present[update].reshape(len(update), images, self.world_size, self.present.shape[1])
+            labelled = self.present[update % self.num_samples]         # (passes, images of all ranks, tasks)
+            labelled = labelled.reshape(len(update), images, self.world_size, labelled.shape[-1])
             if self.scope == "process":                                # (passes, images, ranks, tasks)
                 labelled = np.broadcast_to(labelled.any(axis=1, keepdims=True), labelled.shape)
             mean = labelled.mean(axis=(0, 1, 2))
@@ -133,13 +152,14 @@ class TrainLoader(Loader):
             yield batch | {"shares": dict(zip(self.dataset.labels, values, strict=True))}
 
 
-def _loader(dataset: MultiTaskDataset, num_workers: int, kind: type[Loader] = Loader, **kwargs) -> Loader:
+def _loader(dataset: MultiTaskDataset | MixedDataset, num_workers: int, kind: type[Loader] = Loader,
+            **kwargs) -> Loader:
     return kind(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
                 worker_init_fn=_start_worker, persistent_workers=num_workers > 0,
                 pin_memory=torch.cuda.is_available(), **kwargs)
 
 
-def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
+def build_train_loader(dataset: MultiTaskDataset | MixedDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
                        world_size: int = 1, seed: int = 0, accumulate: int = 1,
                        start_update: int = 0, scope: str = "image") -> TrainLoader:
     """Endless loader; `batch_size` is per process and pass; restart with the number of updates made.
@@ -147,11 +167,11 @@ def build_train_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: 
     scope: what one loss belongs to, an image or the batch of a process.
     """
     sampler = TrainBatchSampler(len(dataset), batch_size, rank, world_size, seed, accumulate, start_update,
-                                dataset.present, scope)
+                                dataset.present, scope, dataset.draws)
     return _loader(dataset, num_workers, TrainLoader, batch_sampler=sampler)
 
 
-def build_eval_loader(dataset: MultiTaskDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
+def build_eval_loader(dataset: MultiTaskDataset | MixedDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
                       world_size: int = 1) -> DataLoader:
     """One pass over this rank's share of the data set, last batch possibly smaller."""
     sampler = EvalSampler(len(dataset), rank, world_size)

@@ -74,7 +74,7 @@ def test_evaluation_takes_every_nth():
 class Squares(torch.utils.data.Dataset):
     """A sample is its index squared and its seed."""
 
-    labels, present = {}, np.ones((7, 0), bool)
+    labels, present, draws = {}, np.ones((7, 0), bool), None
 
     def __len__(self) -> int:
         return 7

@@ -301,7 +301,7 @@ def test_edge_maps_truncate_and_crop_the_centre(tmp_path):
     with pytest.raises(ValueError, match="1 edge maps and 2 entries"):
         edge_maps(prob, [{}, {}])
     (tmp_path / "edge").mkdir()                            # a second call writes into the same folder
-    assert save_edge_maps(prob, [{"name": "x", "size": (2, 2)}], tmp_path) == [tmp_path / "edge" / "x.png"]
+    assert save_edge_maps(prob, [{"name": "x", "size": (2, 2)}], tmp_path / "edge") == [tmp_path / "edge" / "x.png"]
 
 
 def test_a_prediction_that_is_not_a_number_is_named():

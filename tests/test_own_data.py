@@ -275,7 +275,7 @@ def test_images_of_any_size(rule, size, image, expected):
 def test_boundaries_are_written_at_the_images_own_size(tmp_path):
     prob = torch.zeros(1, 1, 64, 96)
     prob[..., 8:24, :] = 1
-    [path] = save_edge_maps(prob, [{"name": "a/b", "size": (32, 96), "original": (64, 192)}], tmp_path)
+    [path] = save_edge_maps(prob, [{"name": "a/b", "size": (32, 96), "original": (64, 192)}], tmp_path / "edge")
     picture = np.asarray(Image.open(path))
     assert path == tmp_path / "edge" / "a" / "b.png" and picture.shape == (64, 192) and picture.max() == 255
     assert (picture[:10] == 255).all() and (picture[20:] == 0).all()

@@ -15,10 +15,15 @@ from scipy.io import savemat
 from data.base import MultiTaskDataset
 from data.datasets import DATASETS
 from data.datasets.nyud import CLASS_NAMES
+from data.loader import build_train_loader
 from data.transforms import build_transform
+from tests.conftest import TINY
 from tests.shared import ROOT, real_data
+from utils.engine.build import build_split
+from utils.engine.config import load_config
 from utils.engine.data_choice import DataChoice
 from utils.engine.tasks import label_rules
+from utils.engine.train import train
 
 LAYOUTS = {"BSDS_SOD": "PASCALContext", "CCP": "PASCALContext", "CamVid": "PASCALContext", "NYUv2_20": "NYUD"}
 EVERY = 40                           # of the images of a list
@@ -84,3 +89,34 @@ def test_a_description_gives_the_samples_of_the_layout(photos, name, training):
         assert mine["meta"] == theirs["meta"]
         for key in ("image", *labels):
             assert torch.equal(mine[key], theirs[key]), (name, own.ids[index], key)
+
+
+def test_one_training_mixes_all_four(photos, tmp_path):
+    """Saliency, boundaries, two kinds of classes and one of rooms, clothes, depth and normals, in one network."""
+    parts = []
+    for name in LAYOUTS:
+        short = photos / name / "few.txt"
+        folder = photos / name / ("gt_sets" if name == "NYUv2_20" else "ImageSets/Context")
+        listed = (folder / "val.txt").read_text().split()
+        short.write_text("\n".join(listed[::EVERY if len(listed) > EVERY else 5]))
+        rename = {"CCP": ", rename: {semseg: semseg@clothes, human_parts: human_parts@clothes}",
+                  "CamVid": ", rename: {semseg: semseg@street}"}.get(name, "")
+        parts.append(f"{{folder: {photos / name}, splits: {{train: few.txt, val: few.txt}}, weight: 1{rename}}}")
+    tasks = ("semseg", "semseg@clothes", "semseg@street", "depth", "human_parts@clothes", "sal", "normals", "edge")
+    on = ", ".join(f"include_{task}: true" for task in tasks)
+    config = load_config(ROOT / "configs" / "_base_" / "bim.yml", [
+        *TINY, f"train_db_name=[{', '.join(parts)}]", f"task_dictionary={{{on}}}", f"out_dir={tmp_path}", "trBatch=4",
+        "version_name=four", "max_iter=2", "val_interval=2"])
+    results = train(config, resume=False)
+    assert tuple(results) == tasks == config.tasks
+    assert {task: config.dataset.tasks[task] for task in tasks[:3]} == {
+        "semseg": 40, "semseg@clothes": 8, "semseg@street": 11}
+    assert all(scores["valid_pixels"] > 0 for scores in results.values())
+    data = build_split(config, "train")
+    batch = next(iter(build_train_loader(data, 8, seed=0)))
+    of = [meta["name"].partition("/")[0] for meta in batch["meta"]]
+    assert set(of) <= set(LAYOUTS) and len(set(of)) > 1
+    for task in tasks:
+        has = (batch[task] != 255).flatten(1).any(dim=1).tolist()
+        assert all(not lit or task in {t for part in config.train_db_name.parts if part.spec.name == name
+                                       for t in part.spec.labels} for name, lit in zip(of, has, strict=True))

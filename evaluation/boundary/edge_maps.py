@@ -41,11 +41,10 @@ def _at_original_size(padded: np.ndarray, image: Mapping) -> np.ndarray:
     return cv2.resize(cut, image["original"][::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def save_edge_maps(prob: Tensor, meta: Sequence[Mapping], out_dir: str | Path) -> list[Path]:
-    """Write `<out_dir>/edge/<name>.png`, 8 bit, one per image (see `edge_maps`); returns the paths."""
+def save_edge_maps(prob: Tensor, meta: Sequence[Mapping], folder: str | Path) -> list[Path]:
+    """Write `<folder>/<name>.png`, 8 bit, one per image (see `edge_maps`); returns the paths."""
     maps = edge_maps(prob, meta)
-    folder = Path(out_dir) / "edge"
-    paths = [folder / f"{image['name']}.png" for image in meta]
+    paths = [Path(folder) / f"{image['name']}.png" for image in meta]
     for path, picture in zip(paths, maps, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)     # a name may have a folder
         Image.fromarray(picture).save(path)

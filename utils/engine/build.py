@@ -1,7 +1,7 @@
 """From a `Config` to the objects it describes; what training, evaluation and prediction have in common."""
 
-import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +9,13 @@ import torch
 
 from data.base import MultiTaskDataset
 from data.cache import DecodedCache
+from data.labels import LabelRules
+from data.mixture import MixedDataset
+from data.spec import DatasetSpec
 from data.splits import PartOfSplit
 from data.transforms import build_transform
 from evaluation.boundary.settings import Mode
-from evaluation.evaluator import Split, TaskContext
+from evaluation.evaluator import TaskContext
 from losses.balancing import BALANCING
 from losses.multi_task import MultiTaskLoss
 from models.blocks.recompute import recompute_blocks
@@ -39,16 +42,12 @@ def task_contexts(config: Config) -> dict[str, TaskContext]:
             for task, label in ((task, spec.labels[task]) for task in config.tasks)}
 
 
-def evaluation_contexts(config: Config, dataset: MultiTaskDataset, boundary: Mode,
+def evaluation_contexts(config: Config, dataset: MultiTaskDataset | MixedDataset, boundary: Mode,
                         progress: bool = False) -> dict[str, TaskContext]:
     """`task_contexts` for an evaluation on this split; `boundary` says whether the boundary score is wanted."""
-    def split(task: str) -> Split:
-        return Split(dataset.spec.name, dataset.split, dataset.folder, tuple(dataset.labelled(task)),
-                     dataset.spec.labels[task].boundary, functools.partial(dataset.truth_files, task),
-                     complete=bool(dataset.present.all()))
-
-    return {task: replace(context, split=split(task), boundary=config.boundary_kwargs, boundary_mode=boundary,
-                          progress=progress) for task, context in task_contexts(config).items()}
+    return {task: replace(context, split=dataset.scored(task), boundary=config.boundary_kwargs, boundary_mode=boundary,
+                          progress=progress)
+            for task, context in task_contexts(config).items() if task in dataset.labels}
 
 
 def model_from_config(config: Config) -> MultiTaskModel:
@@ -105,30 +104,39 @@ def trained_model(config: Config, path: Path, device: torch.device) -> tuple[Mul
     return model.to(device).prepare_for_inference(), selection.of_checkpoint(path, checkpoint)
 
 
-def build_split(config: Config, split: str) -> MultiTaskDataset:
+def build_split(config: Config, split: str) -> MultiTaskDataset | MixedDataset:
     """The "train" or "val" split with its transforms, or the one that a training `selects` by.
 
     With `val_from_train` that is a part of the training split, which is not trained on; else it is "val".
     """
     split = "val" if split == "selects" and not config.val_from_train else split
-    spec = (config.val_db_name if split == "val" else config.train_db_name).spec
+    choice, training = (config.val_db_name if split == "val" else config.train_db_name), split == "train"
+    names = {task for task in config.tasks if task in choice.spec.labels}
+    if training and config.augmentation.always_guide_crop:
+        names |= {name for name, task in tasks_named(choice.spec.labels).items() if task.label.guides_crop}
+    labels = {task: choice.spec.labels[task].rules or rules for task, rules in label_rules(names).items()}
+    parts = [_build_part(config, part.spec, split, labels) for part in choice.parts]
+    dataset = parts[0] if len(parts) == 1 else MixedDataset(parts, [part.weight for part in choice.parts])
+    if training and (empty := [task for task in config.tasks if not dataset.labelled(task)]):
+        raise ValueError(f"no training image of {choice} has a label for {', '.join(empty)}; take the task out of "
+                         "task_dictionary")
+    return dataset
+
+
+def _build_part(config: Config, spec: DatasetSpec, split: str, labels: Mapping[str, LabelRules]) -> MultiTaskDataset:
+    """One data set of a split; `labels` may hold tasks of others."""
+    training = split == "train"
     if config.val_from_train and split != "val":
         whole = spec.splits["train"]
         parts = {name: PartOfSplit(whole, config.val_from_train, name == "selects") for name in ("train", "selects")}
         spec = replace(spec, splits={**spec.splits, **parts})
-    settings, training, names = config.augmentation, split == "train", set(config.tasks)
-    if training and settings.always_guide_crop:
-        names |= {name for name, task in tasks_named(spec.labels).items() if task.label.guides_crop}
-    labels = label_rules(names)
     fixed_label_size = None if spec.label_size is None else config.label_size or spec.label_size
-    transform = build_transform(config.image_size or spec.image_size, fixed_label_size, training, labels, spec.resize,
+    settings = config.augmentation
+    transform = build_transform(config.input_size, fixed_label_size, training, labels, spec.resize,
                                 scale_range=settings.scale_range, flip=settings.flip_prob,
                                 photometric=settings.photometric)
     cache = config.data_cache
     decoded = DecodedCache(cache.folder, cache.max_gb * 1e9) if cache.folder else None
     partial = config.partial_labels if training else replace(config.partial_labels, subset="all")
-    dataset = MultiTaskDataset(spec, config.db_root, split, labels, transform, decoded, partial)
-    if training and (empty := [task for task in config.tasks if not dataset.labelled(task)]):
-        raise ValueError(f"no training image of {spec.name} has a label for {', '.join(empty)}; take the task out of "
-                         "task_dictionary")
-    return dataset
+    return MultiTaskDataset(spec, config.db_root, split, labels, transform, decoded, partial,
+                            elsewhere=labels.keys() - spec.labels.keys())

@@ -34,7 +34,7 @@ from utils.engine.config_groups import (
     SaveInterval,
     TaskDictionary,
 )
-from utils.engine.data_choice import DataChoice
+from utils.engine.data_choice import DataChoice, check_choices
 from utils.engine.official_files import translate
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES
@@ -200,14 +200,7 @@ def _check_relations(c: Config, where: Where) -> None:
         raise ConfigError(f"{where(key)}: {message}")
 
     _check_run_dir(c, refuse)
-    for name, spec in ((name, name.spec) for name in (c.train_db_name, c.val_db_name)):
-        if absent := [t for t in c.tasks if t not in spec.tasks]:
-            refuse("task_dictionary", f"{name} has no labels for {', '.join(absent)}; its tasks: "
-                                      f"{', '.join(spec.tasks)}")
-        for task in c.tasks:
-            if difference := spec.labels[task].difference(c.dataset.labels[task]):
-                refuse("val_db_name", f"{task} of {name} is not that of {c.train_db_name}: {difference}; a model that "
-                                      f"was trained on {c.train_db_name} cannot be scored on {name}")
+    check_choices(c.train_db_name, c.val_db_name, c.tasks, c.image_size, refuse)
     if c.ignore_index != VOID:
         refuse("ignore_index", f"'ignore_index' must be {VOID:g}, got {c.ignore_index}: labels hold {VOID:g} where "
                                "they are void, and any other value would train on void")
@@ -218,7 +211,7 @@ def _check_relations(c: Config, where: Where) -> None:
     named = {"loss_kwargs.loss_weights": weights, "single_task_scores": [key.split("/")[0] for key in
                                                                          c.single_task_scores]}
     for key, names in named.items():
-        if unknown := sorted(set(names) - set(TASKS)):
+        if unknown := sorted(name for name in names if not TASKS.is_name(name)):
             refuse(key, f"{key} names unknown task(s) {', '.join(unknown)}; {nearest(unknown[0], TASKS)}")
     if weights and (lacking := [t for t in c.tasks if t not in weights]):
         refuse("loss_kwargs.loss_weights", f"loss_kwargs.loss_weights lacks {', '.join(lacking)}")

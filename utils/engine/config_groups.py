@@ -28,11 +28,11 @@ class TaskDictionary:
         known = [*(f"{SWITCH}{task}" for task in TASKS), "edge_w"]
         for name, value in values.items():
             place = f"{key}.{name}"
-            if name not in known:
+            if name not in known and not (name.startswith(SWITCH) and TASKS.is_name(name.removeprefix(SWITCH))):
                 raise ConfigError(f"{where(place)}: unknown key '{place}'; {nearest(name, known)}")
             if name != "edge_w" and not isinstance(value, bool):
                 raise ConfigError(f"{where(place)}: '{place}' must be true or false, got {shown(value)}")
-        on = tuple(task for task in TASKS if values.get(f"{SWITCH}{task}"))
+        on = tuple(TASKS.in_order(name.removeprefix(SWITCH) for name, value in values.items() if value is True))
         if not on:
             raise ConfigError(f"{where(key)}: no task is on; set one of {key}.{SWITCH}{{{','.join(TASKS)}}}")
         weights = parse(_EdgeWeight, {k: v for k, v in values.items() if k == "edge_w"}, f"{key}.", where)
@@ -40,7 +40,8 @@ class TaskDictionary:
 
     def to_yaml(self) -> dict[str, Any]:
         """The same group again."""
-        return {**{f"{SWITCH}{task}": task in self.tasks for task in TASKS}, "edge_w": self.edge_w}
+        switches = {f"{SWITCH}{task}": task in self.tasks for task in (*TASKS, *self.tasks)}
+        return {**switches, "edge_w": self.edge_w}
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators
                 for evaluator in of_task:
                     evaluator.update(predictions[task], label, batch["meta"])
                 if export_dir is not None and row.export is not None:
-                    row.export(predictions[task], batch["meta"], export_dir)
+                    row.export(predictions[task], batch["meta"], export_dir / task)
             if on_batch is not None:
                 on_batch(batch, predictions)
         for evaluator in (e for of_task in evaluators.values() for e in of_task):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from evaluation.delta_m import delta_m
@@ -29,18 +29,22 @@ def selection_score(results: Results) -> float:
     return sum(logs) / len(logs) if logs else float("-inf")
 
 
-def reference_keys() -> dict[str, tuple[str, Score]]:
-    """Names of single-task scores -> (task, score): `edge` is the score that is always there, `edge/odsF` any other."""
-    rows = {name: TASKS.load(name).scores for name in TASKS}
+def reference_keys(apart: Iterable[str] = ()) -> dict[str, tuple[str, Score]]:
+    """Names of single-task scores -> (task, score): `edge` is the score that is always there, `edge/odsF` any other.
+
+    apart: tasks that are named apart (`semseg@street`) among them.
+    """
+    rows = {name: TASKS.load(name).scores for name in TASKS.in_order({*TASKS, *apart})}
     named = {f"{name}/{score.key}": (name, score) for name, scores in rows.items() for score in scores}
     return {name: (name, scores[0]) for name, scores in rows.items()} | named
 
 
 def check_reference(reference: Mapping[str, float]) -> None:
     """ConfigError for a name in `single_task_scores` that is no task and no score of one."""
+    known = reference_keys(filter(TASKS.is_name, (key.partition("/")[0] for key in reference)))
     for key in reference:
-        if key not in reference_keys():
-            raise ConfigError(f"single_task_scores: unknown score '{key}'; {nearest(key, reference_keys())}")
+        if key not in known:
+            raise ConfigError(f"single_task_scores: unknown score '{key}'; {nearest(key, known)}")
 
 
 def delta_m_against(results: Results, reference: Mapping[str, float]) -> float | None:
@@ -48,7 +52,7 @@ def delta_m_against(results: Results, reference: Mapping[str, float]) -> float |
 
     See `reference_keys` for the names; of two references of a task the later key has precedence (edge/odsF over edge).
     """
-    compared = {task: (key, score) for key, (task, score) in reference_keys().items()
+    compared = {task: (key, score) for key, (task, score) in reference_keys(results).items()
                 if key in reference and score.key in results.get(task, {})}
     if not results or compared.keys() != results.keys():
         return None
@@ -62,7 +66,8 @@ def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | N
 
     A score has a column where any of the rows has it.
     """
-    columns = [(task, score) for task in TASKS for score in TASKS.load(task).scores
+    columns = [(task, score) for task in TASKS.in_order({t for results in rows.values() for t in results})
+               for score in TASKS.load(task).scores
                if any(score.key in results.get(task, {}) for results in rows.values())]
     with_gain = bool(reference)
     titles = [" ".join(filter(None, (t, s.label, s.unit, "^" if s.higher_is_better else "v"))) for t, s in columns]

@@ -91,7 +91,7 @@ def build_run(config: Config, device: torch.device, train_set: MultiTaskDataset,
                                       config.seed, accumulate, start_update=checkpoint["step"] if checkpoint else 0,
                                       scope=config.loss_kwargs.loss_scope)
     val_loader = build_eval_loader(val_set, config.valBatch, config.nworkers, distributed.rank(), world)
-    steps_per_epoch = len(train_set) // (config.trBatch * world * accumulate)
+    steps_per_epoch = train_loader.batch_sampler.updates_per_epoch
     torch.manual_seed(config.seed)                        # the same weights on every rank
     model = model_from_config(config)
     if config.pretrained and checkpoint is None:

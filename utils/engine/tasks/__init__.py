@@ -9,6 +9,36 @@ from typing import Any
 
 from utils.table import Table
 
+APART = "@"
+
+
+class TaskTable(Table):
+    """Tasks by name. `semseg@street` is a further task like semseg, with classes, a head and a score of its own."""
+
+    def find(self, name: Any) -> str:
+        base, mark, apart = name.partition(APART) if isinstance(name, str) else (name, "", "")
+        if mark and not apart.isidentifier():
+            raise ValueError(f"task {name!r}: behind {APART} stands a name of letters, digits and underscores")
+        return f"{super().find(base)}{mark}{apart}"
+
+    def __missing__(self, name: str) -> Any:
+        base, mark, _ = name.partition(APART)
+        if not mark:
+            raise KeyError(name)
+        return self[base]
+
+    def is_name(self, name: str) -> bool:
+        """Whether this is the name of a task, as it is written."""
+        try:
+            return self.find(name) == name
+        except ValueError:
+            return False
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Names of tasks as the table has them, those named apart behind theirs, by name."""
+        order = list(self)
+        return sorted(names, key=lambda name: (order.index(name.partition(APART)[0]), name))
+
 
 @dataclass(frozen=True)
 class TaskEntry:
@@ -18,7 +48,7 @@ class TaskEntry:
     labels: str
 
 
-TASKS = Table("task", {
+TASKS = TaskTable("task", {
     "semseg": TaskEntry("utils.engine.tasks.segmentation:SEMSEG", "classes"),
     "depth": TaskEntry("utils.engine.tasks.depth:DEPTH", "depth"),
     "human_parts": TaskEntry("utils.engine.tasks.segmentation:HUMAN_PARTS", "classes"),
@@ -35,8 +65,7 @@ def label_kinds() -> dict[str, str]:
 
 def tasks_named(names: Iterable[str]) -> dict[str, Any]:
     """The rows (`task.Task`) of these tasks, in the table's order; an unknown name is a ValueError."""
-    wanted = {TASKS.find(name) for name in names}
-    return {name: TASKS.load(name) for name in TASKS if name in wanted}
+    return {name: TASKS.load(name) for name in TASKS.in_order({TASKS.find(name) for name in names})}
 
 
 def label_rules(names: Iterable[str]) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ class Task:
     decode: raw output of a batch, maps (B, n, H, W) -> prediction, maps (B, C, H, W), as evaluators and views take it.
     evaluators: classes; the first one that runs gives the task's score.
     view: pictures and files for people.
-    export(prediction, meta, folder): files that `infer` writes for other programs, if any.
+    export(prediction, meta, folder): files that `infer` writes for other programs, if any, into the task's folder.
     """
 
     num_channels: int | None
