@@ -97,6 +97,16 @@ class MultiTaskDataset:
         logger.info("%s, split %s: %d images with labels (%s)%s", self.spec.name, self.split, len(self.ids), counts,
                     f"; {(~some).sum()} without any are left out" if not some.all() else "")
 
+    @property
+    def parts(self) -> tuple["MultiTaskDataset", ...]:
+        """Itself; of a `data.mixture.MixedDataset` there are several."""
+        return (self,)
+
+    def maps_of(self, name: str) -> tuple[str, ...]:
+        """What is read of an image: "image", and the tasks whose labels are used."""
+        used = self._used.get(name)
+        return ("image", *(self.labels if used is None else itertools.compress(self.labels, used)))
+
     def labelled(self, task: str) -> list[str]:
         """Ids of the images that have a label of this task."""
         column = list(self.labels).index(task)
@@ -177,8 +187,7 @@ class MultiTaskDataset:
 
     def _maps(self, name: str) -> dict[str, Any]:
         """Image and labels as stored, from the cache where there is one."""
-        used = self._used.get(name)
-        keys = ("image", *(self.labels if used is None else itertools.compress(self.labels, used)))
+        keys = self.maps_of(name)
         if self.cache is None:
             return {key: self.read(key, name) for key in keys}
         files = [path for key in keys for path in self.paths(key, name)]

@@ -49,7 +49,7 @@ class Examined:
 def examine(dataset: MultiTaskDataset, name: str, look: Look | None = None) -> Examined:
     """Reads all files of one image."""
     problems, notes, maps = [], [], {}
-    for key in ("image", *dataset.labels):
+    for key in dataset.maps_of(name):
         try:
             maps[key] = dataset.read(key, name)
         except (ValueError, OSError) as error:
@@ -131,8 +131,9 @@ class SoundFiles:
     """
 
     def __init__(self, dataset: MultiTaskDataset):
-        self.dataset, self.keys = dataset, ("image", *dataset.labels)
-        sources = [dataset.spec.image, *(dataset.spec.labels[key] for key in dataset.labels)]
+        self.dataset = dataset
+        own = [key for key in dataset.labels if key in dataset.spec.labels]
+        sources = [dataset.spec.image, *(dataset.spec.labels[key] for key in own)]
         told = pickle.dumps((VERSION, str(dataset.folder.resolve()), sources, list(dataset.labels.items())))
         usual = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mtdp/data_check"
         folder = Path(os.environ.get("DATA_CHECK_CACHE") or usual).expanduser()
@@ -144,7 +145,7 @@ class SoundFiles:
             self.entries = {}
 
     def _stamps(self, name: str) -> list:
-        found = [path.stat() for key in self.keys for path in self.dataset.paths(key, name)]
+        found = [path.stat() for key in self.dataset.maps_of(name) for path in self.dataset.paths(key, name)]
         return [[file.st_size, file.st_mtime_ns] for file in found]
 
     def find(self, name: str) -> Examined | None:

@@ -32,7 +32,7 @@ def write(root: Path, name: str, classes: list[str], others: str, number: int = 
         pictures = {"images": rng.integers(0, 256, (*SIZE, 3)).astype(np.uint8),
                     "semseg": rng.integers(0, len(classes), SIZE).astype(np.uint8),
                     "depth": rng.integers(500, 9000, SIZE).astype(np.uint16),
-                    "edge": rng.choice([0, 255], SIZE).astype(np.uint8)}
+                    "edge": rng.choice([0] * 9 + [255], SIZE).astype(np.uint8)}
         for kind, pixels in pictures.items():
             (folder / kind).mkdir(exist_ok=True)
             Image.fromarray(pixels).save(folder / kind / f"{split}{i}.png")

@@ -174,7 +174,7 @@ def write_own(root: Path, number: int = 12, size=(70, 110)) -> Path:
         save(root / "photos" / f"{name}.jpg", rng.integers(0, 256, (*size, 3)).astype(np.uint8))
         save(root / "masks" / f"{name}.png", rng.choice([0, 3, 7, 255], size).astype(np.uint8))
         save(root / "depth" / f"{name}.png", rng.integers(500, 9000, size).astype(np.uint16))
-        save(root / "edge" / f"{name}.png", rng.choice([0, 255], size).astype(np.uint8))
+        save(root / "edge" / f"{name}.png", rng.choice([0] * 9 + [255], size).astype(np.uint8))
     (root / "names.txt").write_text("sky\nroad\n\ncar\n")
     return root
 

@@ -46,7 +46,7 @@ def picture(kind: str, rng: np.random.Generator) -> np.ndarray:
     return {"images": lambda: rng.integers(0, 256, (*SIZE, 3)).astype(np.uint8),
             "semseg": lambda: rng.choice([0, 1, 2, 255], SIZE).astype(np.uint8),
             "depth": lambda: rng.integers(500, 9000, SIZE).astype(np.uint16),
-            "edge": lambda: rng.choice([0, 255], SIZE).astype(np.uint8)}[kind]()
+            "edge": lambda: rng.choice([0] * 9 + [255], SIZE).astype(np.uint8)}[kind]()
 
 
 @pytest.fixture(scope="module")
