@@ -93,7 +93,7 @@ class Update:
         with _synchronised(run.wrapped, last):
             with autocast(run.device, run.config.precision):
                 out = run.wrapped(batch["image"], batch)
-            losses = run.criterion(out.final, batch, out.intermediate, out.extra, batch["shares"])
+            losses = run.criterion(out.final, batch, out.intermediate, out.extra, batch.get("shares"))
             run.criterion.balancing.backward(losses, backward, self.parameters)
         self.loss_names = list(losses)
         return torch.stack([loss.detach().float() for loss in losses.values()])
