@@ -8,9 +8,9 @@ import sys
 # fewer cores than expected (data loader workers, other programs) every operation then costs a scheduler's time slice.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from utils import exits  # noqa: E402
 from utils.engine.arguments import parse_arguments  # noqa: E402
-from utils.exits import CONTINUE, FAILED, ToBeContinued, ToldElsewhere, end_at_once, end_children  # noqa: E402
-from utils.logging import one_sentence, setup_logging  # noqa: E402
+from utils.logging import setup_logging  # noqa: E402
 
 
 def read_config(args: argparse.Namespace):
@@ -48,18 +48,19 @@ def main() -> None:
     setup_logging(os.environ.get("RANK", "0") == "0")
     try:
         run(args)
-    except ToBeContinued:
-        end_at_once(CONTINUE)
+    except exits.ToBeContinued:
+        exits.end_at_once(exits.CONTINUE)
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except ToldElsewhere:
-        sys.exit(FAILED)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if args.traceback:
+    except exits.ToldElsewhere:
+        sys.exit(exits.FAILED)
+    except Exception as error:
+        ending = None if args.traceback else exits.ending_of(error)
+        if ending is None:
             raise
-        sys.exit(f"error: {one_sentence(error)}")
+        sys.exit(ending)
     finally:
-        end_children()
+        exits.end_children()
 
 
 if __name__ == "__main__":

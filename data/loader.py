@@ -152,27 +152,30 @@ class TrainLoader(Loader):
             yield batch | {"shares": dict(zip(self.dataset.labels, values, strict=True))}
 
 
-def _loader(dataset: MultiTaskDataset | MixedDataset, num_workers: int, kind: type[Loader] = Loader,
-            **kwargs) -> Loader:
+def _loader(dataset: MultiTaskDataset | MixedDataset, num_workers: int, timeout: float, start: str | None,
+            kind: type[Loader] = Loader, **kwargs) -> Loader:
+    processes = dict(timeout=timeout, multiprocessing_context=start, persistent_workers=True) if num_workers else {}
     return kind(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
-                worker_init_fn=_start_worker, persistent_workers=num_workers > 0,
-                pin_memory=torch.cuda.is_available(), **kwargs)
+                worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(), **processes, **kwargs)
 
 
 def build_train_loader(dataset: MultiTaskDataset | MixedDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
                        world_size: int = 1, seed: int = 0, accumulate: int = 1,
-                       start_update: int = 0, scope: str = "image") -> TrainLoader:
+                       start_update: int = 0, scope: str = "image", timeout: float = 0,
+                       start: str | None = None) -> TrainLoader:
     """Endless loader; `batch_size` is per process and pass; restart with the number of updates made.
 
-    scope: what one loss belongs to, an image or the batch of a process.
+    scope: what one loss belongs to, an image or the batch of a process. timeout: seconds that workers may take for a
+    batch, 0 for ever. start: "fork", "forkserver" or "spawn"; None: as Python does on this system. The batches are the
+    same.
     """
     sampler = TrainBatchSampler(len(dataset), batch_size, rank, world_size, seed, accumulate, start_update,
                                 dataset.present, scope, dataset.draws)
-    return _loader(dataset, num_workers, TrainLoader, batch_sampler=sampler)
+    return _loader(dataset, num_workers, timeout, start, TrainLoader, batch_sampler=sampler)
 
 
 def build_eval_loader(dataset: MultiTaskDataset | MixedDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
-                      world_size: int = 1) -> DataLoader:
+                      world_size: int = 1, timeout: float = 0, start: str | None = None) -> DataLoader:
     """One pass over this rank's share of the data set, last batch possibly smaller."""
     sampler = EvalSampler(len(dataset), rank, world_size)
-    return _loader(dataset, num_workers, batch_size=batch_size, sampler=sampler)
+    return _loader(dataset, num_workers, timeout, start, batch_size=batch_size, sampler=sampler)

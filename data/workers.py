@@ -5,10 +5,13 @@ before the run has saved; one that ignored them could not be ended by the run ei
 it leaves. So a worker ends on a SIGTERM of its own parent alone.
 """
 
+import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -16,6 +19,10 @@ from torch.utils.data import DataLoader
 FOR_THE_PARENT = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
                        if hasattr(signal, name))
 CAN_TELL_THE_SENDER = hasattr(signal, "sigwaitinfo")      # not on macOS and Windows: there a worker obeys everyone
+
+
+SHARED_MEMORY = Path("/dev/shm")        # where workers hand batches over, on Linux
+SCARCE = 128 * 2**20                    # bytes free there that may be too few for a batch
 
 
 class WorkerLost(ChildProcessError):
@@ -49,7 +56,9 @@ def obey_the_parent() -> None:
     """In a worker of `Loader`: a thread takes the signals and ends the process where its parent sent a SIGTERM."""
     if CAN_TELL_THE_SENDER:
         signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT)
-        threading.Thread(target=_listen, args=(os.getppid(),), daemon=True).start()
+        run = multiprocessing.parent_process()              # not the server that forked this process, if any
+        parent = os.getppid() if run is None else run.pid
+        threading.Thread(target=_listen, args=(parent,), daemon=True).start()
 
 
 def _listen(parent: int) -> None:
@@ -63,7 +72,23 @@ def _watched(batches: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from batches
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+        words = str(error)
+        if "DataLoader timed out" in words:
+            seconds = words.split("after ")[-1].split(" ")[0]
+            raise TimeoutError(f"the data loader's workers have delivered no batch for {seconds} s (loader_timeout): "
+                               "does the file system with the data answer?") from error
+        if "No space left on device" in words or "allocate shared memory" in words:
+            raise OSError(f"the data loader's workers cannot hand a batch over: {_shared_memory()}") from error
+        if "DataLoader worker" not in words or "exited unexpectedly" not in words:
             raise
-        raise WorkerLost("a data loader worker was ended from outside, most often for want of memory: use a smaller "
-                         "nworkers or more memory") from error
+        why = _shared_memory() if _free() < SCARCE else "most often for want of memory: use a smaller nworkers"
+        raise WorkerLost(f"a data loader worker was ended from outside, {why}") from error
+
+
+def _free() -> float:
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else float("inf")
+
+
+def _shared_memory() -> str:
+    return (f"shared memory is short ({_free() / 2**20:.0f} MiB free in {SHARED_MEMORY}): give the container more "
+            "(docker run --shm-size=8g), or use a smaller nworkers, or 0")

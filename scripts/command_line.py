@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from utils.logging import one_sentence
+from utils.exits import sentence_of
 
 
 class Command:
@@ -23,6 +23,8 @@ class Command:
         args = self.parser.parse_intermixed_args(given)
         try:
             return self.work(**vars(args)) or 0
-        except (ValueError, OSError) as error:
-            print(f"error: {one_sentence(error)}", file=sys.stderr)
+        except Exception as error:
+            if (sentence := sentence_of(error)) is None:
+                raise
+            print(f"error: {sentence}", file=sys.stderr)
             return 1

@@ -4,6 +4,8 @@ import logging
 import multiprocessing
 import os
 import sys
+import zlib
+from datetime import timedelta
 from typing import NoReturn
 
 DONE = 0
@@ -19,6 +21,51 @@ class ToBeContinued(KeyboardInterrupt):
 
 class ToldElsewhere(Exception):
     """An error that another process of the run reports."""
+
+
+def ending_of(error: Exception) -> str | int | None:
+    """What `sys.exit` takes at this error: its sentence, said by one process alone; None where it has none."""
+    if (sentence := sentence_of(error)) is None:
+        return None
+    return f"error: {sentence}" if first_to_say(sentence) else FAILED
+
+
+def first_to_say(sentence: str) -> bool:
+    """Whether no other process of torchrun has said the same in this attempt; the launcher's store remembers it.
+
+    So what all processes find wrong is said once, and what one of them finds is said by that one.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    import torch.distributed as dist  # here: it takes a second, which a mistake of a process alone need not wait
+    key = f"said_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}_{zlib.crc32(sentence.encode())}"
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                              timeout=timedelta(seconds=5))
+        return store.add(key, 1) == 1
+    except dist.DistError:                  # the launcher is gone: better twice than never
+        return True
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What to tell of an error that is not a fault of this program; None for one that is, and wants its traceback."""
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return one_sentence(error)
+    words = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+        first = words.strip().splitlines()[0] if words.strip() else "the machine has no more"
+        return (f"not enough memory: {first} (a smaller trBatch with the same global_batch, "
+                "activation_checkpointing=all, precision=bf16 or a smaller valBatch need less)")
+    return None
+
+
+def one_sentence(error: Exception) -> str:
+    """The message of an error on one line.
+
+    A data loader's worker wraps the message in its traceback; there the sentence is the last line.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].split("Error: ", 1)[-1] if str(error).startswith("Caught ") else " ".join(lines)
 
 
 def end_at_once(code: int) -> NoReturn:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -15,11 +16,26 @@ from utils.durable import names_the_file, write_text
 
 
 class _TqdmHandler(logging.Handler):
-    """Writes above a running progress bar instead of through it."""
+    """Writes above a running progress bar instead of through it.
+
+    Where nobody reads any more (a closed pipe, a terminal that is gone) it falls silent, and the run goes on.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except (OSError, ValueError) as error:
+            silence(sys.stdout)
+            logging.getLogger(__name__).warning("nobody reads the output any more (%s): it ends here", error)
+
+
+def silence(stream: IO[str] | None) -> None:
+    """Sends what is written to a stream from now on nowhere: there is no reader, and writing would raise each time."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError, AttributeError):           # closed altogether, or no file
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # noqa: SIM115 (until the process ends)
 
 
 class _LogFile(logging.FileHandler):
@@ -60,7 +76,12 @@ class RunWriter:
         kept = [] if step is None else _cut(path, step, evaluated)
         self._jsonl = path.open("a", encoding="ascii")
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
+            except ImportError as error:
+                logging.getLogger(__name__).warning("no tb/: TensorBoard is not installed (%s); metrics.jsonl "
+                                                    "holds the same numbers", error)
+                return
             began = (run_dir / "tb").exists() and step is not None
             self._board = SummaryWriter(str(run_dir / "tb"), purge_step=step + evaluated if began else None)
             for row in kept if began and not evaluated else []:     # TensorBoard forgets the whole step
@@ -121,15 +142,6 @@ def _cut(path: Path, step: int, evaluated: bool) -> list[dict]:
     if len(kept) < len(lines):
         write_text(path, "".join(line for line, _ in kept))
     return [row for _, row in kept]
-
-
-def one_sentence(error: Exception) -> str:
-    """The message of an error on one line.
-
-    A data loader's worker wraps the message in its traceback; there the sentence is the last line.
-    """
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].split("Error: ", 1)[-1] if str(error).startswith("Caught ") else " ".join(lines)
 
 
 def duration(seconds: float) -> str:

@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.command_line import Command
 from utils.engine.config import Config, load_config
+from utils.exits import sentence_of
 from utils.options import ConfigError
 from utils.table import Table
 
-READ_SECONDS, TRAIN_SECONDS, TRAIN_BYTES = 2.0, 120, 6 * 2**30
+READ_SECONDS, TRAIN_SECONDS, TRAIN_BYTES = 2.0, 300, 6 * 2**30
 COMMON = {
     "train_db_name": "NYUD", "val_db_name": "NYUD", "pretrained": False, "image_size": [64, 128], "trBatch": 2,
     "valBatch": 2, "nworkers": 0, "max_iter": 20, "val_interval": 10, "log_interval": 1, "device": "cpu",
@@ -177,10 +178,9 @@ def _train(path: Path, folder: Path, pipe: Any) -> None:
         engine.train(load_config(path, [f"db_root={folder / 'data'}", f"out_dir={folder / 'runs'}", "device=cpu",
                                         f"version_name={path.stem}"]), False)
         pipe.send(("trained", ""))
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        pipe.send(("refused", f"{type(error).__name__}: {error}"))
-    except BaseException as error:      # noqa: BLE001
-        pipe.send(("traceback", f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"))
+    except Exception as error:
+        sentence = sentence_of(error)
+        pipe.send(("refused", sentence) if sentence else ("traceback", traceback.format_exc()[-1500:]))
 
 
 def train_one(path: Path, folder: Path) -> tuple[str, str]:

@@ -94,6 +94,7 @@ class Config:
     # guards (docs/reliability.md)
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"   # at a loss or gradient that is not finite
     nonfinite_limit: int = given(10, at_least=1)  # so many updates may be skipped or rolled back; one more stops
+    loader_timeout: float = given(900.0, at_least=0)   # seconds that workers may take for a batch; 0: for ever
     watchdog: float = given(20.0, at_least=0)     # stacks are written where an update takes so many times the median
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -104,6 +105,7 @@ class Config:
     channels_last: bool = False                  # memory format of convolutions
     scan_backend: str = choice(SCAN_BACKENDS, "auto")
     find_unused_parameters: bool = False
+    worker_start: Literal["default", "fork", "forkserver", "spawn"] = "default"   # of data loader workers
     tensorboard: bool = True
     progress: bool = True                        # progress bars
     deterministic: bool = False                  # the same numbers again on the same machine, at some cost on a GPU
@@ -134,6 +136,11 @@ class Config:
     def label_size(self) -> tuple[int, int] | None:
         """(height, width) of labels and predictions where it is not that of the input."""
         return DECODERS.options(self.model)(**self.model_kwargs).label_size or self.dataset.label_size
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the data loader's workers are started and waited for."""
+        return {"timeout": self.loader_timeout, "start": None if self.worker_start == "default" else self.worker_start}
 
     @property
     def run_dir(self) -> Path:

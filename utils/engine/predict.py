@@ -43,7 +43,7 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
         model, chosen = trained_model(config, checkpoint, device)
         dataset, progress = build_split(config, "val"), distributed.is_main() and config.progress
         loader = build_eval_loader(dataset, config.valBatch, config.nworkers, distributed.rank(),
-                                   distributed.world_size())
+                                   distributed.world_size(), **config.loading)
         evaluators = build_evaluators(evaluation_contexts(config, dataset, config.boundary_infer, progress))
         results = evaluate(model, loader, evaluators, device, precision=config.precision,
                            cuda_graph=config.cuda_graph, export_dir=output_dir, progress=progress)

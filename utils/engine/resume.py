@@ -43,14 +43,15 @@ RULES: Mapping[str, Rule] = {
     **_rules("applied", "another decay; switching the average on or off is refused", "ema_decay"),
     **_rules("applied", "from the next update on", "max_iter epochs optimizer_kwargs scheduler scheduler_kwargs "
              "loss_kwargs grad_clip_param augmentation intermediate_supervision precision task_dictionary.edge_w "
-             "on_nonfinite nonfinite_limit watchdog"),
+             "on_nonfinite nonfinite_limit watchdog loader_timeout"),
     **_rules("applied", "from the next time on", "val_interval checkpoint_interval save_interval log_interval "
              "boundary_eval boundary_infer boundary_kwargs"),
     **_rules("harmless", "the weights come from the checkpoint", "pretrained pretrained_allow_missing"),
     **_rules("harmless", "where things lie",
              "out_dir version_name db_root resume train_db_name.folder val_db_name.folder data_cache skip_data_check"),
     **_rules("harmless", "how it is computed, up to rounding", "nworkers valBatch device compile "
-             "activation_checkpointing channels_last scan_backend find_unused_parameters cuda_graph deterministic"),
+             "activation_checkpointing channels_last scan_backend find_unused_parameters cuda_graph deterministic "
+             "worker_start"),
     **_rules("harmless", "what is shown", "tensorboard progress eval_at_start single_task_scores"),
 }
 

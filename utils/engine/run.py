@@ -89,8 +89,9 @@ def build_run(config: Config, device: torch.device, train_set: MultiTaskDataset,
     accumulate = accumulation(config, world, checkpoint)
     train_loader = build_train_loader(train_set, config.trBatch, config.nworkers, distributed.rank(), world,
                                       config.seed, accumulate, start_update=checkpoint["step"] if checkpoint else 0,
-                                      scope=config.loss_kwargs.loss_scope)
-    val_loader = build_eval_loader(val_set, config.valBatch, config.nworkers, distributed.rank(), world)
+                                      scope=config.loss_kwargs.loss_scope, **config.loading)
+    val_loader = build_eval_loader(val_set, config.valBatch, config.nworkers, distributed.rank(), world,
+                                   **config.loading)
     steps_per_epoch = train_loader.batch_sampler.updates_per_epoch
     torch.manual_seed(config.seed)                        # the same weights on every rank
     model = model_from_config(config)
