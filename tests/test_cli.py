@@ -164,7 +164,7 @@ def test_a_split_without_valid_pixels_is_an_error_after_the_table(monkeypatch, t
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    ("train --config_exp F --trained_model C", "--run_mode train does not read --trained_model"),
+    ("train --config_exp F --trained_model C", "the default); init_from=C starts a training from its weights"),
     ("train --config_exp F --input P", "does not read --input; it is for --run_mode predict"),
     ("infer --trained_model C --resume", "does not read --resume; it is for --run_mode train"),
     ("infer --trained_model C optimizer_kwargs.lr=1", "does not read optimizer_kwargs.lr"),

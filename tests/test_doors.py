@@ -56,7 +56,7 @@ def run(tiny: list[str], *arguments: str, without: str = "-") -> dict:
 
 def test_every_door_has_its_file_in_the_readme():
     assert set(BLOCKS) == {"albedo", "bias", "my_rooms", "plain", "strided", "narrow", "uncertainty", "rmsprop",
-                           "cosine"}
+                           "exponential"}
 
 
 def test_decoder(outside, tiny, monkeypatch):
@@ -93,11 +93,11 @@ def test_optimizer(outside, tiny, monkeypatch):
 
 
 def test_schedule(outside, tiny, monkeypatch, tmp_path):
-    monkeypatch.setitem(SCHEDULES, "cosine", f"{outside('cosine')}:Cosine")
-    run(tiny, "scheduler=cosine", "scheduler_kwargs={}", "version_name=cosine")
-    lines = (tmp_path / "runs" / "cosine" / "metrics.jsonl").read_text().splitlines()
+    monkeypatch.setitem(SCHEDULES, "exponential", f"{outside('exponential')}:Exponential")
+    run(tiny, "scheduler=exponential", "scheduler_kwargs={last: 0.125}", "version_name=exponential")
+    lines = (tmp_path / "runs" / "exponential" / "metrics.jsonl").read_text().splitlines()
     rates = [float(match[1]) for line in lines if (match := re.search(r'"lr": ([0-9.e-]+)', line))]
-    assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4])
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4])
 
 
 def test_learned_loss_balancing_is_saved_and_resumed(outside, tiny, monkeypatch, tmp_path):
@@ -267,4 +267,4 @@ def test_every_task_has_its_switch():
 
 
 def test_modules_of_the_readme_are_plain_files(outside):
-    assert isinstance(importlib.import_module(outside("cosine")), ModuleType)
+    assert isinstance(importlib.import_module(outside("exponential")), ModuleType)

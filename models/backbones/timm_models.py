@@ -25,6 +25,7 @@ from utils.options import Options
 # The two layouts in which EfficientNet is published hold the same tensors in the same order.
 EFFICIENTNET_STEM = "_conv_stem.weight"
 BLOCK_NAMES = ("Block", "neck", "Basic", "InvertedResidual", "Separable")  # in classes' names, by timm's habit
+OWN_PREFIX = "net.model."  # of a plain transformer's parameters here
 POSITION_TABLES = ("pos_embed", "rel_pos_h", "rel_pos_w")  # those that timm leaves at their size in some models
 BUILD_ERRORS = (TypeError, RuntimeError, AssertionError, AttributeError, ValueError, IndexError, NotImplementedError)
 
@@ -136,7 +137,10 @@ class TimmBackbone(nn.Module):
         return [resize(feat.contiguous(), grid) for feat, grid in zip(maps, grids, strict=True)]
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Published weights -> own keys, prepared as timm does it (position tables fitted to this grid, ...)."""
+        """Published weights, or own ones of another image size -> own keys, prepared as timm does it (position tables
+        fitted to this grid, ...)."""
+        if all(key.startswith(OWN_PREFIX) for key in state):
+            state = {key.removeprefix(OWN_PREFIX): value for key, value in state.items()}
         with torch.device("meta"):
             model = _create(self.architecture, self.options)
         whole = model.state_dict()

@@ -9,7 +9,8 @@ TRAINING_KEYS = (
     "trBatch", "augmentation", "max_iter", "epochs", "val_interval", "checkpoint_interval", "save_interval",
     "log_interval", "global_batch", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs",
     "grad_clip_param", "ema_decay",
-    "pretrained", "pretrained_allow_missing", "activation_checkpointing", "find_unused_parameters", "tensorboard",
+    "pretrained", "pretrained_allow_missing", "init_from", "freeze", "lr_scale", "layer_decay", "weight_decay_on",
+     "activation_checkpointing", "find_unused_parameters", "tensorboard",
     "val_from_train", "on_nonfinite", "nonfinite_limit", "watchdog",
     "eval_at_start", "boundary_eval", "out_dir", "resume", "skip_data_check")
 FLAGS = {       # flag -> (run modes that read it, options of argparse's add_argument)
@@ -58,8 +59,9 @@ def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for flag, (modes, _) in FLAGS.items():
         value = getattr(args, flag.removeprefix("--"))
         if args.run_mode not in modes and value is not None and value is not False:
+            advice = f"; init_from={value} starts a training from its weights" if flag == "--trained_model" else ""
             parser.error(f"--run_mode {args.run_mode} does not read {flag}; it is for --run_mode {' and '.join(modes)} "
-                         "(--run_mode train is the default)")
+                         f"(--run_mode train is the default){advice}")
     for override in args.overrides if args.run_mode != "train" else ():
         key = override.partition("=")[0]
         if key.partition(".")[0] in TRAINING_KEYS:

@@ -8,6 +8,7 @@ option of a decoder, a backbone, an optimizer ... may be is said by its own opti
 """
 
 import dataclasses
+import math
 import os
 import runpy
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,7 @@ class Config:
     model_kwargs: Any = options_of("model", resolved=False)
     pretrained: bool | str = False               # true: the backbone's usual weights; a timm tag; or a file
     pretrained_allow_missing: tuple[str, ...] = ()
+    init_from: str = ""                          # a checkpoint, ours or released: what fits of it, the rest is listed
     image_size: tuple[int, int] | None = None    # (height, width) of the network's input; default: the data set's
     intermediate_supervision: bool = False
     ignore_index: int = 255
@@ -87,6 +89,10 @@ class Config:
     optimizer_kwargs: Any = options_of("optimizer")
     scheduler: str = choice(SCHEDULES, "poly")
     scheduler_kwargs: Any = options_of("scheduler")
+    freeze: tuple[str, ...] = ()                 # parts that are not trained: encoder, heads.depth, decoder.stages.0
+    lr_scale: dict[str, float] = field(default_factory=dict)        # factor of the learning rate of parts
+    layer_decay: float = given(1.0, above=0, at_most=1)             # the same per block of the backbone, from the last
+    weight_decay_on: Literal["all", "weights"] = "all"              # weights: not norms, biases, position tables
     loss_kwargs: LossKwargs = field(default_factory=LossKwargs)
     grad_clip_param: GradClip = field(default_factory=GradClip)
     ema_decay: float = given(0.0, at_least=0, below=1)   # 0: no moving average
@@ -179,7 +185,7 @@ def _build(values: dict, origin: dict[str, str], overrides: Sequence[str], sourc
         elif not root_in_file:
             values["db_root"], origin["db_root"] = _mypath_db_root()
     values = translate(values, source)
-    for key in ("out_dir", "db_root", "pretrained"):
+    for key in ("out_dir", "db_root", "pretrained", "init_from"):
         if isinstance(values.get(key), str):
             values[key] = os.path.expanduser(values[key])
     where = partial(nearest_origin, origin=origin, source=source)
@@ -214,6 +220,8 @@ def _check_relations(c: Config, where: Where) -> None:
     if c.augmentation.always_guide_crop and c.partial_labels != PartialLabels():
         refuse("augmentation.always_guide_crop", "augmentation.always_guide_crop reads a label that partial_labels may "
                                                  "hide; set one of them to its default")
+    if not all(0 < factor < math.inf for factor in c.lr_scale.values()):
+        refuse("lr_scale", f"'lr_scale' must hold positive finite factors, got {c.lr_scale}; `freeze` stops a part")
     weights = c.loss_kwargs.loss_weights
     named = {"loss_kwargs.loss_weights": weights, "single_task_scores": [key.split("/")[0] for key in
                                                                          c.single_task_scores]}

@@ -37,6 +37,8 @@ RULES: Mapping[str, Rule] = {
     **_rules("refused", "the order of the images depends on it", "seed train_db_name val_from_train partial_labels"),
     **_rules("refused", "the best score so far would be compared with another one", "val_db_name"),
     **_rules("refused", "the state in the file is that of another one", "optimizer loss_kwargs.loss_scheme"),
+    **_rules("refused", "the optimizer's state is ordered by these groups",
+             "freeze lr_scale layer_decay weight_decay_on"),
     **_rules("refused", "the labels would mean something else", "ignore_index"),
     **_rules("applied", "the images of an update must stay as many: accumulation makes up for other numbers",
              "trBatch global_batch"),
@@ -46,7 +48,7 @@ RULES: Mapping[str, Rule] = {
              "on_nonfinite nonfinite_limit watchdog loader_timeout"),
     **_rules("applied", "from the next time on", "val_interval checkpoint_interval save_interval log_interval "
              "boundary_eval boundary_infer boundary_kwargs"),
-    **_rules("harmless", "the weights come from the checkpoint", "pretrained pretrained_allow_missing"),
+    **_rules("harmless", "the weights come from the checkpoint", "pretrained pretrained_allow_missing init_from"),
     **_rules("harmless", "where things lie",
              "out_dir version_name db_root resume train_db_name.folder val_db_name.folder data_cache skip_data_check"),
     **_rules("harmless", "how it is computed, up to rounding", "nworkers valBatch device compile "

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from utils import distributed
 from utils.engine.averages import MovingAverage
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config
+from utils.engine.init_from import init_from
 from utils.engine.optimizers import OPTIMIZERS
+from utils.engine.parameter_groups import freeze, parameter_groups
 from utils.engine.pretrained import load_pretrained
 from utils.logging import RunWriter
 
@@ -95,11 +98,9 @@ def build_run(config: Config, device: torch.device, train_set: MultiTaskDataset,
     steps_per_epoch = train_loader.batch_sampler.updates_per_epoch
     torch.manual_seed(config.seed)                        # the same weights on every rank
     model = model_from_config(config)
-    if config.pretrained and checkpoint is None:
-        with distributed.main_first():                     # one download, which the others then find
-            load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
-    elif checkpoint is None and distributed.is_main():
-        logger.warning("pretrained is false: the backbone starts from random weights")
+    if checkpoint is None:
+        _first_weights(model, config)
+    freeze(model, config.freeze)
     prepare_for_training(model.to(device), config)
     criterion = build_criterion(config, model).to(device)
     wrapped = _wrap(model, config, device)
@@ -111,9 +112,22 @@ def build_run(config: Config, device: torch.device, train_set: MultiTaskDataset,
         total_steps=min(config.max_iter, config.epochs * steps_per_epoch), steps_per_epoch=steps_per_epoch)
 
 
+def _first_weights(model: nn.Module, config: Config) -> None:
+    """Those of `init_from`, and where they do not fill the backbone those of `pretrained` below them."""
+    if config.init_from and init_from(model, Path(config.init_from)):
+        return
+    if config.pretrained:
+        with distributed.main_first():                     # one download, which the others then find
+            load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
+        if config.init_from:
+            init_from(model, Path(config.init_from))
+    elif not config.init_from and distributed.is_main():
+        logger.warning("pretrained is false: the backbone starts from random weights")
+
+
 def build_optimizer(config: Config, model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:
-    """One group of the model's parameters, as published; what the loss balancing learns has no weight decay."""
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    """The model's parameters in groups; what the loss balancing learns has no weight decay."""
+    groups = parameter_groups(config, model)
     if learned := list(criterion.parameters()):
         groups.append({"params": learned, "weight_decay": 0.0})
     return OPTIMIZERS.load(config.optimizer).build(groups, config.optimizer_kwargs)

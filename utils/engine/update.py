@@ -65,7 +65,7 @@ class Update:
     def set_lr(self, lr: float) -> None:
         """Of the updates to come, in all groups."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.lr is not None:
             self.lr.fill_(lr)
 
@@ -128,9 +128,12 @@ class Update:
         if self.lr is None:
             yield
             return
-        wanted = {"lr": self.lr, "capturable": self.lr.is_cuda and torch.cuda.is_current_stream_capturing()}
-        before = [{key: group[key] for key in wanted if key in group} for group in self.optimizer.param_groups]
+        capturable = self.lr.is_cuda and torch.cuda.is_current_stream_capturing()
+        before = [{key: group[key] for key in ("lr", "capturable") if key in group}
+                  for group in self.optimizer.param_groups]
         for group, plain in zip(self.optimizer.param_groups, before, strict=True):
+            scale = group.get("lr_scale", 1.0)
+            wanted = {"lr": self.lr if scale == 1 else self.lr * scale, "capturable": capturable}
             group |= {key: wanted[key] for key in plain}
         try:
             yield

@@ -12,5 +12,7 @@ class ScheduleOptions(Options):
 
 
 SCHEDULES = Table("scheduler", {
+    "cosine": "utils.engine.schedules.cosine:Cosine",
     "poly": "utils.engine.schedules.poly:Poly",
+    "step": "utils.engine.schedules.step:Step",
 })
