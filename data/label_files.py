@@ -6,6 +6,7 @@ file that holds something else than its data set says is refused by name, with w
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -41,6 +42,11 @@ class ClassFile:
 
     def translate(self, path: Path, stored: np.ndarray) -> np.ndarray:
         """H x W integers -> H x W x 1 float32."""
+        if stored.dtype in (np.uint8, np.uint16):
+            table = _class_table(tuple(self.values.items()), VOID if self.other_is_void else np.nan)
+            classes = _look_up(stored, table)
+            if self.other_is_void or not np.isnan(classes.min()):
+                return classes
         found, where = np.unique(stored, return_inverse=True)
         known = np.array([int(value) in self.values for value in found])
         if not known.all() and not self.other_is_void:
@@ -84,19 +90,24 @@ class DepthFile:
         stored = _one_channel(path, read_values(path, self.variable))
         if stored.dtype.kind not in "fiu":
             raise ValueError(f"{path}: depth values must be real numbers, this file holds {stored.dtype}")
-        values = stored.astype(np.float64)
-        missing = np.isin(values, self.void)
-        if self.nan_is_void:
-            missing |= ~np.isfinite(values)
-        depth = np.where(missing, 0, (values + self.offset) * self.scale).astype(np.float32)
-        if self.valid is not None and np.isfinite(depth).all():
-            depth[(depth <= self.valid[0]) | (depth >= self.valid[1])] = 0
+        small = stored.dtype in (np.uint8, np.uint16)
+        depth = _look_up(stored, _depth_table(self))[..., 0] if small else self.convert(stored.astype(np.float64))
         low, high = depth.min(), depth.max()                           # NaN fails both comparisons below
         if not (low >= 0 and high < MAX_DEPTH_M):
             raise ValueError(f"{path}: values {low:g}..{high:g} after the unit's scale are outside "
                              f"[0, {MAX_DEPTH_M:g}); say which stored values are void (void, nan), which range is "
                              "valid, or another unit")
         return depth[..., None]                                        # (H, W) -> (H, W, 1)
+
+    def convert(self, values: np.ndarray) -> np.ndarray:
+        """Float64 numbers as stored -> float32."""
+        missing = np.isin(values, self.void)
+        if self.nan_is_void:
+            missing |= ~np.isfinite(values)
+        depth = np.where(missing, 0, (values + self.offset) * self.scale).astype(np.float32)
+        if self.valid is not None:
+            depth[(depth <= self.valid[0]) | (depth >= self.valid[1])] = 0          # NaN stays
+        return depth
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,28 @@ class TruthFile:
         if self.read is None:
             return _integers(path, self.variable)
         return (self.read(path)[..., 0] == 1).astype(np.uint8)
+
+
+@lru_cache(maxsize=32)
+def _class_table(values: tuple[tuple[int, int], ...], other: float) -> np.ndarray:
+    """The class of each number of 16 bits, `other` where it has none."""
+    table = np.full(65536, other, np.float32)
+    for value, index in values:
+        if 0 <= value < len(table):
+            table[value] = index
+    return table
+
+
+@lru_cache(maxsize=32)
+def _depth_table(read: DepthFile) -> np.ndarray:
+    """The depth of each number of 16 bits."""
+    return read.convert(np.arange(65536, dtype=np.float64))
+
+
+def _look_up(stored: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """table[stored] of 8 or 16 bits, H x W -> H x W x 1."""
+    found = cv2.LUT(stored, table[:256]) if stored.dtype == np.uint8 else table[stored]
+    return found[..., None]
 
 
 def _integers(path: Path, variable: str) -> np.ndarray:

@@ -89,6 +89,11 @@ class DatasetSpec:
         """Output channels by task."""
         return {task: label.channels for task, label in self.labels.items()}
 
+    @property
+    def units(self) -> dict[str, str]:
+        """What the labels are measured in, by task."""
+        return {task: label.unit for task, label in self.labels.items() if label.unit}
+
 
 def read_image(path: Path) -> np.ndarray:
     """The stored pixels, H x W x 3 uint8 RGB; no EXIF turn, because labels belong to the stored pixels."""

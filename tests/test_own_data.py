@@ -1,6 +1,7 @@
 """Folders of one's own, from YAML to samples, scores and files; mistakes are named by key or file."""
 
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from data.base import MultiTaskDataset
+from data.datasets import DATASETS
+from data.datasets.cityscapes import CLASS_NAMES as CITYSCAPES
+from data.datasets.cityscapes import TRAIN_IDS
 from data.label_files import (
     ClassFile,
     ColourFile,
@@ -21,12 +25,13 @@ from data.label_files import (
     RegionsFile,
     TruthFile,
 )
-from data.labels import DisparityLabel
+from data.labels import VOID, DisparityLabel
 from data.transforms import build_transform
 from evaluation.boundary.edge_maps import save_edge_maps
 from tests.conftest import TINY
-from tests.shared import ROOT
+from tests.shared import ROOT, golden
 from utils.engine.config import config_from_dict, load_config
+from utils.engine.data_choice import DataChoice
 from utils.engine.predict import infer, predict
 from utils.engine.tasks import label_rules
 from utils.engine.train import train
@@ -353,3 +358,29 @@ def test_the_tutorial_as_it_is_printed(tmp_path, monkeypatch):
     partial = load_config("street.yml", [*small, "max_iter=1", "trBatch=2", "partial_labels.missing=allow"])
     assert not MultiTaskDataset(partial.dataset, "", "train", label_rules(["semseg", "depth"]), None, None,
                                 partial.partial_labels).present.all()
+
+
+def test_a_known_layout_described(tmp_path):
+    """Cityscapes by its official folders: other endings for each kind of file, ids with a folder, raw class numbers."""
+    known = DATASETS.load("Cityscapes")
+    shutil.copytree(golden("metrics") / "fixture_cityscapes", tmp_path / "cityscapes")
+    ids = ", ".join(f"{name}: {number}" for name, number in zip(CITYSCAPES, TRAIN_IDS, strict=True))
+    files = {name: known.labels[name].files[0] for name in ("semseg", "depth")}
+    (tmp_path / "cityscapes" / "dataset.yml").write_text(
+        "images: 'leftImg8bit/{id}_leftImg8bit.png'\nimage_size: [16, 32]\n"
+        "splits: {train: 'leftImg8bit/train/*/*_leftImg8bit.png', val: 'leftImg8bit/val/*/*_leftImg8bit.png'}\ntasks:\n"
+        f"  semseg: {{files: '{files['semseg']}', classes: [{', '.join(CITYSCAPES)}], values: {{{ids}}}, void: [], "
+        f"other: void}}\n  depth: {{files: '{files['depth']}', unit: disparity, offset: -1, scale: 0.00390625, "
+        "void: [0, 1]}\n")
+    spec = DataChoice.from_yaml({"folder": str(tmp_path / "cityscapes")}, "train_db_name", str).spec
+    labels = label_rules(spec.tasks)
+    for split in ("train", "val"):
+        own, theirs = (MultiTaskDataset(s, tmp_path, split, labels) for s in (spec, known))
+        assert own.ids == theirs.ids and len(own)
+        for name in own.ids:
+            np.testing.assert_array_equal(own.read("image", name), theirs.read("image", name))
+            np.testing.assert_array_equal(own.read("semseg", name), theirs.read("semseg", name))
+            mine, known_depth = own.read("depth", name), theirs.read("depth", name)
+            measured = (mine > 0) & (known_depth > 0) & (known_depth < VOID)       # theirs: 0 is a class
+            assert measured.any()
+            np.testing.assert_array_equal(mine[measured], known_depth[measured])

@@ -228,16 +228,22 @@ def losses_of(folder: Path, name: str) -> list[dict]:
 
 
 def test_one_and_two_processes_learn_the_same(folder):
-    """Images of one update that one process has are shared by two; some updates leave a process without any label."""
+    """Images of one update that one process has are shared by two; some updates leave a process without any label.
+
+    With one image in each process its loss is that of its process, too.
+    """
     train(experiment(folder, "version_name=one", "trBatch=2"), resume=False)
     command = ["--run_mode", "train", "--config_exp", str(ROOT / "configs" / "_base_" / "bim.yml")]
-    done = launch([*command, *arguments(folder, "version_name=two", "trBatch=1")], processes=2)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, two = losses_of(folder, "one"), losses_of(folder, "two")
-    assert len(one) == len(two) == 4
-    for a, b in zip(one, two, strict=True):
-        for key in ("loss/total", "loss/semseg", "loss/depth", "loss/edge"):
-            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-7), key
+    one = losses_of(folder, "one")
+    for scope in ("image", "process"):
+        more = (f"version_name={scope}", "trBatch=1", f"loss_kwargs.loss_scope={scope}")
+        done = launch([*command, *arguments(folder, *more)], processes=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        two = losses_of(folder, scope)
+        assert len(one) == len(two) == 4
+        for a, b in zip(one, two, strict=True):
+            for key in ("loss/total", "loss/semseg", "loss/depth", "loss/edge"):
+                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-7), (scope, key)
     sampler = TrainBatchSampler(USED, 1, 0, 2, present=dataset(folder).present, scope="image")
     assert any((share == 0).any() for share in itertools.islice(sampler.shares(), 4))
 

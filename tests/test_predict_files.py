@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.watched_run import MEAN, STD, answers, experiment, voc
 from utils.engine.build import model_from_config
-from utils.engine.predict import predict
+from utils.engine.predict import output_names, predict
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 NYUD = ["task_dictionary.include_normals=true", "task_dictionary.include_edge=true"]
@@ -227,3 +227,8 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(cv2, "imwrite", lambda path, _: f"/out/{kind}/" not in path)
     with pytest.raises(OSError, match=r"could not write .*a\.png"):
         run(tmp_path, {"a.png": stripes(40, 60)}, [])
+
+
+def test_no_two_images_share_the_name_of_their_outputs():
+    paths = [Path(name) for name in ("a.b.png", "a_b.png", "c.jpg", "c.png", "c_jpg.png", "a.b.tif")]
+    assert list(output_names(paths).values()) == ["a_b_png", "a_b", "c_jpg", "c_png", "c_jpg_2", "a_b_tif"]

@@ -30,6 +30,8 @@ def test_table_prints_as_papers_do():
     assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == header
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["ours", "50.00", "0.6000", "+2.50"]
     assert "delta_m" not in format_table({"ours": RESULTS})
+    assert "depth RMSE px v" in format_table({"ours": RESULTS}, units={"depth": "px", "semseg": "px"})
+    assert "semseg mIoU % ^" in format_table({"ours": RESULTS}, units={"depth": "px", "semseg": "px"})
 
 
 def test_delta_m_takes_signs_from_the_table_and_needs_every_task():

@@ -1,8 +1,10 @@
 """Predictions on any photographs, and the evaluation of a checkpoint: what `predict` and `infer` run."""
 
+import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -51,7 +53,8 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint),
                          dataset=str(config.val_db_name), selection=chosen)
             logger.info("%s (%s) on %s\n%s", checkpoint, chosen, config.val_db_name,
-                     format_table({config.version_name: results}, config.single_task_scores))
+                     format_table({config.version_name: results}, config.single_task_scores,
+                                  config.dataset.units))
             log_reports(evaluators)
             logger.info("scores: %s", output_dir / "results.json")
         if empty := unscored(results):
@@ -64,14 +67,13 @@ def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) ->
     """Writes panels, colour pictures and raw arrays for an image or all images of a folder; returns the panels.
 
     `output_dir` receives panels/<name>.png, colour/<task>/<name>.png, raw/<task>/<name>.<png|npy> at the image's own
-    size, and formats.json with the units of the raw files. <name> is the stem, the whole file name where two images
-    share a stem; dots become underscores. An unreadable image is reported and skipped; at the end
-    it makes the call a ValueError that names every such image. Under a launcher every rank takes its share.
+    size, and formats.json with the units of the raw files; for <name> see `output_names`. An unreadable image is
+    reported and skipped; at the end it makes the call a ValueError that names every such image. Under a launcher every
+    rank takes its share.
     """
     paths = list_images(source)
     device = distributed.pick_device(config.device)
-    stems, contexts, panels, failed = [path.stem for path in paths], task_contexts(config), [], []
-    names = {p: (p.stem if stems.count(p.stem) == 1 else p.name).replace(".", "_") for p in paths}
+    names, contexts, panels, failed = output_names(paths), task_contexts(config), [], []
     with distributed.process_group(device):
         model, _ = trained_model(config, checkpoint, device)
         forward = forward_pass(model, device, config.precision, config.cuda_graph)
@@ -118,6 +120,20 @@ def _read(path: Path) -> np.ndarray:
     if min(rgb.shape[:2]) < MIN_SIDE:
         raise ValueError(f"{path} has {rgb.shape[0]} x {rgb.shape[1]} pixels; every side must have at least {MIN_SIDE}")
     return rgb
+
+
+def output_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What the files of each image are called: its stem, the whole file name where two share a stem.
+
+    Dots become underscores, and a name that is taken by then gets a number.
+    """
+    stems = Counter(path.stem for path in paths)
+    names: dict[str, Path] = {}
+    for path in paths:
+        base = (path.stem if stems[path.stem] == 1 else path.name).replace(".", "_")
+        numbered = (f"{base}_{number}" for number in itertools.count(2))
+        names[next(name for name in itertools.chain([base], numbered) if name not in names)] = path
+    return {path: name for name, path in names.items()}
 
 
 def list_images(source: Path) -> list[Path]:

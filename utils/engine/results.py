@@ -61,16 +61,20 @@ def delta_m_against(results: Results, reference: Mapping[str, float]) -> float |
                    {task: score.higher_is_better for task, (_, score) in compared.items()})
 
 
-def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None) -> str:
+def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None,
+                 units: Mapping[str, str] | None = None) -> str:
     """Markdown table: one row per named result, the scores of each task as papers print them, and delta_m.
 
-    A score has a column where any of the rows has it.
+    A score has a column where any of the rows has it. units: by task, what the labels are measured in where that is not
+    the metre of the task (disparities in "px").
     """
     columns = [(task, score) for task in TASKS.in_order({t for results in rows.values() for t in results})
                for score in TASKS.load(task).scores
                if any(score.key in results.get(task, {}) for results in rows.values())]
     with_gain = bool(reference)
-    titles = [" ".join(filter(None, (t, s.label, s.unit, "^" if s.higher_is_better else "v"))) for t, s in columns]
+    named = [(units or {}).get(task) or score.unit if score.unit == "m" else score.unit for task, score in columns]
+    titles = [" ".join(filter(None, (task, score.label, unit, "^" if score.higher_is_better else "v")))
+              for (task, score), unit in zip(columns, named, strict=True)]
     header = ["", *titles, *(["delta_m %"] if with_gain else [])]
     lines = [header, ["---"] * len(header)]
     for name, results in rows.items():

@@ -110,7 +110,7 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
                                          precision=config.precision, cuda_graph=config.cuda_graph, on_batch=keep_first,
                                          progress=progress)
     if distributed.is_main():
-        table = format_table({f"step {run.step}": results}, config.single_task_scores)
+        table = format_table({f"step {run.step}": results}, config.single_task_scores, config.dataset.units)
         split = selection.evaluated_split(config.train_db_name, config.val_db_name, config.val_from_train)
         logger.info("evaluation at step %d on %s\n%s", run.step, split, table)
         log_reports(evaluators)
