@@ -1,4 +1,4 @@
-"""The scan on a GPU: our Triton kernels beside mamba-ssm's, and both beside what the card can do.
+"""The scan on a GPU: our kernels, in CUDA and in Triton, beside mamba-ssm's, and all beside what the card can do.
 
     python scripts/bench_scan.py --device cuda [--json FILE] [--repeats 20] [--only PART]
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from models.blocks.s6 import S6
 from models.decoders.bim import BIScan
 from models.ops.scan_choice import set_scan_backend
+from models.ops.scan_cuda import find_cuda
 from models.ops.scan_mamba import find_mamba_kernel
 from models.ops.scan_triton import find_triton
 from models.ops.ss2d import ss2d_core
@@ -29,7 +30,7 @@ from scripts.scan_contenders import CHANNELS, PASSES, STATE
 HEIGHT, WIDTH, TASKS = 112, 144, 4  # the finest maps of BIM on NYUD
 EXP_ROUNDS = 512
 GPU = torch.device("cuda")
-OURS = ("triton",)  # backends; numbers of the others are given as ratios to the first
+OURS = ("cuda", "triton")  # backends; numbers of the others are given as ratios to the first
 Contenders = dict[str, tuple[Callable[..., Tensor], list[Tensor]]]
 
 
@@ -143,6 +144,7 @@ def _mamba() -> Callable[..., Tensor] | None:
 
 def machine() -> dict[str, str]:
     """The card and its software; ends the program where the kernels do not run."""
-    if refusal := find_triton("cuda"):
-        sys.exit(f"error: {refusal}")
+    for refusal in (find_cuda("cuda", torch.float32), find_triton("cuda")):
+        if refusal:
+            sys.exit(f"error: {refusal}")
     return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": triton.__version__}

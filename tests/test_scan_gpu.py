@@ -69,6 +69,31 @@ def test_cpp(dtype, groups):
     assert_exact_and_repeatable("cpp", "cpu", dtype, groups)
 
 
+@pytest.mark.parametrize("low_rank", [pytest.param(flag, marks=ON_A_GPU) for flag in (False, True)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda(dtype, groups, low_rank):
+    assert_exact_and_repeatable("cuda", "cuda", dtype, groups, low_rank and dtype == torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_captured_graph_replays_the_same_numbers(backend):
+    inputs, grad_y, _ = case(torch.float32, 1, False)
+    inputs, grad_y = {name: x.cuda() for name, x in inputs.items()}, grad_y.cuda()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        eager = results(backend, inputs, grad_y)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(backend, inputs, grad_y)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+
 @pytest.mark.parametrize("blocks", [pytest.param(blocks, marks=ON_A_GPU) for blocks in CANDIDATES])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)

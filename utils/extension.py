@@ -46,7 +46,7 @@ def load_extension(name: str, sources: Sequence[Path]) -> tuple[ModuleType | Non
     code, compiler = b"".join(source.read_bytes() for source in sources), os.environ.get("CXX", "c++")
     about = "\n".join((*FLAGS, compiler, torch.__version__, platform.python_version(), _processor()))
     tagged = f"{name}_{hashlib.sha256(code + about.encode()).hexdigest()[:12]}"
-    folder = _cache_root() / tagged
+    folder = cache_root() / tagged
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_process(folder):
@@ -109,7 +109,7 @@ def _only_process(folder: Path) -> Iterator[None]:
         yield
 
 
-def _cache_root() -> Path:
+def cache_root() -> Path:
     """Where torch keeps extensions: TORCH_EXTENSIONS_DIR, or the user's cache folder."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")

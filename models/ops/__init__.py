@@ -7,6 +7,7 @@ from utils.table import Table
 
 SCAN_BACKENDS = Table("scan_backend", {
     "auto": None,  # the first of the following that is `fastest_on` the device and can run the call, else torch
+    "cuda": "models.ops.scan_cuda:CUDA",
     "triton": "models.ops.scan_triton:TRITON",
     "cpp": "models.ops.scan_cpp:CPP",
     "mamba_ssm": "models.ops.scan_mamba:MAMBA_SSM",

@@ -2,8 +2,8 @@
 
 A request counts in this order: the argument of the call, the variable SCAN_BACKEND, `set_scan_backend` (the key
 `scan_backend` of an experiment). A backend asked for by name runs, or the call raises. Without a request it is the
-first of the table that is meant for the device and can run: triton, then mamba_ssm on CUDA; cpp on a CPU; else torch.
-Where it is not the first of these, training and inference are slower than they could be: a warning.
+first of the table that is meant for the device and can run: cuda, triton, mamba_ssm on CUDA, cpp on a CPU, else torch;
+where it is not the first of these, training and inference are slower than they could be: a warning.
 """
 
 import logging
@@ -28,6 +28,8 @@ class ScanNeeds(NamedTuple):
     dtype: torch.dtype  # of the arithmetic
     num_states: int  # N
     state_gradient: bool  # will a gradient flow through the last state?
+    tokens: torch.dtype = torch.float32  # of u
+    num_routes: int = 1
 
 
 class Kernels(NamedTuple):
@@ -71,9 +73,10 @@ def choose_backend(needs: ScanNeeds, argument: str) -> tuple[str, ScanBackend]:
 
 
 @torch.compiler.assume_constant_result
-def _choose(device: str, dtype: torch.dtype, num_states: int, state_gradient: bool, argument: str) -> str:
+def _choose(device: str, dtype: torch.dtype, num_states: int, state_gradient: bool, tokens: torch.dtype,
+            num_routes: int, argument: str) -> str:
     """Name of the backend, which is then in `_loaded`."""
-    needs = ScanNeeds(device, dtype, num_states, state_gradient)
+    needs = ScanNeeds(device, dtype, num_states, state_gradient, tokens, num_routes)
     environment = os.environ.get("SCAN_BACKEND") or "auto"
     for request, source in ((argument, "the backend argument"), (environment, "SCAN_BACKEND"),
                             (_configured, "the configuration")):

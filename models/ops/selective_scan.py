@@ -129,7 +129,8 @@ def _run(args: ScanArgs, return_last_state: bool, backend: str) -> tuple[Tensor,
         return scan_op(args, "torch")
     state_gradient = (return_last_state and torch.is_grad_enabled()
                       and any(tensor.requires_grad for tensor in args.tensors.values()))
-    needs = ScanNeeds(args.u.device.type, args.scan_dtype, args.A.shape[2], state_gradient)
+    needs = ScanNeeds(args.u.device.type, args.scan_dtype, args.A.shape[2], state_gradient, args.u.dtype,
+                      len(args.routes))
     name, chosen = choose_backend(needs, backend)
     return scan_op(args, name) if chosen.scan is None else chosen.scan(args.with_full_delta())
 
