@@ -36,7 +36,7 @@ class MultiTaskLoss(nn.Module):
             raise ValueError(f"loss_scope '{scope}' is unknown; valid: {', '.join(SCOPES)}")
         self.task_losses = nn.ModuleDict(task_losses)
         self.balancing = balancing
-        self.intermediate_weight = intermediate_weight
+        self.intermediate_weight = balancing.intermediate_weight = intermediate_weight
         self.scope = scope
         self.use_intermediate = use_intermediate
 

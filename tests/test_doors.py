@@ -101,8 +101,8 @@ def test_schedule(outside, tiny, monkeypatch, tmp_path):
 
 
 def test_learned_loss_balancing_is_saved_and_resumed(outside, tiny, monkeypatch, tmp_path):
-    monkeypatch.setitem(BALANCING, "uncertainty", f"{outside('uncertainty')}:Uncertainty")
-    arguments = [*tiny, "loss_kwargs.loss_scheme=uncertainty", "loss_kwargs.scheme_kwargs={start: 0.5}", "max_iter=4",
+    monkeypatch.setitem(BALANCING, "imtl_l", f"{outside('imtl_l')}:ImpartialLosses")
+    arguments = [*tiny, "loss_kwargs.loss_scheme=imtl_l", "loss_kwargs.scheme_kwargs={start: 0.5}", "max_iter=4",
                  "val_interval=2"]
     path = ROOT / "configs" / "bim_nyud.yml"
     straight = load_config(path, [*arguments, "version_name=straight"])

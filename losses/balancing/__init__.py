@@ -9,7 +9,20 @@ from utils.table import Table
 BALANCING = Table("loss_scheme", {
     "weighted_sum": "losses.balancing.fixed:WeightedSum",
     "log": "losses.balancing.fixed:LogSum",
-})
+    "geometric_mean": "losses.balancing.fixed:GeometricMean",
+    "uncertainty": "losses.balancing.learned:Uncertainty",
+    "dwa": "losses.balancing.learned:DynamicWeightAverage",
+    "famo": "losses.balancing.learned:FAMO",
+    "gradnorm": "losses.balancing.gradients:GradNorm",
+    "db_mtl": "losses.balancing.gradients:DualBalancing",
+    "pcgrad": "losses.balancing.torchjd:PCGrad",
+    "cagrad": "losses.balancing.torchjd:CAGrad",
+    "nash_mtl": "losses.balancing.torchjd:NashMTL",
+    "mgda": "losses.balancing.torchjd:MGDA",
+    "imtl_g": "losses.balancing.torchjd:IMTLG",
+    "aligned_mtl": "losses.balancing.torchjd:AlignedMTL",
+    "upgrad": "losses.balancing.torchjd:UPGrad",
+}, aliases={"gls": "geometric_mean"})           # the name of its paper
 
 
 def build_balancing(scheme: str, tasks: Sequence[str], weights: Mapping[str, float],

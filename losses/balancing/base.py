@@ -28,10 +28,14 @@ class Balancing(nn.Module):
 
     Config: ClassVar[type[Options]] = NoOptions
     reads_values: ClassVar[bool] = False
+    intermediate_weight: float = 1.0  # of the preliminary predictions' losses; `MultiTaskLoss` sets it
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float], config: Options):
         super().__init__()
         self.tasks, self.weights, self.config = tuple(tasks), dict(weights), config
+
+    def prepare(self, shared: Sequence[nn.Parameter]) -> None:
+        """Called once, before training, with the parameters of the backbone, which all tasks share."""
 
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
         """The losses of some tasks, each 0-dim, as one number: of a mini-batch, or of one image (`loss_scope`).
@@ -41,12 +45,13 @@ class Balancing(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.combine")
 
-    def backward(self, losses: Mapping[str, Tensor], backward: Callable[..., None],
-                 parameters: Sequence[nn.Parameter]) -> None:
+    def backward(self, losses: Mapping[str, Tensor], scaled: Callable[[Tensor], Tensor],
+                 shared: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> None:
         """Adds this pass's gradients to `.grad`.
 
-        losses: all that `MultiTaskLoss` returned, with "total". backward(loss, **kwargs): `loss.backward(**kwargs)`
-        with the factors of accumulation and of mixed precision. parameters: the model's. By default the gradient of
-        the total; a scheme that works on gradients replaces this.
+        losses: all that `MultiTaskLoss` returned, with "total". scaled(loss): the loss times the factors of
+        accumulation and of mixed precision. shared: the parameters of the backbone, others: the model's remaining ones.
+        By default the gradient of the total, which DDP averages over processes; `gradients.GradientBalancing` is the
+        base of schemes that work on the gradients of single tasks.
         """
-        backward(losses["total"])
+        scaled(losses["total"]).backward()

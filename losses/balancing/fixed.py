@@ -1,8 +1,9 @@
-"""Schemes with fixed weights per task.
+"""Schemes that remember nothing.
 
 The weighted sum needs weights tuned by hand. The sum of logarithms (MTMamba, Lin et al., ECCV 2024) has the gradient
 sum_t w_t grad(L_t) / L_t  and is free of the losses' scales, but it is not linear: the log of a batch's loss is not
-the mean of the logs of its images.
+the mean of the logs of its images. The geometric mean (GLS: Chennupati et al., MultiNet++, CVPR workshops 2019) is free
+of the scales, too; its gradient is that of the logarithms times the mean itself.
 """
 
 from collections.abc import Mapping
@@ -32,3 +33,15 @@ class LogSum(Balancing):
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
         return torch.stack([self.weights[task] * shares[task] * torch.log(loss + LOG_EPS)
                             for task, loss in losses.items()]).sum()
+
+
+class GeometricMean(Balancing):
+    """prod_t (L_t + 1e-8)^(w_t / sum_s w_s), over the tasks that are combined and have a label."""
+
+    Config = NoOptions
+
+    def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
+        logs = torch.stack([torch.log(loss + LOG_EPS) for loss in losses.values()])
+        weights = torch.stack([self.weights[task] * shares[task] * torch.ones_like(loss)
+                               for task, loss in losses.items()])
+        return torch.exp((weights * logs).sum() / weights.sum().clamp(min=LOG_EPS))

@@ -84,6 +84,7 @@ def build_criterion(config: Config, model: MultiTaskModel) -> MultiTaskLoss:
     losses = {task: TASKS.load(task).loss(context) for task, context in contexts.items()}
     weights = {task: settings.loss_weights.get(task, 1.0) for task in config.tasks}
     balancing = BALANCING.load(settings.loss_scheme)(config.tasks, weights, settings.scheme_kwargs)
+    balancing.prepare([parameter for parameter in model.encoder.parameters() if parameter.requires_grad])
     intermediate = settings.intermediate_weight
     if intermediate is None:
         intermediate = model.decoder.intermediate_weight

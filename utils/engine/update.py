@@ -58,6 +58,10 @@ class Update:
     def __init__(self, run: Trained) -> None:
         self.run, self.optimizer = run, run.optimizer
         self.parameters = list(run.model.parameters())
+        backbone = {id(parameter) for parameter in run.model.encoder.parameters()}
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        self.shared = [parameter for parameter in trained if id(parameter) in backbone]
+        self.others = [parameter for parameter in trained if id(parameter) not in backbone]
         self.loss_names: list[str] = []
         self.grad_names: list[str] = []             # of the model's parameters that have a gradient
         self.lr: Tensor | None = None               # where updates are recorded, its place on the device
@@ -87,14 +91,14 @@ class Update:
         """Adds the gradients of one batch; returns its losses (names,)."""
         run = self.run
 
-        def backward(loss: Tensor, **options: object) -> None:
-            run.scaler.scale(loss / run.accumulate).backward(**options)
+        def scaled(loss: Tensor) -> Tensor:
+            return run.scaler.scale(loss / run.accumulate)
 
         with _synchronised(run.wrapped, last):
             with autocast(run.device, run.config.precision):
                 out = run.wrapped(batch["image"], batch)
             losses = run.criterion(out.final, batch, out.intermediate, out.extra, batch.get("shares"))
-            run.criterion.balancing.backward(losses, backward, self.parameters)
+            run.criterion.balancing.backward(losses, scaled, self.shared, self.others)
         self.loss_names = list(losses)
         return torch.stack([loss.detach().float() for loss in losses.values()])
 
