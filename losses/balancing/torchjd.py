@@ -60,30 +60,35 @@ def _library(scheme: str) -> Any:
 class PCGrad(Weighted):
     """Takes from each gradient what opposes another, in random order. Yu et al., "Gradient Surgery", NeurIPS 2020."""
 
+    Config = NoOptions
     weighting = "PCGradWeighting"
 
 
 class MGDA(Weighted):
     """The smallest convex combination. Desideri, 2012; Sener and Koltun, NeurIPS 2018."""
 
+    Config = NoOptions
     weighting = "MGDAWeighting"
 
 
 class IMTLG(Weighted):
     """Equal projections on all gradients. Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021."""
 
+    Config = NoOptions
     weighting = "IMTLGWeighting"
 
 
 class AlignedMTL(Weighted):
     """Aligns the principal components of the gradients. Senushkin et al., CVPR 2023."""
 
+    Config = NoOptions
     weighting = "AlignedMTLWeighting"
 
 
 class UPGrad(Weighted):
     """Projects each gradient on the cone that opposes none, and adds up. Quinton and Rey, 2024."""
 
+    Config = NoOptions
     weighting = "UPGradWeighting"
 
 
@@ -112,6 +117,7 @@ class NashMTL(Weighted):
     Solved anew in every pass, from weights of 1, so that nothing has to be remembered.
     """
 
+    Config = NoOptions
     ITERATIONS = 20
 
     def solver(self, library: Any) -> Callable[[Tensor], Tensor]:
