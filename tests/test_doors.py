@@ -55,7 +55,7 @@ def run(tiny: list[str], *arguments: str, without: str = "-") -> dict:
 
 
 def test_every_door_has_its_file_in_the_readme():
-    assert set(BLOCKS) == {"albedo", "bias", "my_rooms", "plain", "strided", "narrow", "uncertainty", "rmsprop",
+    assert set(BLOCKS) == {"albedo", "bias", "my_rooms", "plain", "strided", "narrow", "imtl_l", "rmsprop",
                            "exponential"}
 
 
