@@ -63,7 +63,7 @@ class HostReads(TorchDispatchMode):
 
 BACKBONES = {"vit": f"backbone_kwargs={VIT}", "swin": f"backbone_kwargs={SWIN}",
              "internimage": f"backbone_kwargs={INTERN}"}
-CASES = [(name, "vit" if name in ("invpt", "mlore") else "swin", file)
+CASES = [(name, "vit" if name in ("invpt", "mlore", "taskdiffusion") else "swin", file)
          for name in DECODERS for file in (NYUD, PASCAL)] + [("bridgenet", "internimage", NYUD)]
 
 
