@@ -176,6 +176,10 @@ def build_train_loader(dataset: MultiTaskDataset | MixedDataset, batch_size: int
 
 def build_eval_loader(dataset: MultiTaskDataset | MixedDataset, batch_size: int, num_workers: int = 0, rank: int = 0,
                       world_size: int = 1, timeout: float = 0, start: str | None = None) -> DataLoader:
-    """One pass over this rank's share of the data set, last batch possibly smaller."""
+    """One pass over this rank's share of the data set, last batch possibly smaller.
+
+    It leaves the random state of the process alone: a run that is evaluated goes on as one that is not.
+    """
     sampler = EvalSampler(len(dataset), rank, world_size)
-    return _loader(dataset, num_workers, timeout, start, batch_size=batch_size, sampler=sampler)
+    return _loader(dataset, num_workers, timeout, start, batch_size=batch_size, sampler=sampler,
+                   generator=torch.Generator())

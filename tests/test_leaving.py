@@ -13,7 +13,7 @@ import torch
 from data.workers import Loader, WorkerLost, obey_the_parent
 from tests.shared import ROOT
 from utils.engine.leaving import SIGNALS, Departure
-from utils.exits import BY_SIGNAL
+from utils.exits import BY_SIGNAL, CONTINUE
 
 
 def wait_for(condition, seconds: float = 10.0) -> None:
@@ -27,6 +27,7 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 def test_the_first_signal_is_a_request_and_the_handlers_come_back(number):
     before = signal.getsignal(number)
     with Departure() as departure:
+        departure.something_to_lose = True
         assert not departure.asked
         os.kill(os.getpid(), number)
         assert departure.wait(10) and departure.reason == number.name
@@ -37,6 +38,8 @@ def test_the_first_signal_is_a_request_and_the_handlers_come_back(number):
 
 def test_a_request_interrupts_what_may_be_interrupted():
     with Departure() as departure:
+        departure.something_to_lose = True
+
         def leave():
             raise KeyboardInterrupt("left")
 
@@ -59,6 +62,7 @@ import signal, time
 from utils.engine import leaving
 leaving.SAME_REQUEST_S = 0.2
 with leaving.Departure() as departure:
+    departure.something_to_lose = True
     print("ready", flush=True)
     departure.wait(60)
     print("asked", flush=True)
@@ -76,6 +80,22 @@ def test_the_second_signal_ends_the_process_at_once():
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == BY_SIGNAL + signal.SIGTERM
+
+
+EARLY = """
+import torch
+from utils.engine.leaving import Departure
+with Departure():
+    print("ready", flush=True)
+    torch.distributed.TCPStore("127.0.0.1", 1, is_master=False)       # waits for what never comes
+"""
+
+
+def test_a_signal_ends_a_process_that_has_nothing_to_save_yet():
+    process = script(EARLY)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == CONTINUE
 
 
 NOHUP = """

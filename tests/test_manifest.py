@@ -100,7 +100,7 @@ def test_copied_files_and_a_damaged_manifest_are_taken_as_they_are(folder, tmp_p
     take_over(tmp_path / "new", tmp_path / "new" / "last.pt")
     assert [(row["step"], row["files"]) for row in listed(tmp_path / "new")] == [(2, ["last.pt"])]
     (folder / MANIFEST).write_text("{")
-    assert newest_whole(folder).name == "last.pt" and "cannot be read" in caplog.text
+    assert newest_whole(folder).name == "last.pt" and "is damaged" in caplog.text
     assert newest_whole(tmp_path / "nowhere") is None
 
 

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from utils.exits import ToldElsewhere
 
 Value = TypeVar("Value")
+LOST = "another process of the run has ended or cannot be reached"
 TIMEOUT = timedelta(minutes=30)     # every rank evaluates its share, so none waits for long
 
 
@@ -115,12 +116,19 @@ def average_gradients(parameters: Iterable[Parameter]) -> None:
             parameter.grad = mean_over_ranks(parameter.grad)
 
 
-def gather_objects(item: Any) -> list[Any]:
-    """One picklable object from every process, in rank order, on every process."""
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Gives tensors of every process the values that they have on rank 0, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def gather_objects(item: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """One picklable object from every process, in rank order, on every process; `group`: over which they meet."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=group)
     return items
 
 
@@ -155,5 +163,16 @@ def process_group(device: torch.device) -> Iterator[None]:
                             device_id=device if device.type == "cuda" else None)
     try:
         yield
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        # The one that has gone has told why, or somebody has ended it; of the others one speaks.
+        raise (ConnectionError if is_main() else ToldElsewhere)(LOST) from error
     finally:
         dist.destroy_process_group()
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error says that another process has gone."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or
+                                      (isinstance(error, RuntimeError) and "gloo" in str(error)))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from utils import distributed
 from utils.engine.leaving import BREAK, GOING_ON, LEAVE, SAVE, Agreement, Departure
@@ -37,6 +36,7 @@ class Keeper:
         self.saver = Saver(run.config.run_dir, run.writer.sync) if distributed.is_main() else None
         self.saved = run.step           # of the newest checkpoint; 0: there is none
         self.whole = True               # the state is that of a step, and not in the middle of an update
+        departure.something_to_lose = True
 
     def begin_update(self) -> None:
         """From here on the state belongs to no step."""
@@ -95,7 +95,7 @@ class Keeper:
         except ToldElsewhere:
             raise
         except Exception as error:
-            if _lost_another(error):
+            if distributed.lost_another(error):
                 if self.whole and self.saved == self.run.step and self.departure.wait(LAUNCHER_S):
                     self.leave()
                 raise self._alone(error) from error
@@ -135,17 +135,12 @@ class Keeper:
 
     def _alone(self, error: Exception) -> Exception:
         """What this process says where another one has gone: nothing, unless it is the one that speaks."""
-        message = f"another process of the run has ended or cannot be reached; {self._holds()}"
+        message = f"{distributed.LOST}; {self._holds()}"
         return ConnectionError(message) if distributed.is_main() else ToldElsewhere(message)
 
     def _holds(self) -> str:
         last = self.run.config.run_dir / LAST
         return f"{last} holds step {self.saved}; continue with --resume" if self.saved else "no step has been saved yet"
-
-
-def _lost_another(error: Exception) -> bool:
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or
-                                      (isinstance(error, RuntimeError) and "gloo" in str(error)))
 
 
 def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:

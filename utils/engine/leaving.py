@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from utils import distributed
-from utils.exits import BY_SIGNAL, end_children
+from utils.exits import BY_SIGNAL, CONTINUE, end_at_once, end_children
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
                 if hasattr(signal, name))
@@ -35,10 +35,13 @@ class Departure:
     Python's own handlers run in the main thread, which may be waiting for another process inside a library: a thread
     reads the signals' numbers, so that a second one always ends the process. Under a launcher, the launcher's death is
     a request to leave, too: nobody else would end this process.
+
+    Until `something_to_lose` a request ends the process at once: it may be waiting for one that never comes.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.something_to_lose = False
         self._asked = threading.Event()
         self._at_once: Callable[[], None] | None = None
         self._first = 0.0
@@ -87,6 +90,8 @@ class Departure:
         """Asks this process to leave."""
         self.reason, self._first = reason, time.monotonic()
         self._asked.set()
+        if not self.something_to_lose:
+            end_at_once(CONTINUE)
 
     @contextmanager
     def at_once(self, leave: Callable[[], None]) -> Iterator[None]:
@@ -159,11 +164,7 @@ class Agreement:
 
     def gather(self, item: Any) -> list[Any]:
         """One picklable object of every process, in rank order, on every process; the device is not waited for."""
-        if self._group is None:
-            return [item]
-        items: list[Any] = [None] * distributed.world_size()
-        dist.all_gather_object(items, item, group=self._group)
-        return items
+        return distributed.gather_objects(item, self._group)
 
     def meet(self) -> None:
         """Waits for all processes, on the host."""

@@ -9,6 +9,7 @@ The manifest is written before a new file gets its name, and again after: whenev
 the run is in it.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -158,18 +159,27 @@ def _read(folder: Path) -> dict[str, Entry] | None:
     """The manifest by SHA-256; None where there is none, or none that can be read."""
     path = folder / MANIFEST
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content["checkpoints"]
+        if content["sha256"] != _sum(rows):
+            raise ValueError("its SHA-256 differs")
         return {row["sha256"]: Entry(**{**row, "files": tuple(row["files"])}) for row in rows}
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
-        logger.warning("%s cannot be read (%s): the files are judged by their own seals", path, error)
+        logger.warning("%s is damaged (%s): the files are judged by their own seals", path, error)
         return None
 
 
 def _write(folder: Path, entries: Mapping[str, Entry]) -> None:
     rows = sorted((asdict(entry) for entry in entries.values()), key=lambda row: -row["step"])
-    write_text(folder / MANIFEST, json.dumps({"about": ABOUT, "checkpoints": rows}, indent=1) + "\n")
+    rows = json.loads(json.dumps(rows))                  # as they are read again
+    content = {"about": ABOUT, "checkpoints": rows, "sha256": _sum(rows)}
+    write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def _sum(rows: list) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def _rank(name: str) -> int | None:

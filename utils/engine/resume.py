@@ -116,8 +116,8 @@ def _tell_changes(config: Config, stored: Mapping[str, Any], path: Path) -> None
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
-    """Its state from the checkpoint, its options from the experiment file."""
-    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Its state from the checkpoint, its options from the experiment file; the rate is that of the schedule."""
+    options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(dict(state))
     except (ValueError, KeyError) as error:

@@ -105,6 +105,8 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
             panels.append(batch_panel(batch, predictions, contexts))
 
     evaluators = build_evaluators(contexts)
+    # Running statistics differ from process to process where batch norm is not synchronised; rank 0's are saved.
+    distributed.copy_from_main(run.evaluated.buffers())
     with keeper.evaluating():
         run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, run.device,
                                          precision=config.precision, cuda_graph=config.cuda_graph, on_batch=keep_first,
