@@ -42,7 +42,8 @@ def _wait_for_step(run_dir: Path, step: int, ended: Processes | subprocess.Popen
     while last_step(run_dir) < step:
         over = ended.poll() if isinstance(ended, Processes) else ended.poll() is not None
         if over or time.monotonic() > end:
-            raise ValueError(f"the run did not come to step {step}")
+            told = ended.text() if isinstance(ended, Processes) else ""
+            raise ValueError(f"the run did not come to step {step} ({'it ended' if over else 'too slow'}): {told[-1500:]}")
         time.sleep(0.02)
 
 
