@@ -43,7 +43,7 @@ def _wait_for_step(run_dir: Path, step: int, ended: Processes | subprocess.Popen
         over = ended.poll() if isinstance(ended, Processes) else ended.poll() is not None
         if over or time.monotonic() > end:
             told = ended.text() if isinstance(ended, Processes) else ""
-            raise ValueError(f"the run did not come to step {step} ({'it ended' if over else 'too slow'}): {told[-1500:]}")
+            raise ValueError(f"step {step} was not reached ({'the run ended' if over else 'too slow'}): {told[-1500:]}")
         time.sleep(0.02)
 
 
