@@ -7,6 +7,7 @@ augmentation, workers, stochastic depth, a moving average, mixed losses, one or 
 
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ EXPERIMENT = {
     "tensorboard": False, "progress": False, "ema_decay": 0.9, "checkpoint_interval": 17,
     "save_interval": {"steps": 4, "minutes": 0},
 }
+ROOT = Path(__file__).resolve().parents[2]
 TOLD_BY_TIME = ("images_per_s",)            # of a line in metrics.jsonl: differs from run to run
 
 
@@ -126,12 +128,11 @@ def _become(rank: int, ranks: int, port: int, output: Path) -> None:
 
 def _main(command: list[str], trap: Callable[[int], None] | None, rank: int) -> None:
     """Runs main.py in this process, and ends it."""
-    import main
     sys.argv, code = command, 1
     try:
         if trap is not None:
             trap(rank)
-        main.main()
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
         code = 0
     except SystemExit as error:
         if isinstance(error.code, str):

@@ -82,8 +82,8 @@ def _judge(run: Processes | subprocess.Popen, run_dir: Path, group: int, target:
             run.kill(signal.SIGTERM)
         time.sleep(0.02)
     took = time.monotonic() - start
-    if target != "agent":
-        run.wait(2)
+    if not in_group(group):
+        run.wait(5)
     if left := in_group(group):
         wrong.append(f"{len(left)} processes left")
     if took > WITHIN_S:
