@@ -46,6 +46,7 @@ def _process(rank: int, folder: str, port: int) -> None:
         seen["who"] = [distributed.rank(), distributed.world_size(), distributed.is_main(), dist.get_backend()]
         values = torch.tensor([1.0 + rank, 10.0 * rank])
         seen["mean"], seen["kept"] = distributed.mean_over_ranks(values).tolist(), values.tolist()
+        seen["agreed"] = [distributed.true_everywhere(torch.tensor(flag)).item() for flag in (True, rank == 0, False)]
         seen["gathered"] = distributed.gather_objects({"rank": rank})
         with distributed.main_first():
             times["entered"] = time.time()
@@ -81,6 +82,7 @@ def test_every_process_knows_who_it_is(two):
 def test_means_and_objects_are_the_same_everywhere(two):
     for rank, process in enumerate(two):
         assert process["seen"]["mean"] == [1.5, 5.0] and process["seen"]["kept"] == [1.0 + rank, 10.0 * rank]
+        assert process["seen"]["agreed"] == [True, False, False]          # one process alone is not everywhere
         assert process["seen"]["gathered"] == [{"rank": 0}, {"rank": 1}]
 
 

@@ -73,5 +73,8 @@ def test_a_run_that_ends_before_its_checkpoint_is_refused(tiny):
     with pytest.raises(ValueError, match=r"last\.pt holds step 2, but the run ends after 1 updates"):
         train(load_config(NYUD, [*tiny, "max_iter=1"]), resume=True)
     train(config, resume=True)
+    mistyped = load_config(NYUD, [*tiny, "max_iter=1", "version_name=bim_nyuda"])
+    train(mistyped, resume=True)
+    assert "nothing to resume in" in (log := (mistyped.run_dir / "log.txt").read_text()) and "holds bim_nyud)" in log
     assert "all updates have been made, nothing is left to train" in (config.run_dir / "log.txt").read_text()
     assert json.loads((config.run_dir / "results" / "step_2.json").read_text())["step"] == 2

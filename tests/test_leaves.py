@@ -1,10 +1,11 @@
 """The small parts below everything: arithmetic by name, batches on their way."""
 
+import os
 
 import torch
 
 from utils.batches import batches_on, to_device
-from utils.precision import autocast, set_float32_arithmetic
+from utils.precision import autocast, set_determinism, set_float32_arithmetic
 
 CPU = torch.device("cpu")
 
@@ -36,3 +37,16 @@ def test_only_tensors_travel():
     assert moved["image"].device.type == "meta" and moved["meta"] == batch["meta"]
     assert batch["image"].device.type == "cpu"
     assert [b["meta"] for b in batches_on(CPU, [batch, {"meta": 2}])] == [batch["meta"], 2]
+
+
+def test_determinism_is_what_was_asked_for_last(monkeypatch):
+    """Warnings, not errors: an operation without such a form goes on and is named."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_determinism(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not torch.are_deterministic_algorithms_enabled()
+    try:
+        set_determinism(True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        set_determinism(False)

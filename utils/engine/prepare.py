@@ -1,6 +1,8 @@
 """A run, ready for its first update: built, set to its checkpoint where there is one, its files open."""
 
+import difflib
 import logging
+from pathlib import Path
 
 import torch
 
@@ -10,7 +12,7 @@ from utils.engine.checkpoint import read_checkpoint
 from utils.engine.config import Config, save_config
 from utils.engine.data_check import require_sound
 from utils.engine.folder import RunFolder
-from utils.engine.manifest import BEST
+from utils.engine.manifest import BEST, has_run
 from utils.engine.results import check_reference
 from utils.engine.resume import restore
 from utils.engine.run import Run, build_run
@@ -38,12 +40,20 @@ def prepare(config: Config, device: torch.device, resume: bool, folder: RunFolde
         logger.info("resumed at step %d from %s%s", run.step, path,
                     ": all updates have been made, nothing is left to train" if run.finished else "")
     elif resume:
-        logger.warning("nothing to resume in %s (is version_name right?): starting at step 0", config.run_dir)
+        logger.warning("nothing to resume in %s (is version_name right?%s): starting at step 0", config.run_dir,
+                       _beside(config.run_dir))
     if run.best > float("-inf") and not has_best:
         logger.warning("%s is gone: the best is chosen anew", config.run_dir / BEST)
         run.best = float("-inf")
     distributed.barrier()
     return run
+
+
+def _beside(run_dir: Path) -> str:
+    """The runs whose names are like this one's, for who has mistyped it."""
+    others = [path.name for path in run_dir.parent.iterdir() if path != run_dir and path.is_dir() and has_run(path)]
+    near = difflib.get_close_matches(run_dir.name, others, n=3)
+    return f" {run_dir.parent} holds {', '.join(near)}" if near else ""
 
 
 def _open(run: Run) -> None:
