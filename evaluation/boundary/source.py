@@ -44,7 +44,7 @@ def truth_source(split: Split, images: str, fast: bool = False) -> TruthSource:
     if truth.published_list is not None and images != "all":
         path = split.folder / truth.published_list
         if path.is_file():
-            listed = frozenset(path.read_text(encoding="utf-8").split())
+            listed = frozenset(path.read_text(encoding="utf-8-sig").split())
             covered = f"the list {path.name}"
             names = listed & frozenset(split.ids)
             if split.complete and (absent := listed - names):

@@ -119,8 +119,9 @@ def build_split(config: Config, split: str) -> MultiTaskDataset | MixedDataset:
     parts = [_build_part(config, part.spec, split, labels) for part in choice.parts]
     dataset = parts[0] if len(parts) == 1 else MixedDataset(parts, [part.weight for part in choice.parts])
     if training and (empty := [task for task in config.tasks if not dataset.labelled(task)]):
+        advice = (", or draw other labels with partial_labels.seed" if config.partial_labels.subset != "all" else "")
         raise ValueError(f"no training image of {choice} has a label for {', '.join(empty)}; take the task out of "
-                         "task_dictionary")
+                         f"task_dictionary{advice}")
     return dataset
 
 
