@@ -212,7 +212,7 @@ def test_workers_per_process(monkeypatch):
         CountingPool(BoundaryTotals.empty(1), -1)
 
 
-def split_of(number: int, folder: Path, truth: BoundaryTruth | None = PASCAL.boundary) -> Split:
+def split_of(number: int, folder: Path, truth: BoundaryTruth | None = PASCAL.labels["edge"].boundary) -> Split:
     """A split with these ids whose list of published images lies in `folder`."""
     return Split(PASCAL.name, "val", folder, tuple(f"{i:03}" for i in range(number)), truth)
 

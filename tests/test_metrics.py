@@ -222,7 +222,7 @@ def test_delta_m_by_hand():
 def test_edge_maps_are_cropped_and_truncated(tmp_path):
     prob = torch.full((1, 1, 5, 6), 0.999)
     prob[0, 0, 1, 1] = 0.5                         # offset floor((5 - 2) / 2), floor((6 - 3) / 2)
-    (path,) = save_edge_maps(prob, [{"name": "a.b", "size": (2, 3)}], tmp_path)
+    (path,) = save_edge_maps(prob, [{"name": "a.b", "size": (2, 3)}], tmp_path / "edge")
     assert path == tmp_path / "edge" / "a.b.png"
     assert np.asarray(Image.open(path)).tolist() == [[127, 254, 254], [254, 254, 254]]
     with pytest.raises(ValueError, match="7 x 3 cannot be cut"):
