@@ -108,7 +108,7 @@ def rates(sets: Mapping, workers: int, batches: int, repeats: int) -> dict[str, 
 
 def bench(root: Path, images: int, batches: int, repeats: int, epochs: int) -> None:
     """Prints the table and the memory."""
-    write_example(root, images, 1, SIZE, workers=1)
+    write_example(root, images, 1, SIZE, workers=1, layouts=["NYUDv2"])
     sets = data_sets(root)
     init_worker()
     turns = [{name: processor_time(dataset, images, seed) for name, dataset in sets.items()}

@@ -152,7 +152,7 @@ def compared(entries: list[str], overrides: list[str], repeats: int, count_only:
 
 def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
     """Noise as images, and labels of two values."""
-    size = config.label_size or config.input_size
+    size = config.output_size or config.input_size
     batch = {"image": torch.randn(config.trBatch, 3, *config.input_size, device=device)}
     for task in config.tasks:
         shape = (config.trBatch, TASKS.load(task).label.channels, *size)

@@ -94,7 +94,7 @@ def campaign(rounds: int, seed: int, only: str | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source, root = Path(folder) / "source", Path(folder) / "damaged"
         os.environ["DATA_CHECK_CACHE"] = str(Path(folder) / "known")
-        write_example(source, 3, 2, (48, 64), workers=1, progress=False)
+        write_example(source, 3, 2, (48, 64), workers=1, progress=False, layouts=list(EXPERIMENTS))
         for title, kinds, judge in (("refused", REFUSED, refused), ("read as it is", HANDLED, misread)):
             for name, kind in kinds.items():
                 if only and only not in name:

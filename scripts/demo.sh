@@ -10,7 +10,8 @@ data=datasets/example
 cpus="$(getconf _NPROCESSORS_ONLN)"
 
 echo "== rendering the example data set into $data"
-$python scripts/render_example.py --out "$data" --train 160 --val 40 --size 128 160 --seed 0 --workers "$cpus"
+$python scripts/render_example.py --out "$data" --train 160 --val 40 --size 128 160 --seed 0 --workers "$cpus" \
+    --layouts NYUDv2 PASCALContext
 
 photos=datasets/photos
 if [[ ! -d "$photos" ]]; then

@@ -66,6 +66,8 @@ def test_the_limits_themselves_are_allowed(tmp_path, key, value):
     ({"single_task_scores": {"depht/rmse": 0.4}}, ["single_task_scores", "depht", "'depth'"]),
     ({"loss_kwargs": {"loss_scheme": "sum"}}, ["loss_kwargs.loss_scheme", "weighted_sum", "log", "'sum'"]),
     ({"loss_kwargs": {"loss_scope": "batch"}}, ["loss_kwargs.loss_scope", "process", "image", "'batch'"]),
+    ({"label_size": [64, 64]}, ["label_size", "[64, 64]", "have no size of their own"]),
+    ({"train_db_name": "Cityscapes", "val_db_name": "Cityscapes", "label_size": [0, 64]}, ["label_size", "at least 1"]),
     ({"scheduler": "cosine"}, ["scheduler", "poly", "'cosine'"]),
     ({"precision": "fp8"}, ["precision", "bf16", "fp16", "'fp8'"]),
 ])

@@ -14,7 +14,8 @@ from data.datasets import DATASETS
 from scripts.example_data import write
 from scripts.example_data.labels import BODY_PARTS, LABELS
 from scripts.example_data.layouts import LAYOUTS
-from scripts.example_data.render import render_scene
+from scripts.example_data.render import _matched, render_scene, render_street
+from scripts.example_data.street import STREET_IDS
 from scripts.example_data.write import write_example
 from tests.shared import golden
 from utils.engine.tasks import label_rules
@@ -44,24 +45,26 @@ def contents(root):
 
 
 def files_of(example, name, number):
-    return [example / name / file for file in LAYOUTS[name].files(number)]
+    split = "train" if number <= PARAMETERS["num_train"] else "val"
+    return [example / name / file for file in LAYOUTS[name].files(number, split)]
 
 
 def save_parts(folder, scene):
     """The human_parts file of image 1 of a folder in the PASCAL layout that holds this scene."""
     for path in files_of(folder, "PASCALContext", 1):
         path.parent.mkdir(parents=True, exist_ok=True)
-    LAYOUTS["PASCALContext"].save(folder / "PASCALContext", 1, scene)
+    LAYOUTS["PASCALContext"].save(folder / "PASCALContext", 1, "train", scene)
     return folder / "PASCALContext" / "human_parts" / "2008_000001.mat"
 
 
-def test_both_layouts_are_complete_and_typed(example):
-    expected = {"example.json"}
+def test_all_layouts_are_complete_and_typed(example):
+    expected, splits = {"example.json"}, {1: "train", 2: "train", 3: "val"}
     for name, layout in LAYOUTS.items():
-        lists = [f"{name}/{layout.lists}/{split}.txt" for split in ("train", "val")]
-        ids = [layout.image_id(number) for number in (1, 2, 3)]
-        assert [(example / file).read_text().split() for file in lists] == [ids[:2], ids[2:]]
-        expected |= {*lists, *(f"{name}/{file}" for number in (1, 2, 3) for file in layout.files(number))}
+        lists = [f"{name}/{file}" for file in layout.split_lists()]
+        ids = [layout.image_id(number, split) for number, split in splits.items()]
+        assert [(example / file).read_text().split() for file in lists] == ([ids[:2], ids[2:]] if lists else [])
+        expected |= {*lists, *(f"{name}/{file}" for number, split in splits.items()
+                               for file in layout.files(number, split))}
     assert set(contents(example)) == expected
 
 
@@ -162,7 +165,7 @@ def test_interrupted_run_is_noticed_and_repaired(example, tmp_path, monkeypatch)
     real = write._write_image
 
     def breaks(root, size, seed, job):
-        if job == ("PASCALContext", 2):
+        if job == ("PASCALContext", 2, "train"):
             raise KeyboardInterrupt
         real(root, size, seed, job)
 
@@ -197,6 +200,7 @@ def test_foreign_data_is_never_touched(tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"size": (64,)}, "height and width"),
         ({"workers": 0}, "workers is 0"),
+        ({"layouts": ["KITTI"]}, "unknown layout.s. KITTI; known: NYUDv2, PASCALContext, cityscapes"),
     ],
 )
 def test_parameters_out_of_range_are_named(tmp_path, change, message):
@@ -221,3 +225,56 @@ def test_the_loaders_read_what_the_renderer_drew(example):
         else:
             assert difference < 6 and np.array_equal(sample["human_parts"][..., 0], drawn.part_map)
             assert np.array_equal(sample["sal"][..., 0] > 0.5, drawn.saliency >= 128)
+
+
+# Streets -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def streets():
+    return [render_street(seed, (64, 128)) for seed in range(3)]
+
+
+def test_a_street_has_what_streets_have(streets):
+    for street in streets:
+        assert street.image.shape == (64, 128, 3) and street.image.dtype == street.label_ids.dtype == np.uint8
+        assert set(np.unique(street.label_ids)) <= set(STREET_IDS.values())
+        for name, share in (("road", 0.15), ("building", 0.1), ("sky", 0.01), ("sidewalk", 0.01), ("car", 0.002)):
+            assert (street.label_ids == STREET_IDS[name]).mean() > share, name
+        assert (street.label_ids[-1] == STREET_IDS["road"]).mean() > 0.5
+    seen = {name for street in streets for name, number in STREET_IDS.items() if (street.label_ids == number).any()}
+    assert seen >= {"person", "pole", "tree"}
+    again = render_street(1, (64, 128))
+    assert all(np.array_equal(a, b) for a, b in zip(again, streets[1], strict=True))
+
+
+def test_the_disparity_of_a_road_grows_towards_the_camera(streets):
+    """On a plane seen at a constant height disparity is linear in the row, up to the small tilt of the camera."""
+    for street in streets:
+        assert street.disparity.dtype == np.uint16
+        assert not street.disparity[street.label_ids == STREET_IDS["sky"]].any()
+        assert 0.02 < (street.disparity == 0).mean() < 0.6
+        road = (street.label_ids == STREET_IDS["road"]) & (street.disparity > 0)
+        rows, values = np.nonzero(road)[0], (street.disparity[road].astype(float) - 1) / 256
+        slope, start = np.polyfit(rows, values, 1)
+        assert slope > 0 and np.abs(slope * rows + start - values).max() < 0.03 * values.max()
+
+
+def test_what_the_right_camera_does_not_see_has_no_disparity():
+    near, far = 4.0, 1.0
+    disparity = np.full((1, 12), far)
+    disparity[0, 6:9] = near                                   # a post: at 2..4 on the right, where 3..5 are seen too
+    assert _matched(disparity)[0].tolist() == [False] + [True] * 2 + [False] * 3 + [True] * 6
+
+
+def test_the_loader_reads_the_street_that_was_drawn(example):
+    spec = DATASETS.load("Cityscapes")
+    dataset = MultiTaskDataset(spec, example, "val", label_rules(spec.tasks))
+    drawn = render_street([PARAMETERS["seed"], 2, 3], PARAMETERS["size"])
+    sample = dataset[0]
+    assert len(dataset) == 1 and dataset.ids == ["val/exampletown/exampletown_000003_000019"]
+    assert np.array_equal(sample["image"], drawn.image)
+    names = np.array([*spec.labels["semseg"].classes, "void"])
+    assert (names[sample["semseg"][..., 0].astype(int)][drawn.label_ids == STREET_IDS["car"]] == "car").all()
+    valid = drawn.disparity > 1
+    assert np.allclose(sample["depth"][..., 0][valid], (drawn.disparity[valid] - 1) / 256)
+    assert (sample["depth"][..., 0][~valid] == 255).all()

@@ -255,10 +255,11 @@ def test_a_backbone_of_one_stride_is_refused_with_a_hint(model):
         build_model(model, "vit", {"semseg": 4}, (64, 96), backbone_kwargs=TINY_VIT)
 
 
-@pytest.mark.parametrize("dataset", ["nyud", "pascal"])
+@pytest.mark.parametrize("dataset", ["nyud", "pascal", "cityscapes"])
 @pytest.mark.parametrize("model", MODELS)
 def test_it_trains_on_the_example_data(tiny, model, dataset):
     arguments = [a for a in tiny if not a.startswith("model_kwargs")]
+    arguments += ["label_size=[64, 96]"] if dataset == "cityscapes" else []
     config = load_config(ROOT / "configs" / f"{model}_{dataset}.yml",
                          [*arguments, "model_kwargs={stm_depth: 1, d_state: 2}", "val_interval=6"])
     results = train(config, resume=False)

@@ -278,7 +278,7 @@ def test_the_papers_prompt_update_differs():
 
 def test_labels_take_the_size_that_the_file_asks_for():
     config = load_config(CONFIGS / "taskprompter_cityscapes.yml")
-    assert config.label_size == parse(TaskPrompterConfig, config.model_kwargs).label_size == (512, 1024)
+    assert config.output_size == parse(TaskPrompterConfig, config.model_kwargs).label_size == (512, 1024)
     assert config.model_kwargs["head"] == "deconv" and config.grad_clip_param.max_norm == 10
     transform = build_transform((16, 32), (8, 16), True, label_rules(["semseg"]))
     sample = {"image": np.zeros((20, 40, 3), np.uint8), "semseg": np.zeros((20, 40, 1), np.float32)}
@@ -294,4 +294,4 @@ def test_labels_take_the_size_that_the_file_asks_for():
 def test_a_label_size_that_labels_cannot_take_is_refused(size, message):
     with pytest.raises(ConfigError, match=message):
         load_config(NYUD, [f"model_kwargs.dd_label_map_size={size}"])
-    assert load_config(NYUD, ["model_kwargs.dd_label_map_size=[448, 576]"]).label_size == (448, 576)
+    assert load_config(NYUD, ["model_kwargs.dd_label_map_size=[448, 576]"]).output_size == (448, 576)

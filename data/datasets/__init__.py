@@ -6,4 +6,5 @@ DATASETS = Table("data set", {
     "NYUD": "data.datasets.nyud:NYUD",
     "PASCALContext": "data.datasets.pascal_context:PASCALContext",
     "Cityscapes": "data.datasets.cityscapes:Cityscapes",
+    "CityscapesMTMamba": "data.datasets.cityscapes:CityscapesMTMamba",      # invalid disparity is trained on
 })

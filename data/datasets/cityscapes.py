@@ -4,6 +4,7 @@ Layout below `cityscapes/`: leftImg8bit, gtFine and disparity of the official pa
 image at half size, labels keep full size, and there is no augmentation (`transforms.fixed_transform`).
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -61,3 +62,7 @@ Cityscapes = DatasetSpec(
     label_size=(1024, 2048),
     output_name="{stem}",
 )
+
+# As MTMamba's program trains: where the disparity is invalid, the network is taught -1. No score counts it.
+CityscapesMTMamba = replace(Cityscapes, name="CityscapesMTMamba", labels={
+    **Cityscapes.labels, "depth": replace(Cityscapes.labels["depth"], read=partial(read_disparity, void=-1.0))})

@@ -1,16 +1,17 @@
-"""The two folder layouts: which files an image has, and what each of them holds."""
+"""The three folder layouts: which files an image has, and what each of them holds."""
 
 import io
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
 from scripts.example_data.labels import LABELS, PART_NAMES, VOC_NAMES
-from scripts.example_data.render import Rendered
+from scripts.example_data.render import Rendered, render_scene, render_street
 
 MAT_HEADER = b"MATLAB 5.0 MAT-file, example data set"  # scipy's own text holds the time of day
 
@@ -18,23 +19,27 @@ MAT_HEADER = b"MATLAB 5.0 MAT-file, example data set"  # scipy's own text holds 
 class Layout(NamedTuple):
     """The folder of one data set."""
 
-    style: str                      # key of scene.PEOPLE
-    lists: str                      # folder of train.txt and val.txt
-    id_format: str                  # number 1, 2, ... -> id of an image
-    contents: Mapping[str, Callable[[Rendered, str], object]]    # file, {} = id -> what is saved there
+    render: Callable[..., Any]      # (seed, size) -> the maps of one image
+    lists: str                      # folder of train.txt and val.txt; empty: the ids name the split
+    id_format: str                  # number 1, 2, ... and split -> id of an image
+    contents: Mapping[str, Callable[[Any, str], object]]    # file, {} = id -> what is saved there
 
-    def image_id(self, number: int) -> str:
+    def image_id(self, number: int, split: str) -> str:
         """Id of image `number` (1, 2, ...)."""
-        return self.id_format.format(number)
+        return self.id_format.format(number, split=split)
 
-    def files(self, number: int) -> list[str]:
+    def files(self, number: int, split: str) -> list[str]:
         """Paths, relative to the layout's folder, of all files of image `number`."""
-        return [file.format(self.image_id(number)) for file in self.contents]
+        return [file.format(self.image_id(number, split)) for file in self.contents]
 
-    def save(self, folder: Path, number: int, rendered: Rendered) -> None:
+    def split_lists(self) -> list[str]:
+        """Paths of the split lists, those of train and val, or none."""
+        return [f"{self.lists}/{split}.txt" for split in ("train", "val")] if self.lists else []
+
+    def save(self, folder: Path, number: int, split: str, rendered: Any) -> None:
         """Write all files of image `number`, in the formats of their suffixes; their folders exist."""
-        for file, content in zip(self.files(number), self.contents.values(), strict=True):
-            path, found = folder / file, content(rendered, self.image_id(number))
+        for file, content in zip(self.files(number, split), self.contents.values(), strict=True):
+            path, found = folder / file, content(rendered, self.image_id(number, split))
             if path.suffix == ".mat":
                 buffer = io.BytesIO()
                 savemat(buffer, found, do_compression=True)
@@ -85,19 +90,24 @@ def _struct(fields: tuple[str, ...], rows: list[tuple]) -> np.ndarray:
 
 
 LAYOUTS = {
-    "NYUDv2": Layout("nyud", "gt_sets", "{:04d}", {
+    "NYUDv2": Layout(partial(render_scene, style="nyud"), "gt_sets", "{:04d}", {
         "images/{}.png": lambda rendered, _: rendered.image,
         "segmentation/{}.png": lambda rendered, _: rendered.nyud_semseg,
         "depth/{}.npy": lambda rendered, _: rendered.depth_m,
         "normals/{}.png": encode_normals,
         "edge/{}.png": lambda rendered, _: rendered.edge.astype(np.uint8) * 255,
     }),
-    "PASCALContext": Layout("pascal", "ImageSets/Context", "2008_{:06d}", {
+    "PASCALContext": Layout(partial(render_scene, style="pascal"), "ImageSets/Context", "2008_{:06d}", {
         "JPEGImages/{}.jpg": lambda rendered, _: rendered.image,
         "semseg/VOC12/{}.png": indexed_semseg,
         "human_parts/{}.mat": annotation,
         "pascal-context/trainval/{}.mat": lambda rendered, _: {"LabelMap": rendered.label_map},
         "normals_distill/{}.png": encode_normals,
         "sal_distill/{}.png": lambda rendered, _: rendered.saliency,
+    }),
+    "cityscapes": Layout(render_street, "", "{split}/exampletown/exampletown_{0:06d}_000019", {
+        "leftImg8bit/{}_leftImg8bit.png": lambda street, _: street.image,
+        "gtFine/{}_gtFine_labelIds.png": lambda street, _: street.label_ids,
+        "disparity/{}_disparity.png": lambda street, _: street.disparity,
     }),
 }

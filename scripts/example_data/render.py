@@ -6,6 +6,7 @@ axis, and a horizontal flip of the picture negates x. Depth is z-depth, the dist
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -15,8 +16,10 @@ from scripts.example_data.geometry import first_hit
 from scripts.example_data.labels import BODY_PARTS, LABELS
 from scripts.example_data.scene import Scene, build_scene
 from scripts.example_data.shading import shade
+from scripts.example_data.street import STREET_IDS, build_street
 
 LENS = 0.95         # focal length / sqrt(height * width): about 60 degrees across for a 4:3 picture
+BASELINE = 0.22     # metres between the two cameras of a street
 GAMMA = 1 / 2.2
 SUBSAMPLES = np.array([(-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375)])  # rotated grid, pixels
 # Slices that select each pixel that has a right neighbour, and that neighbour; then the same for those below.
@@ -41,6 +44,14 @@ class Rendered:
     names: list[str]            # label name per instance, key of labels.LABELS
 
 
+class StreetView(NamedTuple):
+    """The maps of a street, H x W, as Cityscapes stores them."""
+
+    image: np.ndarray           # uint8 (H, W, 3), RGB
+    label_ids: np.ndarray       # uint8, ids of the label files
+    disparity: np.ndarray       # uint16, 256 * pixels + 1; 0: sky, and what the right camera does not see
+
+
 def view_rays(size: tuple[int, int], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Directions (3, N) float32 with z = -1 through the positions rows, columns (N,) of a picture of size (H, W)
     pixels; 0 = centre of the first.
@@ -58,23 +69,51 @@ def render_scene(seed: int | list[int], size: tuple[int, int], style: str = "nyu
     """
     geometry, sensor = np.random.SeedSequence(seed).spawn(2)
     scene = build_scene(np.random.default_rng(geometry), style)
-    rays = view_rays(size, *np.indices(size).reshape(2, -1))    # (3, H*W)
-    depth, index = first_hit(scene.solids, rays)
-    assert (index >= 0).all(), f"a ray of seed {seed} left the room"
-    points = rays * depth
-    colour, normals = shade(scene, points, index)
-    colour = _refine(scene, size, colour.reshape(3, *size))
-    maps = _label_maps(scene, index.reshape(size))
-    points, normals = (a.reshape(3, *size).transpose(1, 2, 0) for a in (points, normals))    # (3, H*W) -> (H, W, 3)
+    image, points, normals, index = _photograph(scene, size, np.random.default_rng(sensor))
+    maps = _label_maps(scene, index)
     return Rendered(
-        image=_develop(colour, np.random.default_rng(sensor)),
-        depth_m=depth.reshape(size),
+        image=image,
+        depth_m=-points[..., 2],
         normals=normals,
         saliency=_saliency(scene.room.names, maps["instances"]),
         edge=_boundaries(maps["instances"], points, normals),
         names=scene.room.names,
         **maps,
     )
+
+
+def render_street(seed: int | list[int], size: tuple[int, int]) -> StreetView:
+    """Draw the street of `seed` at size (H, W) pixels, as `render_scene` draws a room."""
+    geometry, sensor = np.random.SeedSequence(seed).spawn(2)
+    scene = build_street(np.random.default_rng(geometry))
+    image, points, _, index = _photograph(scene, size, np.random.default_rng(sensor))
+    ids = np.array([STREET_IDS[scene.room.names[solid.instance]] for solid in scene.solids], np.uint8)[index]
+    disparity = LENS * float(np.sqrt(size[0] * size[1])) * BASELINE / -points[..., 2]      # pixels
+    stored = np.rint(256 * disparity + 1).astype(np.uint16)
+    stored[~_matched(disparity) | (ids == STREET_IDS["sky"])] = 0
+    return StreetView(image, ids, stored)
+
+
+def _matched(disparity: np.ndarray) -> np.ndarray:
+    """Bool (H, W): the point is inside the right camera's picture, and nothing nearer hides it there."""
+    rows, columns = np.indices(disparity.shape)
+    there = np.rint(columns - disparity).astype(int)
+    nearest = np.zeros_like(disparity)
+    inside = there >= 0
+    np.maximum.at(nearest, (rows[inside], there[inside]), disparity[inside])
+    return inside & (disparity > nearest[rows, np.maximum(there, 0)] - 1)
+
+
+def _photograph(scene: Scene, size: tuple[int, int], sensor: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Image (H, W, 3) uint8, points and normals (H, W, 3) in camera coordinates, index of the solid (H, W)."""
+    rays = view_rays(size, *np.indices(size).reshape(2, -1))    # (3, H*W)
+    depth, index = first_hit(scene.solids, rays)
+    assert (index >= 0).all(), "a ray left the scene"
+    points = rays * depth
+    colour, normals = shade(scene, points, index)
+    colour = _refine(scene, size, colour.reshape(3, *size))
+    points, normals = (a.reshape(3, *size).transpose(1, 2, 0) for a in (points, normals))    # (3, H*W) -> (H, W, 3)
+    return _develop(colour, sensor), points, normals, index.reshape(size)
 
 
 def _refine(scene: Scene, size: tuple[int, int], colour: np.ndarray) -> np.ndarray:

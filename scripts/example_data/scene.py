@@ -81,6 +81,7 @@ class Scene(NamedTuple):
     lamps: np.ndarray           # (S, 3), points of the ceiling lamp
     daylight: np.ndarray        # (3,), direction to the brightest window
     brightness: np.ndarray      # (3,), factors of the colours: tint of the light times exposure
+    falloff: float = 0.16       # the lamp's light is divided by 1 + falloff * (distance in metres) ** 2
 
 
 def build_scene(rng: np.random.Generator, style: str) -> Scene:

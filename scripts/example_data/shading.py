@@ -61,7 +61,7 @@ def _lamp_light(scene: Scene, points: np.ndarray, normals: np.ndarray, share_lam
         seen = front[lit(scene.solids, lamp, frame, here[:, front])]
         half = unit(towards[:, seen] + unit(-here[:, seen]))
         highlight = np.maximum(dot(half, normal[:, seen]), 0) ** 64
-        total[:, run][:, seen] += np.stack([facing[seen], highlight]) / (1 + 0.16 * square[seen])
+        total[:, run][:, seen] += np.stack([facing[seen], highlight]) / (1 + scene.falloff * square[seen])
     return total * (LAMP if share_lamps else LAMP / number)
 
 

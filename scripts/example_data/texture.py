@@ -65,6 +65,8 @@ MIXES = {
     "tiles": lambda u, v: np.where(_seam(u, 0.025) | _seam(v, 0.025), 1.0,
                                    0.25 * cells(u, v) + 0.1 * noise(4 * u, 4 * v)),
     "panels": lambda u, v: np.where(_seam(u, 0.012) | _seam(v, 0.02), 1.3, 0.25 * _wood(v, u)),
+    "facade": lambda u, v: np.where((np.abs(u - np.floor(u) - 0.5) < 0.27) & (np.abs(v - np.floor(v) - 0.5) < 0.24),
+                                    1.0, 0.12 * noise(6 * u, 6 * v)),
     "noise": lambda u, v: 0.6 * noise(u, v) + 0.4 * noise(4 * u, 4 * v),
     "leaves": lambda u, v: np.clip(1.6 * noise(2 * u + 3 * v, 2 * v - 3 * u) - 0.3, 0, 1),
 }

@@ -1,4 +1,4 @@
-"""Both folder layouts of the example data set, rendered in parallel, all or nothing.
+"""The folder layouts of the example data set, rendered in parallel, all or nothing.
 
 A marker with the parameters stands in the folder: MARKER once everything is written, PARTIAL while a run is under way
 or after one that was interrupted. Only files named by a marker are ever removed, so a folder with real data in it is
@@ -7,7 +7,7 @@ safe. Every image has its own random stream (seed, layout, number): the bytes do
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -16,7 +16,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from scripts.example_data.layouts import LAYOUTS
-from scripts.example_data.render import render_scene
 
 MARKER, PARTIAL = "example.json", "example.partial.json"
 RENDERER = 1  # raise it when the same parameters give other bytes
@@ -25,15 +24,17 @@ RANGES = {"num_train": (1, 5000), "num_val": (1, 4999), "height": (32, 4096), "w
 
 
 def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, size: tuple[int, int] = (160, 224),
-                  seed: int = 0, workers: int = 2, overwrite: bool = False, progress: bool = True) -> bool:
-    """Render num_train + num_val images of size (H, W) for each layout into root/NYUDv2 and root/PASCALContext.
+                  seed: int = 0, workers: int = 2, overwrite: bool = False, progress: bool = True,
+                  layouts: Sequence[str] = tuple(LAYOUTS)) -> bool:
+    """Render num_train + num_val images of size (H, W) into root/NYUDv2, PASCALContext, cityscapes, or some of these.
 
     Returns True when it rendered, False when an equal data set was there already. Raises ValueError for parameters out
     of range, FileExistsError for a folder that holds other parameters, an interrupted run (both are rendered again
     with overwrite=True) or data that this function did not write (never touched).
     """
     root = Path(root)
-    wanted = {"renderer": RENDERER, "num_train": num_train, "num_val": num_val, "size": list(size), "seed": seed}
+    wanted = {"renderer": RENDERER, "num_train": num_train, "num_val": num_val, "size": list(size), "seed": seed,
+              "layouts": list(layouts)}
     _check(wanted, workers)
     if _ready(root, wanted, overwrite):
         return False
@@ -44,15 +45,18 @@ def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, siz
     done = _spread(partial(_write_image, root, tuple(size), seed), jobs, workers)
     for _ in tqdm(done, total=len(jobs), unit="image", disable=None if progress else True):
         pass
-    for name, layout in LAYOUTS.items():
-        ids = [f"{layout.image_id(number)}\n" for other, number in jobs if other == name]
-        for split, part in (("train", ids[:num_train]), ("val", ids[num_train:])):
-            (root / name / layout.lists / f"{split}.txt").write_text("".join(part))
+    for name in layouts:
+        layout = LAYOUTS[name]
+        for split, file in zip(("train", "val"), layout.split_lists(), strict=False):
+            ids = [layout.image_id(number, split) for other, number, part in jobs if (other, part) == (name, split)]
+            (root / name / file).write_text("".join(f"{image_id}\n" for image_id in ids))
     os.replace(root / PARTIAL, root / MARKER)
     return True
 
 
 def _check(wanted: dict, workers: int) -> None:
+    if unknown := set(wanted["layouts"]) - set(LAYOUTS):
+        raise ValueError(f"unknown layout(s) {', '.join(sorted(unknown))}; known: {', '.join(LAYOUTS)}")
     if len(wanted["size"]) != 2:
         raise ValueError(f"size is {wanted['size']}; give two numbers, height and width")
     values = wanted | {"height": wanted["size"][0], "width": wanted["size"][1], "workers": workers}
@@ -65,7 +69,7 @@ def _ready(root: Path, wanted: dict, overwrite: bool) -> bool:
     """Whether the data set is there already; otherwise clears the way or says what stands in it."""
     old = next((root / name for name in (PARTIAL, MARKER) if (root / name).is_file()), None)
     if old is None:
-        if foreign := [str(root / layout) for layout in LAYOUTS if (root / layout).exists()]:
+        if foreign := [str(root / layout) for layout in wanted["layouts"] if (root / layout).exists()]:
             raise FileExistsError(f"{' and '.join(foreign)} was not written by this command and is left alone; "
                                   "choose another folder for the example data set")
         root.mkdir(parents=True, exist_ok=True)
@@ -94,20 +98,24 @@ def _remove(root: Path, found: dict) -> None:
             (root / folder).rmdir()
 
 
-def _images(parameters: dict) -> list[tuple[str, int]]:
-    """Layout and number of every image."""
-    return [(name, i + 1) for name in LAYOUTS for i in range(parameters["num_train"] + parameters["num_val"])]
+def _images(parameters: dict) -> list[tuple[str, int, str]]:
+    """Layout, number and split of every image."""
+    train, val = parameters["num_train"], parameters["num_val"]
+    return [(name, i + 1, "train" if i < train else "val") for name in parameters["layouts"]
+            for i in range(train + val)]
 
 
 def _all_files(parameters: dict) -> list[str]:
-    lists = [f"{name}/{layout.lists}/{split}.txt" for name, layout in LAYOUTS.items() for split in ("train", "val")]
-    return lists + [f"{name}/{file}" for name, number in _images(parameters) for file in LAYOUTS[name].files(number)]
+    lists = [f"{name}/{file}" for name in parameters["layouts"] for file in LAYOUTS[name].split_lists()]
+    return lists + [f"{name}/{file}" for name, number, split in _images(parameters)
+                    for file in LAYOUTS[name].files(number, split)]
 
 
 def _read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
-        return {key: found[key] for key in ("renderer", "num_train", "num_val", "size", "seed")}
+        found.setdefault("layouts", ["NYUDv2", "PASCALContext"])       # of a marker that names none
+        return {key: found[key] for key in ("renderer", "num_train", "num_val", "size", "seed", "layouts")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a marker of the example data set; move it away or choose another "
                          "folder") from error
@@ -122,8 +130,7 @@ def _spread(function: Callable, jobs: list, workers: int) -> Iterable[None]:
         yield from pool.map(function, jobs, chunksize=4)
 
 
-def _write_image(root: Path, size: tuple[int, int], seed: int, job: tuple[str, int]) -> None:
-    name, number = job
+def _write_image(root: Path, size: tuple[int, int], seed: int, job: tuple[str, int, str]) -> None:
+    name, number, split = job
     layout = LAYOUTS[name]
-    rendered = render_scene([seed, list(LAYOUTS).index(name), number], size, layout.style)
-    layout.save(root / name, number, rendered)
+    layout.save(root / name, number, split, layout.render([seed, list(LAYOUTS).index(name), number], size))

@@ -56,7 +56,7 @@ def model_from_config(config: Config) -> MultiTaskModel:
     set_float32_arithmetic(config.precision)
     set_determinism(config.deterministic)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
-    return build_model(config.model, config.backbone, outputs, config.input_size, label_size=config.label_size,
+    return build_model(config.model, config.backbone, outputs, config.input_size, label_size=config.output_size,
                        neck=config.neck, backbone_kwargs=config.backbone_kwargs, neck_kwargs=config.neck_kwargs,
                        model_kwargs=config.model_kwargs)
 
@@ -132,7 +132,7 @@ def _build_part(config: Config, spec: DatasetSpec, split: str, labels: Mapping[s
         whole = spec.splits["train"]
         parts = {name: PartOfSplit(whole, config.val_from_train, name == "selects") for name in ("train", "selects")}
         spec = replace(spec, splits={**spec.splits, **parts})
-    fixed_label_size = None if spec.label_size is None else config.label_size or spec.label_size
+    fixed_label_size = None if spec.label_size is None else config.output_size or spec.label_size
     settings = config.augmentation
     transform = build_transform(config.input_size, fixed_label_size, training, labels, spec.resize,
                                 scale_range=settings.scale_range, flip=settings.flip_prob,

@@ -66,6 +66,7 @@ class Config:
     pretrained_allow_missing: tuple[str, ...] = ()
     init_from: str = ""                          # a checkpoint, ours or released: what fits of it, the rest is listed
     image_size: tuple[int, int] | None = None    # (height, width) of the network's input; default: the data set's
+    label_size: tuple[int, int] | None = None    # (height, width) of labels and predictions; default: the data set's
     intermediate_supervision: bool = False
     ignore_index: int = 255
     # data
@@ -139,9 +140,10 @@ class Config:
         return self.image_size or self.dataset.image_size
 
     @property
-    def label_size(self) -> tuple[int, int] | None:
+    def output_size(self) -> tuple[int, int] | None:
         """(height, width) of labels and predictions where it is not that of the input."""
-        return DECODERS.options(self.model)(**self.model_kwargs).label_size or self.dataset.label_size
+        asked = DECODERS.options(self.model)(**self.model_kwargs).label_size
+        return asked or self.label_size or self.dataset.label_size
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -237,9 +239,13 @@ def _check_relations(c: Config, where: Where) -> None:
         refuse(key, f"'{key}' must be {error.valid}, got {shown(error.value)}")
     if min(c.input_size) < 1:
         refuse("image_size", f"'image_size' must be a height and a width of at least 1, got {list(c.input_size)}")
-    if c.label_size != c.dataset.label_size and c.dataset.label_size is None and c.label_size != c.input_size:
-        refuse("model_kwargs", f"model_kwargs ask for labels of {list(c.label_size)}, which must be the image size "
-                               f"{list(c.input_size)}: labels of {c.train_db_name} have no size of their own")
+    key = "label_size" if c.label_size else "model_kwargs"
+    if c.dataset.label_size is None and c.output_size not in (None, c.input_size):
+        refuse(key, f"{key} ask(s) for labels of {list(c.output_size)}, which must be the image size "
+                    f"{list(c.input_size)}: labels of {c.train_db_name} have no size of their own")
+    if c.label_size and (min(c.label_size) < 1 or c.label_size != c.output_size):
+        refuse(key, f"'label_size' must be a height and a width of at least 1, those that model_kwargs ask for if they "
+                    f"do, got {list(c.label_size)}")
 
 
 def _check_run_dir(c: Config, refuse: Callable[[str, str], NoReturn]) -> None:
