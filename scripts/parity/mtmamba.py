@@ -127,7 +127,8 @@ def _losses(path: Path, options: Options) -> Iterator[Measure]:
     parts = {task: data[f"loss.{task}"][0] for task in tasks}
     weights = {"log": dict.fromkeys(tasks, 1.0),
                "weighted_sum": {task: WEIGHTS.get(task, 1.0) for task in tasks}}
-    totals = {name: build_balancing(name, tasks, weights[name]).combine(parts) for name in weights}
+    totals = {name: build_balancing(name, tasks, weights[name]).combine(parts, dict.fromkeys(tasks, 1.0))
+              for name in weights}
     scheme = next(name for name, total in totals.items() if torch.isclose(total, data["loss.total"][0], rtol=1e-6))
     labels = {task: (x.unsqueeze(1) if x.ndim == 3 else x).to(options.dtype)
               for task, x in below(data, "label.").items()}
