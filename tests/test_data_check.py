@@ -211,9 +211,9 @@ def test_a_good_folder(root, capsys, tmp_path):
     labels = np.stack([np.asarray(Image.open(p)) for p in sorted((root / "NYUDv2" / "segmentation").iterdir())[:12]])
     assert f"wall {(labels == 1).mean():.2%} ({(labels == 1).any((1, 2)).sum()})" in printed
     assert "NYUD: no copy that is known here: 12 train, 5 val images; the usual one has 795 train, 654 val" in printed
-    assert f"16 samples with their labels: {tmp_path / 'sheet.png'}" in printed
+    assert f"24 samples with their labels: {tmp_path / 'sheet.png'}" in printed
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width == 6 * 244 and sheet.height == 16 * (160 + 18 + 4)
+        assert sheet.width == 6 * 244 and sheet.height == 24 * (160 + 18 + 4)
 
 
 def test_a_folder_of_ones_own(root, capsys):
