@@ -68,7 +68,8 @@ class Step:
     def __init__(self, config: Config) -> None:
         self.config, self.device, self.accumulate, self.ema = config, pick_device(config.device), 1, None
         torch.manual_seed(0)
-        self.model = self.wrapped = model_from_config(config).to(self.device)
+        with self.device:                                            # weights are drawn there
+            self.model = self.wrapped = model_from_config(config)
         prepare_for_training(self.model, config)
         self.criterion = build_criterion(config, self.model).to(self.device)
         self.optimizer = build_optimizer(config, self.model, self.criterion)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
 from losses.multi_task import MultiTaskLoss
@@ -175,8 +176,8 @@ def recorded(update: Update, recorder: Recorder) -> Recorded:
         scaler.load_state_dict(run.scaler.state_dict())         # the old one has seen half an update
         run.scaler = scaler
 
-    alone = distributed.world_size() == 1
-    return Recorded(update, recorder, "an update", WARM_UPS if alone else WARM_UPS_DDP, recover)
+    warm_ups = WARM_UPS_DDP if isinstance(run.wrapped, DistributedDataParallel) else WARM_UPS
+    return Recorded(update, recorder, "an update", warm_ups, recover)
 
 
 def unrecordable(run: Trained) -> str | None:
