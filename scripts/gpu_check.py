@@ -27,15 +27,17 @@ from utils.logging import setup_logging
 
 STEPS = {                       # the most important first
     "card": Check("the card", 30, gpu_speed.card),
-    "recorded": Check("a recorded update beside the update: BIM", 90, gpu_speed.recorded_first),
-    "kernels": Check("scan kernels against float64", 60, gpu_right.kernels),
+    "kernels": Check("scan kernels against float64", 45, gpu_right.kernels),
+    "recorded": Check("a recorded update beside the update: BIM", 150,
+                      lambda *on: gpu_speed.recorded_updates(*on, gpu_speed.FIRST)),
     "agree": Check("300 updates of the example in bf16 and float32", 90, gpu_right.agree),
+    "scan": Check("the scan beside mamba-ssm", 60, gpu_right.scan_beside_mamba),
+    "models": Check("an update of every model", 180, gpu_speed.every_model),
     "path": Check("the whole path", 120, gpu_right.path),
     "group": Check("one process in a group", 60, gpu_right.one_process_group),
-    "models": Check("an update of every model", 180, gpu_speed.every_model),
-    "recorded_others": Check("a recorded update beside the update: the other models", 120, gpu_speed.recorded_others),
+    "recorded_others": Check("a recorded update beside the update: the other models", 120,
+                             lambda *on: gpu_speed.recorded_updates(*on, gpu_speed.OTHERS)),
     "host": Check("host and device", 60, gpu_speed.host_and_device),
-    "scan": Check("the scan beside mamba-ssm", 90, gpu_right.scan_beside_mamba),
     "compiled": Check("compiled models", 600, gpu_speed.compiled),
 }
 LEAST = 8       # seconds in which a step can begin to say something
@@ -64,10 +66,10 @@ def check(budget: float, out: Path, only: list[str] | None, device: str, step: s
 
 def run_step(name: str, out: Path, device: str) -> int:
     """One step in this process."""
-    report = Report(out, name)
+    run, report, on = STEPS[name].run, Report(out, name), pick_device(device)
     setup_logging(True)
     with report.attempt(name):
-        STEPS[name].run(report, pick_device(device))
+        run(report, on)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Steps of gpu_check.py about correctness: kernels, precisions, the whole path, NCCL; and the scan beside mamba-ssm."""
 
+import functools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ MAP = {"cuda": (35, 53), "cpu": (5, 7)}     # height and width
 CHANNELS, STATE, ROUTES = 70, 16, 4
 EXAMPLE = Path(__file__).resolve().parents[1] / "configs" / "example" / "bim_nyud.yml"
 Results = dict[str, Tensor]
+PRECISIONS = ("fp32", "bf16", "fp16")
 AGREE = 0.03                                # of the losses of bf16 with those of float32
 
 # ---- kernels ----
@@ -39,20 +41,22 @@ AGREE = 0.03                                # of the losses of bf16 with those o
 
 def kernels(report: Report, device: torch.device) -> None:
     """Every backend of the scan that runs here against float64: y and all gradients, and twice the same."""
-    for dtype in DTYPES:
-        for groups in (1, 2):
-            inputs, grad_y = _scan_inputs(groups, DTYPES[dtype], device)
-            exact = _scan_results("torch", {k: x.double() for k, x in inputs.items()}, grad_y.double(), device)
-            for name in SCAN_BACKENDS:
-                if name in ("auto", "reference", "torch"):
-                    continue
-                if refusal := SCAN_BACKENDS.load(name).refusal(ScanNeeds(device.type, torch.float32, STATE, False)):
-                    if dtype == "float32" and groups == 1:
-                        report.row(what=name, refused=refusal)
-                    continue
-                with report.attempt(f"{name}, {dtype}, {groups} group(s)"):
-                    found, again = (_scan_results(name, inputs, grad_y, device) for _ in range(2))
-                    _kernel_row(report, found, again, exact, what=name, dtype=dtype, groups=groups)
+    torch.use_deterministic_algorithms(True, warn_only=True)        # nothing is tuned, which would take minutes
+    try:
+        for name in SCAN_BACKENDS:
+            if name in ("auto", "reference", "torch"):
+                continue
+            if refusal := SCAN_BACKENDS.load(name).refusal(ScanNeeds(device.type, torch.float32, STATE, False)):
+                report.row(what=name, refused=refusal)
+                continue
+            for dtype in DTYPES:
+                for groups in (1, 2):
+                    with report.attempt(f"{name}, {dtype}, {groups} group(s)"):
+                        inputs, grad_y, exact = _scan_case(groups, DTYPES[dtype], device)
+                        found, again = (_scan_results(name, inputs, grad_y, device) for _ in range(2))
+                        _kernel_row(report, found, again, exact, what=name, dtype=dtype, groups=groups)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _kernel_row(report: Report, found: Results, again: Results, exact: Results, **about: str | int) -> None:
@@ -67,8 +71,10 @@ def _kernel_row(report: Report, found: Results, again: Results, exact: Results, 
     report.row(**about, worst=worst, error=errors[worst], limit=limits[worst], **bad)
 
 
-def _scan_inputs(groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Results, Tensor]:
-    """Of `scan_routes` for two images: tokens in the dtype, parameters in float32, as under autocast."""
+@functools.cache
+def _scan_case(groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Results, Tensor, Results]:
+    """Arguments of `scan_routes` for two images, tokens in the dtype and parameters in float32 as under autocast; a
+    gradient of y; y and all gradients in float64."""
     generator, tokens = torch.Generator().manual_seed(0), (2, math.prod(MAP[device.type]))
 
     def draw(*shape: int) -> Tensor:
@@ -79,8 +85,10 @@ def _scan_inputs(groups: int, dtype: torch.dtype, device: torch.device) -> tuple
     inputs = {k: x.to(dtype) for k, x in inputs.items()}
     inputs |= {"A": -torch.exp(draw(ROUTES, CHANNELS, STATE)).float(), "D": draw(ROUTES, CHANNELS).float(),
                "delta_bias": draw(ROUTES, CHANNELS).float()}
-    grad_y = draw(*inputs["u"].shape).to(dtype)
-    return {k: x.to(device) for k, x in inputs.items()}, grad_y.to(device)
+    inputs = {k: x.to(device) for k, x in inputs.items()}
+    grad_y = draw(*inputs["u"].shape).to(device, dtype)
+    exact = _scan_results("torch", {k: x.double() for k, x in inputs.items()}, grad_y.double(), device)
+    return inputs, grad_y, exact
 
 
 def _scan_results(backend: str, inputs: Results, grad_y: Tensor, device: torch.device) -> Results:
@@ -105,7 +113,7 @@ def example_data(device: torch.device) -> Iterator[tuple[Path, list[str]]]:
     """A folder that goes away again, and overrides of the example experiment that read and write there."""
     on_gpu = device.type == "cuda"
     folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
-    images, held_out, size = (64, 8, (128, 160)) if on_gpu else (4, 2, (32, 64))
+    images, held_out, size = (64, 8, (128, 160)) if on_gpu else (4, 2, (64, 64))
     try:
         workers = min(16, os.cpu_count() or 1) if on_gpu else 1
         write_example(folder / "data", images, held_out, size, workers=workers, progress=False)
@@ -145,7 +153,7 @@ def agree(report: Report, device: torch.device) -> None:
 def path(report: Report, device: torch.device) -> None:
     """Train, resume, infer and predict the example in every precision, recorded and not."""
     with example_data(device) as (folder, overrides):
-        for precision in ("fp32", "bf16", "fp16"):
+        for precision in PRECISIONS:
             for graph in ("off", "on"):
                 with report.attempt(f"{precision}, cuda_graph={graph}"):
                     name = f"{precision}_{graph}"

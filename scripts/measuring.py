@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 CPU = torch.device("cpu")
-Row = dict[str, str | float]
+Row = dict[str, str | float | int]
 
 
 class Cost(NamedTuple):
@@ -71,7 +71,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
+def _cell(value: str | float | int) -> str:
+    if isinstance(value, (str, int)):
+        return str(value)
     return f"{value:.1e}" if abs(value) < 1e-2 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
