@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.logging import one_sentence
+from utils.exits import one_sentence
 
 
 @dataclass
