@@ -15,6 +15,7 @@ from models.ops.selective_scan import scan_routes, selective_scan
 from tests.emulated_card import COMPILER, emulate
 from tests.scan_backends import draw, relative_error
 from tests.test_scan_routes import ORDERS, arguments, route_of
+from utils import cuda_kernels
 from utils.cuda_kernels import CudaError, compile_kernels
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -213,6 +214,21 @@ def test_auto_on_cuda_takes_these_kernels_first_and_triton_where_they_refuse(mon
         monkeypatch.setitem(scan_choice._loaded, name, dataclasses.replace(backend, refusal=refusal))
     for dtype, chosen in ((torch.float32, "cuda"), (torch.float64, "triton")):
         assert scan_choice.choose_backend(ScanNeeds("cuda", dtype, 16, False), "auto")[0] == chosen
+
+
+def test_kernels_are_compiled_once_per_machine(monkeypatch, tmp_path):
+    """And again where a source, an option or the compiler is another, or where they cannot be kept."""
+    compiled = []
+    monkeypatch.setattr(cuda_kernels, "_compile", lambda *args: compiled.append(args) or b"code")
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(cuda_kernels, "cache_root", lambda: folder)
+    for architecture, number in (("sm_90", 1), ("sm_90", 1), ("sm_80", 2)):
+        assert compile_kernels(SOURCE, HEADERS, architecture, {}) == b"code" and len(compiled) == number
+    compile_kernels(SOURCE, HEADERS[1:], "sm_90", {})
+    assert len(compiled) == 3 and len(list(folder.rglob("*"))) == 1 + 3
+    folder = tmp_path / "file"
+    folder.touch()
+    assert [compile_kernels(SOURCE, HEADERS, "sm_90", {}) for _ in range(2)] == [b"code"] * 2 and len(compiled) == 5
 
 
 def test_a_mistake_in_the_source_is_shown_with_its_place():

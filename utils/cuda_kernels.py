@@ -6,11 +6,19 @@ Importing this module needs no GPU and no bindings, and compiling needs no GPU.
 
 import ctypes
 import functools
+import hashlib
+import logging
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from utils.extension import cache_root
+
+logger = logging.getLogger(__name__)
 
 
 class CudaError(RuntimeError):
@@ -25,11 +33,30 @@ def bindings() -> tuple[ModuleType, ModuleType]:
 
 
 def compile_kernels(source: Path, headers: Sequence[Path], architecture: str, defines: Mapping[str, object]) -> bytes:
-    """The cubin of a .cu file for an architecture like "sm_90". Raises CudaError with the compiler's log."""
+    """The cubin of a .cu file for an architecture like "sm_90", compiled once per machine: it is kept beside torch's
+    extensions, under a name that holds a hash of all that it depends on. Raises CudaError with the compiler's log."""
+    _, nvrtc = bindings()
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
+    about = "\n".join((*options, *map(str, nvrtc.nvrtcVersion()[1:]))).encode()
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in (source, *headers)) + about).hexdigest()[:24]
+    kept = cache_root() / "mtdp_cuda" / f"{source.stem}_{name}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    cubin = _compile(source, headers, architecture, options)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, kept)
+    except OSError as error:
+        logger.info("compiled kernels are not kept: %s", error)
+    return cubin
+
+
+def _compile(source: Path, headers: Sequence[Path], architecture: str, options: list[str]) -> bytes:
     _, nvrtc = bindings()
     texts, names = ([f(path) for path in headers] for f in (Path.read_bytes, lambda path: path.name.encode()))
     program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), texts, names))
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
     status, = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))

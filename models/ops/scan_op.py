@@ -6,6 +6,8 @@ to the channels inside, so that only the former are kept for the backward pass. 
 "triton" or "torch") is an argument, decided by the caller. Routes travel as a flat list, four integers each.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -35,10 +37,15 @@ def scan_op(args: ScanArgs, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _args(u, delta, A, B, C, D, delta_bias, delta_weight, routes, delta_softplus) -> ScanArgs:
-    """From the operator's arguments; four integers are one `Route`."""
-    unpacked = tuple(Route(rows, columns, bool(by_column), bool(reverse)) for rows, columns, by_column, reverse
-                     in zip(*[iter(routes)] * len(Route._fields), strict=True))
-    return ScanArgs(u, delta, A, B, C, D, delta_bias, delta_weight, unpacked, delta_softplus)
+    """From the operator's arguments."""
+    return ScanArgs(u, delta, A, B, C, D, delta_bias, delta_weight, _routes(tuple(routes)), delta_softplus)
+
+
+@functools.lru_cache(maxsize=256)
+def _routes(numbers: tuple[int, ...]) -> tuple[Route, ...]:
+    """One of four integers each."""
+    return tuple(Route(rows, columns, bool(by_column), bool(reverse)) for rows, columns, by_column, reverse
+                 in zip(*[iter(numbers)] * len(Route._fields), strict=True))
 
 
 def _kernels(backend: str) -> Kernels:

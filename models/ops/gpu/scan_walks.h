@@ -72,7 +72,8 @@ DEVICE void forward_walk(const Call& call, Warp<S>& warp, int span, bool is_firs
 
 // Sums of the gradients of B and C over the warps of a block, from their tiles to memory.
 template <class S>
-DEVICE void put_map_gradients(const Call& call, float* memory, const Task<S>& task, const Warp<S>& warp, int length) {
+DEVICE void put_map_gradients(const Call& call, float* memory, const Task<S>& task, const Warp<S>& warp, int length,
+                              int turn) {
   using T = Tile<S>;
   sync_block();
   ROLLED
@@ -89,7 +90,7 @@ DEVICE void put_map_gradients(const Call& call, float* memory, const Task<S>& ta
       for (int x = 0; x < 4; ++x) sum[x] += more[x];
     }
     const long long row =
-        (((long long)task.block * call.batch + warp.b) * call.tokens + warp.token(t, 0)) * call.routes + warp.k;
+        (((long long)task.block * call.batch + warp.b) * call.tokens + warp.token(t, turn)) * call.routes + warp.k;
     float* const to = (which ? call.grad_C : call.grad_B) + row * call.states + n;
     if constexpr (S::vector) {
       if (n < call.states) store4_global(sum, to);
@@ -156,7 +157,7 @@ DEVICE void back_through(Warp<S>& warp, int first, float (&h)[4][4], Gradients<S
 
 // Gradients of u and delta of the same tokens.
 template <class S>
-DEVICE void put_row_gradients(const Call& call, Warp<S>& warp, int first, int length, const float (&D)[4],
+DEVICE void put_row_gradients(const Call& call, Warp<S>& warp, int first, int length, int turn, const float (&D)[4],
                               Gradients<S>& grads, bool is_first, bool is_last) {
   using T = Tile<S>;
   using F = typename S::F;
@@ -165,7 +166,7 @@ DEVICE void put_row_gradients(const Call& call, Warp<S>& warp, int first, int le
   const Columns<S::vector> columns_of_u = warp.columns_of_u();
   const Columns<S::vector> grad_delta(rows, warp.b, warp.k, warp.first + warp.column(), call.channels, sizeof(F));
   sync_warp();
-  warp.put_rows(call.grad_u, first, length, 0, is_first, is_last, [&](int token, int t, bool exists, float (&grad_u)[4]) {
+  warp.put_rows(call.grad_u, first, length, turn, is_first, is_last, [&](int token, int t, bool exists, float (&grad_u)[4]) {
     const int shares = T::states + (t - first) * T::states_of_token, at = t * S::channels + warp.column();
     float grad_step_u[4], grad[4], grad_y[4], step[4], slope[4];
     const Packed<float> u = warp.floats(columns_of_u.template read<typename S::U>(token), true);
@@ -197,13 +198,13 @@ DEVICE void backward_walk(const Call& call, Warp<S>& warp, float* memory, const 
   warp.parameters(call.D, D);
   warp.load_states(call.spans > 1 ? call.span_states + task.span * matrices + matrix : call.grad_last + matrix,
                    grads.state);
+  float h[4][4];
   warp.start(reverse ? begin : end - 1);
+  warp.template fetch<true, true, true, true>(reverse ? begin : end - 1, 0, Tile<S>::states);
+  warp.load_states(call.chunk_states + (reverse ? begin : end - 1) * matrices + matrix, h);
   ROLLED
   for (int count = 0; count < end - begin; ++count) {
-    const int chunk = reverse ? begin + count : end - 1 - count, length = warp.length(chunk);
-    float h[4][4];
-    warp.load_states(call.chunk_states + chunk * matrices + matrix, h);
-    warp.template fetch<true, true, true, true>(chunk, 0, Tile<S>::states);
+    const int chunk = reverse ? begin + count : end - 1 - count, length = warp.length(chunk), turn = count % 2;
     warp.template settle<true, true, true, true, true>(chunk, Tile<S>::states);
     UNROLL_2
     for (int t = 0; t < kHalf; ++t) warp.advance(t, h);
@@ -218,10 +219,15 @@ DEVICE void backward_walk(const Call& call, Warp<S>& warp, float* memory, const 
         warp.advance(first + i, h);
       }
       back_through(warp, first, h, grads);
-      put_row_gradients(call, warp, first, length, D, grads, is_first, is_last);
+      put_row_gradients(call, warp, first, length, turn, D, grads, is_first, is_last);
     }
-    put_map_gradients(call, memory, task, warp, length);
-    warp.next(!reverse);
+    if (count + 1 < end - begin) {  // to where the states were
+      const int following = reverse ? chunk + 1 : chunk - 1;
+      warp.next(!reverse);
+      warp.template fetch<true, true, true, true>(following, 1 - turn, Tile<S>::states);
+      warp.load_states(call.chunk_states + following * matrices + matrix, h);
+    }
+    put_map_gradients(call, memory, task, warp, length, turn);
   }
   const long long at = (task.span * (long long)call.batch * call.routes + warp.sequence()) * call.channels;
   warp.store_states(grads.A, call.grad_A + at * call.states);
