@@ -27,7 +27,7 @@ from utils.logging import setup_logging
 
 STEPS = {                       # the most important first
     "card": Check("the card", 30, gpu_speed.card),
-    "kernels": Check("scan kernels against float64", 45, gpu_right.kernels),
+    "kernels": Check("scan kernels against float64", 40, gpu_right.kernels),
     "recorded": Check("a recorded update beside the update: BIM", 150,
                       lambda *on: gpu_speed.recorded_updates(*on, gpu_speed.FIRST)),
     "agree": Check("300 updates of the example in bf16 and float32", 90, gpu_right.agree),

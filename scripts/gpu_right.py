@@ -27,6 +27,7 @@ from utils.engine.config import load_config
 from utils.engine.predict import infer, predict
 from utils.engine.train import train
 from utils.engine.update import WARM_UPS_DDP, build_update
+from utils.recording import recording_stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAP = {"cuda": (35, 53), "cpu": (5, 7)}     # height and width
@@ -201,8 +202,7 @@ def one_process_group(report: Report, device: torch.device) -> None:
 def _losses(config, wrap: bool) -> Tensor:
     with built(config) as step:
         if wrap:
-            side = torch.cuda.Stream() if step.device.type == "cuda" else None
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(recording_stream(step.device) if step.device.type == "cuda" else None):
                 step.wrapped = DistributedDataParallel(step.model)
             update, step.update = build_update(step)
             update.set_lr(config.optimizer_kwargs.lr)

@@ -23,6 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 UPDATES = 7             # compared between two ways to run them: three before recording, four replays
 MATRIX = {"cuda": 8192, "cpu": 256}
 SECONDS = {"cuda": 1.0, "cpu": 0.02}      # of every timing
+EQUAL = 1e-5            # differences of losses that nobody looks into
 LEAST_LOSS = 0.1        # differences of smaller losses are taken relative to this
 
 
@@ -50,7 +51,7 @@ MODELS = {
 
 
 Cases = Sequence[tuple[str, int, str]]      # model, images, precision
-FIRST: Cases = [("BIM", 1, "bf16"), ("example BIM", 4, "bf16"), ("BIM", 4, "bf16"), ("BIM", 1, "fp32"),
+FIRST: Cases = [("BIM", 1, "bf16"), ("BIM", 4, "bf16"), ("example BIM", 4, "bf16"), ("BIM", 1, "fp32"),
                 ("BIM", 4, "fp32"), ("example BIM", 4, "fp32")]
 OTHERS: Cases = [("example BIM", 4, "fp16"), ("MTMamba++", 1, "bf16"), ("InvPT", 2, "bf16"), ("MLoRE", 2, "bf16"),
                  ("BridgeNet", 3, "bf16")]
@@ -150,19 +151,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def recorded_updates(report: Report, device: torch.device, cases: Cases) -> None:
-    """The same updates one by one and replayed. Noise: the difference of two runs one by one: sums in any order."""
+    """The same updates one by one and replayed. Noise, looked for where they differ: that of two runs one by one."""
     for model, images, precision in cases:
         with report.attempt(f"{model}, {images} image(s), {precision}"):
             configs = {graph: experiment(model, device, f"trBatch={images}", f"precision={precision}",
                                          f"cuda_graph={graph}") for graph in ("off", "on")}
             expected, plain, _ = trajectory(configs["off"])
             found, replayed, was_recorded = trajectory(configs["on"])
-            again, *_ = trajectory(configs["off"], timed=False)
-            apart, noise = difference(found, expected), difference(again, expected)
+            apart, noise = difference(found, expected), 0.0
+            if apart > EQUAL:
+                noise = difference(trajectory(configs["off"], timed=False)[0], expected)
             bad = {}
             if device.type == "cuda" and not was_recorded:
                 bad = {"wrong": "it was not recorded (see the log)"}
-            elif not apart <= max(4 * noise, 1e-5):
+            elif not apart <= max(4 * noise, EQUAL):
                 bad = {"wrong": "a recorded update gives other losses"}
             report.row(what=model, images=images, precision=precision, **{
                 "ms": plain.ms, "ms recorded": replayed.ms, "updates/s recorded": 1e3 / replayed.ms,

@@ -5,6 +5,7 @@ shapes that depend on one, or take anything but its inputs from outside that may
 Reference: "CUDA Graphs" in the notes of PyTorch.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -28,11 +29,17 @@ class Recorder(Protocol):
         """Records it without running it: what replays it, and returns its results where they were recorded."""
 
 
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where everything is recorded. What keeps tensors or autograd nodes for it (DDP does) is to be made there, too."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
-    """Records on a stream of its own, as CUDA asks; the graphs of one recorder share their memory."""
+    """Records on a stream that is not the caller's, as CUDA asks; the graphs of one recorder share their memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, recording_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], Any]) -> Any:

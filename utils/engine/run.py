@@ -26,6 +26,7 @@ from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.parameter_groups import freeze, parameter_groups
 from utils.engine.pretrained import load_pretrained
 from utils.logging import RunWriter
+from utils.recording import recording_stream
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,6 @@ def _wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
             logger.warning("batch norm is synchronised on CUDA only: every CPU process uses its own batch statistics")
     on_cuda = device.type == "cuda"
     # What DDP keeps must not belong to the default stream where updates are recorded on another.
-    with torch.cuda.stream(torch.cuda.Stream(device)) if on_cuda and config.cuda_graph else nullcontext():
+    with torch.cuda.stream(recording_stream(device)) if on_cuda and config.cuda_graph else nullcontext():
         return DistributedDataParallel(model, device_ids=[device.index] if on_cuda else None,
                                        find_unused_parameters=config.find_unused_parameters)
