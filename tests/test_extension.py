@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.shared import ROOT
-from utils.extension import first_line, load_extension
+from utils.extension import first_line, load_extension, untrusted
 
 LOAD = """
 import logging, pathlib, sys
@@ -115,3 +115,18 @@ def test_processes_at_once_compile_once_and_stay_quiet(tmp_path):
 def test_an_error_is_told_by_its_first_line():
     assert first_line(ValueError("what was wrong\nand much more")) == "what was wrong"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_a_cache_that_everybody_can_write_is_not_trusted(tmp_path, empty_cache):
+    empty_cache.mkdir()
+    empty_cache.chmod(0o777)
+    module, reason = load_extension("answer", write(tmp_path))
+    assert module is None and reason.startswith(f"everybody can write into {empty_cache}; set TORCH_EXTENSIONS_DIR")
+    assert untrusted(tmp_path) == ""                        # below /tmp, where everybody can write but not rename
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give files away")
+def test_a_cache_of_another_user_is_not_trusted(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", 12345, 12345)
+    assert "belongs to another user" in untrusted(tmp_path / "theirs")

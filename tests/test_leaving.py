@@ -2,17 +2,20 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from data.workers import Loader, WorkerLost, obey_the_parent
 from tests.shared import ROOT
-from utils.engine.leaving import SIGNALS, Departure
+from utils import distributed
+from utils.engine.leaving import GOING_ON, LEAVE, SAVE, SIGNALS, Agreement, Departure
 from utils.exits import BY_SIGNAL, CONTINUE
 
 
@@ -183,3 +186,32 @@ def test_a_killed_worker_is_noticed_where_its_batch_is_missing():
     with pytest.raises(WorkerLost, match="want of memory"):
         list(batches)
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+# ------------------------------------------------------------ several processes
+
+
+def _agreeing(rank: int, folder: str, port: int) -> None:
+    """Rank 1 wishes something after its 50th update, at which rank 0 wishes less; both write down when they heard."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    update = 0
+    with distributed.process_group(torch.device("cpu")):
+        agreement = Agreement(lambda: (LEAVE if rank else SAVE) if update >= 50 else GOING_ON)
+        heard = GOING_ON
+        while heard < LEAVE:
+            agreement.announce()
+            time.sleep(0.004 * (1 + rank))
+            update += 1
+            heard = agreement.result()
+        Path(folder, str(rank)).write_text(f"{update} {agreement.gather(rank)}")
+
+
+def test_processes_leave_after_the_same_update(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_agreeing, (str(tmp_path), port), nprocs=2)
+    words = (tmp_path / "0").read_text()
+    assert words == (tmp_path / "1").read_text() and words.endswith("[0, 1]")
+    assert 50 < int(words.split()[0]) < 50 + 300

@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,12 +50,29 @@ def load_extension(name: str, sources: Sequence[Path]) -> tuple[ModuleType | Non
     folder = cache_root() / tagged
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if reason := untrusted(folder):
+            return None, reason
         with _only_process(folder):
             if not (folder / COMPLETE).exists() and (reason := _build(tagged, sources, folder, compiler)):
                 return None, reason
         return _load(tagged, folder / f"{tagged}.so", b"PYBIND11_MODULE" in code), ""
     except (OSError, ImportError) as error:
         return None, f"no usable library in {folder}: {first_line(error)}"
+
+
+def untrusted(folder: Path) -> str:
+    """Why code in a folder may be another user's: whose it is, or who can write there; or nothing."""
+    if not hasattr(os, "getuid"):               # Windows
+        return ""
+    folder = folder.resolve()
+    if folder.stat().st_uid not in (0, os.getuid()):
+        return f"{folder} belongs to another user; set TORCH_EXTENSIONS_DIR to a folder of yours"
+    for place in (folder, *folder.parents):
+        found = place.stat()
+        sticky = found.st_mode & stat.S_ISVTX and place != folder       # there nobody renames others' files
+        if found.st_mode & stat.S_IWOTH and not sticky:
+            return f"everybody can write into {place}; set TORCH_EXTENSIONS_DIR to a folder of yours"
+    return ""
 
 
 def _build(tagged: str, sources: Sequence[Path], folder: Path, compiler: str) -> str:
