@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_task(rooms, outside, tmp_path, monkeypatch):
     from utils.files import read_table
     monkeypatch.setitem(TASKS, "albedo", f"{outside('albedo')}:ALBEDO")
     table = np.arange(256, dtype=np.float32) / 256 + 1e-3
-    read = Source(("albedo/{id}.png",), lambda path: read_table(path, table))
+    read = Source(("albedo/{id}.png",), partial(read_table, table=table))
     config = load(rooms("albedo", 1, read))
     assert train(config, resume=False)["albedo"]["rmse"] > 0
     predict(config, config.run_dir / "last.pt", tmp_path / "MyRooms" / "rgb" / "val0.jpg", tmp_path / "out")
