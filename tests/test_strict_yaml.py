@@ -131,4 +131,4 @@ def test_arguments_are_read_as_strictly(tmp_path, override):
 
 def test_files_made_wrong_at_random(capsys):
     """A short form of the campaign: none ends in a traceback, none takes two seconds."""
-    assert campaign(files=150, train=0, seed=1, first=0) == 0, capsys.readouterr().out
+    assert campaign(files=100, train=0, seed=1, first=0) == 0, capsys.readouterr().out

@@ -48,7 +48,7 @@ while kill -0 "$step" 2>/dev/null; do           # `wait` returns at the signal, 
     code=0
     wait "$step" || code=$?
 done
-if [ "$code" -ne 0 ] && { [ -n "$asked" ] || [ "$code" -eq 75 ]; }; then     # 75: saved, to be continued
+if [ "$code" -ne 0 ] && [ -n "$asked" ]; then    # torchrun's own code tells nothing of what its processes ended with
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi
