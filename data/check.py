@@ -134,7 +134,11 @@ class SoundFiles:
         self.dataset = dataset
         own = [key for key in dataset.labels if key in dataset.spec.labels]
         sources = [dataset.spec.image, *(dataset.spec.labels[key] for key in own)]
-        told = pickle.dumps((VERSION, str(dataset.folder.resolve()), sources, list(dataset.labels.items())))
+        try:
+            told = pickle.dumps((VERSION, str(dataset.folder.resolve()), sources, list(dataset.labels.items())))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"a reader or a label rule of {dataset.spec.name} cannot be sent to other processes "
+                             f"({error}); make it a function of a module, or functools.partial of one") from error
         usual = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mtdp/data_check"
         folder = Path(os.environ.get("DATA_CHECK_CACHE") or usual).expanduser()
         self.file = folder / f"{hashlib.sha256(told).hexdigest()[:32]}.json"

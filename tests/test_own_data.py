@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from data.base import MultiTaskDataset
+from data.check import SoundFiles
 from data.datasets import DATASETS
 from data.datasets.cityscapes import CLASS_NAMES as CITYSCAPES
 from data.datasets.cityscapes import TRAIN_IDS
@@ -384,3 +386,11 @@ def test_a_known_layout_described(tmp_path):
             measured = (mine > 0) & (known_depth > 0) & (known_depth < VOID)       # theirs: 0 is a class
             assert measured.any()
             np.testing.assert_array_equal(mine[measured], known_depth[measured])
+
+
+def test_a_reader_that_no_process_can_be_sent_is_named(own):
+    spec = experiment(own).dataset
+    image = replace(spec.image, read=lambda path: path)
+    dataset = MultiTaskDataset(replace(spec, image=image), "", "train", label_rules(["depth"]))
+    with pytest.raises(ValueError, match="a reader or a label rule of own cannot be sent to other processes .*partial"):
+        SoundFiles(dataset)
