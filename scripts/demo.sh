@@ -30,9 +30,9 @@ PYTHON
 fi
 
 for layout in nyud pascal; do
-    run="runs/example_bim_$layout"
+    run="runs/example_lite0_$layout"
     echo "== training a small BIM on the $layout layout"
-    $python main.py --run_mode train --config_exp "configs/example/bim_$layout.yml" --resume "db_root=$data" "$@"
+    $python main.py --run_mode train --config_exp "configs/example/lite0_$layout.yml" --resume "db_root=$data" "$@"
     echo "== evaluating and predicting"
     $python main.py --run_mode infer --trained_model "$run/last.pt" "db_root=$data"
     $python main.py --run_mode predict --trained_model "$run/last.pt" --input "$photos"
@@ -44,7 +44,7 @@ for layout in nyud pascal; do
 done
 
 for layout in nyud pascal; do
-    run="runs/example_bim_$layout"
+    run="runs/example_lite0_$layout"
     echo
     echo "== $layout layout, test split (40 rendered images)"
     $python scripts/compare_results.py "untrained=$run/results/step_0.json" "trained=$run/infer/results.json"
