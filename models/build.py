@@ -79,6 +79,8 @@ def build_backbone(name: str, image_size: tuple[int, int], options: Mapping[str,
     return backbone
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _freeze_unread(maker: nn.Module, image_size: tuple[int, int], unread: Sequence[int]) -> None:
     """Freezes the layers of backbone and neck on which no map depends but those of which the decoder makes nothing.
 
