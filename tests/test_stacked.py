@@ -16,6 +16,7 @@ from models.blocks.stacked import (
     by_task,
     split_by_task,
 )
+from models.decoders.coarse_to_fine import PatchExpandHead
 from scripts.kernel_count import SCAN, count_kernels
 from tests.conftest import TINY
 from tests.shared import ROOT
@@ -106,16 +107,62 @@ def test_every_task_starts_like_a_layer_of_its_own():
 def test_layers_run_in_mixed_precision():
     """The norm in float32, products in bfloat16; maps of both kinds meet in the residual."""
     layers = nn.ModuleList([TaskLayerNorm(3, 8), TaskLinear(3, 8, 8), TaskDropPath(0.5), JoinLinear(3, 16, 8)]).train()
-    feat = torch.randn(3, 2, 4, 4, 8, requires_grad=True)
+    last, feat = TaskLayerNorm(3, 8, tasks_last=True), torch.randn(3, 2, 4, 4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         normed = layers[0](feat.bfloat16())
         product = layers[1](normed)
         summed = layers[2](feat, product)
         joined = layers[3](summed, feat[0])
-    assert [x.dtype for x in (normed, product, summed, joined)] == [torch.float32, torch.bfloat16, torch.float32,
-                                                                     torch.bfloat16]
-    joined.float().sum().backward()
-    assert feat.grad.isfinite().all()
+        inside = layers[1].of_normed(layers[0], joined)
+        gated = last.gated(inside.permute(1, 2, 3, 0, 4).contiguous(), product)
+    assert [x.dtype for x in (normed, summed, gated)] == [torch.float32] * 3
+    assert [x.dtype for x in (product, joined, inside)] == [torch.bfloat16] * 3
+    gated.sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad.dtype == torch.float32 for x in (feat, *layers.parameters()))
+
+
+def definition(norm, feat, weight, bias):
+    """Norms of maps (T, R, C) and linear layers behind them, read plainly."""
+    return norm(feat) @ weight.mT + bias
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_norm_inside_its_linear_layer(tasks):
+    """Values and all gradients; what is normed is not kept."""
+    norm, linear = randomised(TaskLayerNorm(tasks, 5).double()), randomised(TaskLinear(tasks, 5, 7).double())
+    feat, kept = torch.randn(tasks, 2, 3, 5, dtype=torch.float64, requires_grad=True), []
+    leaves = [feat, *norm.parameters(), *linear.parameters()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        fast = linear.of_normed(norm, feat)
+    weight, bias = linear.per_task
+    plain = definition(norm, feat.flatten(1, 2), weight, bias).unflatten(1, (2, 3))
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-12)
+    for found, expected in zip(torch.autograd.grad(fast.sin().sum(), leaves),
+                               torch.autograd.grad(plain.sin().sum(), leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert kept.count(torch.Size((tasks, 6, 5))) == 1
+
+
+def test_a_gated_norm():
+    norm = randomised(TaskLayerNorm(3, 6, tasks_last=True).double())
+    feat, gate = torch.randn(2, 4, 5, 3, 6, dtype=torch.float64), torch.randn(3, 2, 4, 5, 6, dtype=torch.float64)
+    leaves = [feat.requires_grad_(), gate.requires_grad_(), *norm.parameters()]
+    fast, plain = norm.gated(feat, gate), norm(feat).permute(3, 0, 1, 2, 4) * torch.nn.functional.silu(gate)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-12)
+    for found, expected in zip(torch.autograd.grad(fast.sin().sum(), leaves),
+                               torch.autograd.grad(plain.sin().sum(), leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_heads_equal_their_definition():
+    head = randomised(PatchExpandHead(6, 5).double())
+    feat = torch.randn(2, 6, 3, 4, dtype=torch.float64, requires_grad=True)
+    leaves, fast, plain = [feat, *head.parameters()], head(feat), head.plain(feat)
+    assert fast.shape == (2, 5, 12, 16)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-12)
+    for found, expected in zip(torch.autograd.grad(fast.sin().sum(), leaves),
+                               torch.autograd.grad(plain.sin().sum(), leaves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 # ------------------------------------------------------------ state dicts

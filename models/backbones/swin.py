@@ -143,7 +143,8 @@ class SwinBackbone(nn.Module):
         maps = []
         for stage, layer in enumerate(self.layers):
             tokens = layer(tokens)  # the next merging sees these, not the normalised ones
-            maps.append(rearrange(getattr(self, f"norm{stage}")(tokens), "b h w c -> b c h w").contiguous())
+            normed = getattr(self, f"norm{stage}")(tokens)
+            maps.append(rearrange(normed, "b h w c -> b c h w"))  # channels last in memory
         return maps
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

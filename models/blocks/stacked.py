@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks.layers import without_autocast
+
 
 class TaskLinear(nn.Linear):
     """One linear layer per task, as one batched product: (T, ..., in) -> (T, ..., out)."""
@@ -25,9 +27,12 @@ class TaskLinear(nn.Linear):
         self.num_tasks = num_tasks
 
     def forward(self, feat: Tensor) -> Tensor:
+        return batched_linear(feat.flatten(1, -2), *self.per_task).unflatten(1, feat.shape[1:-1])
+
+    def of_normed(self, norm: "TaskLayerNorm", feat: Tensor) -> Tensor:
+        """The layers on the normed map, which is not kept for the backward pass."""
         weight, bias = self.per_task
-        rows = feat.flatten(1, -2)  # (T, rows, in)
-        out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
+        out = normed_linear(feat.flatten(1, -2), norm.weight, norm.bias, norm.eps, weight, bias)
         return out.unflatten(1, feat.shape[1:-1])
 
     def of_common(self, feat: Tensor) -> Tensor:
@@ -36,8 +41,8 @@ class TaskLinear(nn.Linear):
 
     @property
     def per_task(self) -> tuple[Tensor, Tensor | None]:
-        """(T, in, out) and (T, 1, out)."""
-        weight = self.weight.unflatten(0, (self.num_tasks, -1)).mT
+        """(T, out, in) and (T, 1, out)."""
+        weight = self.weight.unflatten(0, (self.num_tasks, -1))
         return weight, None if self.bias is None else self.bias.view(self.num_tasks, 1, -1)
 
 
@@ -49,10 +54,9 @@ class JoinLinear(TaskLinear):
 
     def forward(self, own: Tensor, common: Tensor) -> Tensor:
         weight, bias = self.per_task
-        split = (own.shape[-1], common.shape[-1])
-        own_weight, common_weight = weight.split(split, dim=1)
-        out = torch.baddbmm(bias, common.flatten(0, -2).expand(self.num_tasks, -1, -1), common_weight)
-        return torch.baddbmm(out, own.flatten(1, -2), own_weight).unflatten(1, own.shape[1:-1])
+        own_weight, common_weight = weight.split((own.shape[-1], common.shape[-1]), dim=2)
+        out = batched_linear(common.flatten(0, -2).expand(self.num_tasks, -1, -1), common_weight, bias)
+        return batched_linear(own.flatten(1, -2), own_weight, out).unflatten(1, own.shape[1:-1])
 
 
 class TaskLayerNorm(nn.Module):
@@ -61,14 +65,21 @@ class TaskLayerNorm(nn.Module):
     def __init__(self, num_tasks: int, channels: int, tasks_last: bool = False, eps: float = 1e-5):
         super().__init__()
         self.num_tasks, self.channels, self.tasks_last, self.eps = num_tasks, channels, tasks_last, eps
-        self.weight, self.bias = nn.Parameter(torch.ones(num_tasks * channels)), nn.Parameter(
-            torch.zeros(num_tasks * channels))
+        self.weight = nn.Parameter(torch.ones(num_tasks * channels))
+        self.bias = nn.Parameter(torch.zeros(num_tasks * channels))
 
     def forward(self, feat: Tensor) -> Tensor:
-        normed = F.layer_norm(feat, (self.channels,), eps=self.eps)
         shape = (1,) * (0 if self.tasks_last else feat.dim() - 2)
         weight, bias = (x.view(self.num_tasks, *shape, self.channels) for x in (self.weight, self.bias))
-        return torch.addcmul(bias, normed, weight)
+        return torch.addcmul(bias, F.layer_norm(feat, (self.channels,), eps=self.eps), weight)
+
+    def gated(self, feat: Tensor, gate: Tensor) -> Tensor:
+        """norm(feat) * SiLU(gate): (B, H, W, T, C), (T, B, H, W, C) -> (T, B, H, W, C).
+
+        Of the four maps on the way none is kept for the backward pass.
+        """
+        weight, bias = (x.view(self.num_tasks, self.channels) for x in (self.weight, self.bias))
+        return _GatedNorm.apply(feat, gate, weight, bias, self.eps)
 
 
 class TaskDepthwise(nn.Conv2d):
@@ -90,13 +101,111 @@ class TaskDropPath(nn.Module):
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = drop_prob
+        self.register_buffer("keep", torch.tensor(1.0 - drop_prob), persistent=False)
 
     def forward(self, feat: Tensor, branch: Tensor) -> Tensor:
         if not (self.training and self.drop_prob):
             return feat + branch
-        keep = 1 - self.drop_prob
-        kept = feat.new_empty(*feat.shape[:2], *(1,) * (feat.dim() - 2)).bernoulli_(keep)
-        return torch.addcmul(feat, branch, kept, value=1 / keep)
+        kept = torch.bernoulli(self.keep.expand(*feat.shape[:2], *(1,) * (feat.dim() - 2)))
+        return torch.addcmul(feat, branch, kept, value=1 / (1 - self.drop_prob))
+
+
+# ------------------------------------------------------------ products and norms
+# PyTorch's own formulas would transpose the gradients of weights, and keep maps that are made again in no time.
+
+
+def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows (T, R, in), weight (T, out, in), bias (T, 1 or R, out) -> (T, R, out)."""
+    return _BatchedLinear.apply(*_for_products(rows, weight), bias)
+
+
+def normed_linear(rows: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor,
+                  bias: Tensor | None) -> Tensor:
+    """Layer norm of rows (T, R, in) with scale and shift (T in), then `batched_linear` with bias (T, 1, out).
+
+    Scale and shift go into the weights: one pass over the rows less, in each direction. The norm runs in float32.
+    """
+    per_task = (len(weight), 1, weight.shape[2])
+    with without_autocast(rows):
+        bias = _product(shift.view(per_task), weight, bias)
+        weight = weight * scale.view(per_task)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return _NormedLinear.apply(rows, _for_products(weight)[0], bias, eps)
+
+
+def _for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the type that autocast asks products to have."""
+    device = tensors[0].device.type
+    if tensors[0].is_meta or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.to(rows.dtype), rows, weight.mT)
+
+
+class _BatchedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, bias):
+        ctx.save_for_backward(rows, weight)
+        ctx.bias = None if bias is None else (bias.shape[1] == 1, bias.dtype)
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (torch.bmm(grad, weight) if wanted[0] else None, torch.bmm(grad.mT, rows) if wanted[1] else None,
+                _bias_gradient(grad, *ctx.bias) if wanted[2] else None)
+
+
+def _bias_gradient(grad: Tensor, of_task: bool, dtype: torch.dtype) -> Tensor:
+    return (grad.sum(dim=1, keepdim=True) if of_task else grad).to(dtype)
+
+
+class _NormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, bias, eps):
+        normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], None, None, eps)
+        ctx.save_for_backward(rows, mean, rstd, weight)
+        ctx.eps, ctx.bias_dtype = eps, bias.dtype
+        return _product(normed.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, mean, rstd, weight = ctx.saved_tensors
+        normed = torch.native_layer_norm(rows, rows.shape[2:], None, None, ctx.eps)[0]
+        grad_weight = torch.bmm(grad.mT, normed.to(weight.dtype))
+        grad_rows = _norm_gradient(torch.bmm(grad, weight).to(rows.dtype), rows, mean, rstd)
+        return grad_rows, grad_weight, _bias_gradient(grad, True, ctx.bias_dtype), None
+
+
+def _norm_gradient(grad: Tensor, feat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return torch.ops.aten.native_layer_norm_backward(grad, feat, feat.shape[-1:], mean, rstd, None, None,
+                                                     [True, False, False])[0]
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, feat, gate, weight, bias, eps):
+        feat = feat.to(weight.dtype)
+        normed, mean, rstd = torch.native_layer_norm(feat, feat.shape[-1:], None, None, eps)
+        ctx.save_for_backward(feat, gate, mean, rstd, weight, bias)
+        ctx.eps = eps
+        return torch.addcmul(bias, normed, weight).permute(3, 0, 1, 2, 4) * F.silu(gate)
+
+    @staticmethod
+    def backward(ctx, grad):
+        feat, gate, mean, rstd, weight, bias = ctx.saved_tensors
+        normed = torch.native_layer_norm(feat, feat.shape[-1:], None, None, ctx.eps)[0]
+        affine = torch.addcmul(bias, normed, weight)
+        grad_gate = torch.ops.aten.silu_backward((grad * affine.permute(3, 0, 1, 2, 4)).to(gate.dtype), gate)
+        grad_affine = grad.permute(1, 2, 3, 0, 4) * F.silu(gate).permute(1, 2, 3, 0, 4)  # (B, H, W, T, C)
+        grad_bias = grad_affine.sum(dim=(0, 1, 2))
+        grad_weight = (grad_affine * normed).sum(dim=(0, 1, 2))
+        grad_feat = _norm_gradient((grad_affine * weight).contiguous(), feat, mean, rstd)
+        return grad_feat, grad_gate, grad_weight, grad_bias, None
 
 
 # ------------------------------------------------------------ state dicts

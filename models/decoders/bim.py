@@ -131,10 +131,9 @@ class GatedBranch(nn.Module):
         self.drop_path = TaskDropPath(drop_path)
 
     def forward(self, feat: Tensor) -> Tensor:
-        inner, gate = self.in_proj(self.norm(feat)).chunk(2, dim=-1)  # (T, B, H, W, D) each
-        scanned = self.out_norm(self.activate_and_scan(self.conv(inner)))  # (B, H, W, T, D)
-        gated = scanned.permute(3, 0, 1, 2, 4) * F.silu(gate)
-        return self.drop_path(feat, self.out_proj(gated))
+        inner, gate = self.in_proj.of_normed(self.norm, feat).chunk(2, dim=-1)  # (T, B, H, W, D) each
+        scanned = self.activate_and_scan(self.conv(inner))  # (B, H, W, T, D)
+        return self.drop_path(feat, self.out_proj(self.out_norm.gated(scanned, gate)))
 
 
 class MSSTLayer(GatedBranch):

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.stacked import JoinLinear, TaskLayerNorm, TaskLinear, by_task
+from models.blocks.stacked import JoinLinear, TaskLayerNorm, TaskLinear, by_task, normed_linear
 from models.decoder import BuildContext, Decoder, DecoderOutput
 
 STRIDES = (4, 8, 16, 32)
@@ -67,7 +67,8 @@ class PatchExpand(nn.Module):
 class PatchExpandHead(nn.Module):
     """Psi and P of BIM: four-fold patch expansion to full resolution, then a linear layer per pixel.
 
-    (B, C, H, W) -> (B, num_outputs, 4 H, 4 W), without activation.
+    (B, C, H, W) -> (B, num_outputs, 4 H, 4 W), without activation. The widest maps of the model are here: C channels at
+    full resolution. They are only made once, as channels of the coarse pixels; what is brought to its place are logits.
     """
 
     def __init__(self, in_channels: int, num_outputs: int):
@@ -76,6 +77,15 @@ class PatchExpandHead(nn.Module):
         self.proj = nn.Conv2d(in_channels, num_outputs, kernel_size=1)
 
     def forward(self, feat: Tensor) -> Tensor:
+        batch, channels, height, _ = feat.shape
+        pixels = self.expand.proj(rearrange(feat, "b c h w -> b h w c"))  # (B, H, W, 16 C)
+        norm, weight = self.expand.norm, self.proj.weight.view(1, -1, channels)
+        logits = normed_linear(pixels.view(1, -1, channels), norm.weight, norm.bias, norm.eps, weight,
+                               self.proj.bias.view(1, 1, -1))  # (1, B H W 16, n)
+        return rearrange(logits, "1 (b h w p1 p2) n -> b n (h p1) (w p2)", b=batch, h=height, p1=4, p2=4)
+
+    def plain(self, feat: Tensor) -> Tensor:
+        """The same as the definition reads. For tests."""
         fine = self.expand(rearrange(feat, "b c h w -> b h w c"))  # (B, 4 H, 4 W, C)
         return self.proj(rearrange(fine, "b h w c -> b c h w"))
 

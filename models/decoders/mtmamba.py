@@ -47,7 +47,8 @@ class SS2DCore(nn.Module):
     """Depth-wise convolution, SiLU, four-route scan, LayerNorm, per task: (T, B, H, W, D) -> the same.
 
     With `source` (B, H, W, T, D) the scan's step sizes and input and output maps come from there; the sequences
-    that are scanned still come from the first argument. The source is not convolved.
+    that are scanned still come from the first argument. The source is not convolved. With `gate` (T, B, H, W, D) the
+    result is multiplied by the gate's SiLU.
     """
 
     def __init__(self, num_tasks: int, channels: int, width: int, state: int):
@@ -56,10 +57,10 @@ class SS2DCore(nn.Module):
         self.scan = S6(width, math.ceil(channels / 16), state, routes=4 * num_tasks)
         self.norm = TaskLayerNorm(num_tasks, width, tasks_last=True)
 
-    def forward(self, inner: Tensor, source: Tensor | None = None) -> Tensor:
+    def forward(self, inner: Tensor, source: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         inner = F.silu(self.conv(inner))  # (B, H, W, T, D)
-        scanned = self.norm(ss2d_core(inner, self.scan.weights, source))
-        return scanned.permute(3, 0, 1, 2, 4)
+        scanned = ss2d_core(inner, self.scan.weights, source)
+        return self.norm(scanned).permute(3, 0, 1, 2, 4) if gate is None else self.norm.gated(scanned, gate)
 
 
 class GatedSS2D(nn.Module):
@@ -76,10 +77,12 @@ class GatedSS2D(nn.Module):
         self.core = SS2DCore(num_tasks, channels, width, state)
         self.out_proj = TaskLinear(num_tasks, width, channels, bias=False)
 
-    def forward(self, feat: Tensor, source: Tensor | None = None) -> Tensor:
-        inner, gate = self.in_proj(feat).chunk(2, dim=-1)  # (T, B, H, W, D) each
+    def forward(self, feat: Tensor, source: Tensor | None = None, norm: TaskLayerNorm | None = None) -> Tensor:
+        """`norm`: what the first map goes through before."""
+        projected = self.in_proj(feat) if norm is None else self.in_proj.of_normed(norm, feat)
+        inner, gate = projected.chunk(2, dim=-1)  # (T, B, H, W, D) each
         source = None if source is None else self.source_proj.of_common(source)
-        return self.out_proj(self.core(inner, source) * F.silu(gate))
+        return self.out_proj(self.core(inner, source, gate))
 
 
 class PlainSS2D(nn.Module):
@@ -105,7 +108,7 @@ class STMLayer(nn.Module):
         self.drop_path = TaskDropPath(drop_path)
 
     def forward(self, feat: Tensor) -> Tensor:
-        return self.drop_path(feat, self.ss2d(self.norm(feat)))
+        return self.drop_path(feat, self.ss2d(feat, norm=self.norm))
 
 
 class STMStage(TaskStage):

@@ -61,7 +61,7 @@ class SCTMBlock(nn.Module):
         self.drop_path = TaskDropPath(drop_path)
 
     def forward(self, feats: Tensor) -> Tensor:
-        return self.drop_path(feats, self.ss2d(self.norm(feats), self.shared(feats)))
+        return self.drop_path(feats, self.ss2d(feats, self.shared(feats), self.norm))
 
 
 class MTMambaPlusDecoder(MTMambaDecoder):

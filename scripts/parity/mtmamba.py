@@ -91,6 +91,14 @@ def _of_task(module: str) -> Callable[..., Tensor]:
     return lambda case, seen, stage, task: seen["decoder." + module.format(stage)][case.tasks.index(task)]
 
 
+def _head_input(case: Case, seen: Mapping[str, Tensor], task: str) -> Tensor:
+    """What a head's last layer sees; MTMamba's is never made as a map, but by the expansion on its own."""
+    if f"heads.{task}.proj<0" in seen:
+        return seen[f"heads.{task}.proj<0"]
+    with torch.no_grad():
+        return case.model().heads[task].expand(seen[f"heads.{task}<0"].movedim(1, -1)).movedim(-1, 1)
+
+
 def _common(case: Case, seen: Mapping[str, Tensor], stage: str) -> Tensor:
     """MTMamba's common branch is one of T = 1, MTMamba++'s a map."""
     got = seen[f"decoder.ctm.{stage}.shared"]
@@ -108,8 +116,8 @@ PLACES = (
     (r"dec\.(\d)\.(\w+)\.stm1", _of_task("stm.{}.stm.0")),
     (r"dec\.(\d)\.(\w+)\.stm2", _of_task("stm.{}.stm.1")),
     (r"dec\.(\d)\.(\w+)\.ctm", _of_task("ctm.{}")),
-    (r"head\.(\w+)\.expand", r"heads.\1.proj<0"),
-    (r"head\.(\w+)\.logits", r"heads.\1.proj"),
+    (r"head\.(\w+)\.expand", _head_input),
+    (r"head\.(\w+)\.logits", r"heads.\1"),
 )
 
 
