@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.blocks.mlore import LowRankExperts, UpsampledConv
+from models.blocks.mlore import LowRankExperts, OwnExperts, UpsampledConv
 from models.build import build_backbone, build_model
 from models.decoders.mlore import MLoREConfig
 from scripts.bench_mlore import differences, measure
@@ -89,7 +89,7 @@ def test_shipped_files_build_the_published_models(path, entry):
     assert count + row + entry["params_never_used_in_forward"] == entry["total_params"]
     assert list(config.input_size) == published["img_size"]
     assert model.encoder.taps == (*published["select_list"], published["depth"])
-    assert model.decoder.first[0].router["edge"].mask_first == published["pre_softmax"]
+    assert model.decoder.first[0].router.mask_first == published["pre_softmax"]
     # What a file of the original without a list of ranks gets.
     assert list(MLoREConfig(published["final_embed_dim"]).ranks) == published["rank_list"]
 
@@ -124,11 +124,21 @@ def test_fused_experts_are_the_sum_of_single_ones():
 
 
 def test_experts_start_as_published():
-    experts, own = LowRankExperts(64, (4, 100)), LowRankExperts(64, (4,), zero_bias=False)
+    experts, own = LowRankExperts(64, (4, 100)), OwnExperts(3, 64, 4)
     assert not experts.up_bias.any() and not experts.down.bias.any()
     assert own.up_bias.abs().min() > 0 and own.down.bias.any()
+    assert 0.45 < own.up.abs().max() <= 0.5 and 0.95 < own.down.weight.abs().max() * (64 * 9) ** 0.5 <= 1
     small, large = experts.up.split((4, 100), dim=1)                    # bound 1 / sqrt(rank)
     assert 0.4 < small.abs().max() <= 0.5 and 0.09 < large.abs().max() <= 0.1
+
+
+def test_own_experts_are_convolutions_scaled_by_their_factors():
+    experts = OwnExperts(3, 6, 2).double()
+    feat, factor = torch.randn(2, 18, 4, 5).double(), torch.randn(2, 3).double()
+    maps = experts(feat, factor).chunk(3, dim=1)
+    for index, (kernel, bias) in enumerate(zip(*experts.kernels(), strict=True)):
+        want = torch.nn.functional.conv2d(feat.chunk(3, dim=1)[index], kernel, bias, padding=1)
+        assert close(maps[index], want * factor[:, index, None, None, None])
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -216,24 +226,23 @@ def test_gates():
     image = torch.randn(4, 3, 32, 48)
     for pre_softmax in (True, False):
         module = build(pre_softmax=pre_softmax).decoder.first[0]
-        feat = torch.randn(4, 12, 4, 6)
-        gate, factor = module.router["depth"](feat)
-        assert factor.shape == (4, 1) and ((gate > 0).sum(dim=1) == NARROW["topk"]).all()
-        assert torch.allclose(gate.sum(dim=1), torch.ones(4)) == pre_softmax and gate.sum(dim=1).max() < 1 + 1e-6
-        assert torch.equal(module.router["depth"](feat)[0], gate)          # nothing is random in eval mode
-        noisy = module.router["depth"].train()(feat)[0]
+        feat = torch.randn(4, 3 * 12, 4, 6)
+        gate, factor = module.router(feat)
+        assert factor.shape == (3, 4, 1) and ((gate > 0).sum(dim=2) == NARROW["topk"]).all()
+        assert torch.allclose(gate.sum(dim=2), torch.ones(3, 4)) == pre_softmax and gate.sum(dim=2).max() < 1 + 1e-6
+        assert torch.equal(module.router(feat)[0], gate)          # nothing is random in eval mode
+        noisy = module.router.train()(feat)[0]
         assert not torch.allclose(noisy, gate)
     assert build()(image).extra["load_balancing"].shape == ()
 
 
 def test_the_common_path_sends_no_gradient_back():
     module = build().decoder.first[0]
-    for part in (module.experts, *module.own_expert.values()):
+    for part in (module.experts, module.own_expert):
         for values in part.parameters():
             nn.init.zeros_(values)
-    feat = torch.randn(2, 12, 4, 6, requires_grad=True)
-    out, _ = module({"depth": feat, "edge": feat})
-    out["depth"].square().sum().backward()
+    feat = torch.randn(2, 3 * 12, 4, 6, requires_grad=True)
+    module(feat)[0].square().sum().backward()
     assert module.generic.weight.grad.any() and not feat.grad.any()
 
 
@@ -322,7 +331,7 @@ def test_pretrained_weights_lose_their_class_token():
 @pytest.mark.parametrize("config_file, pre_softmax", [(NYUD, True), (PASCAL, False)])
 def test_a_small_one_trains_and_is_evaluated_folded(tiny, config_file, pre_softmax):
     config = load_config(config_file, [*tiny, *SMALL, f"model_kwargs.pre_softmax={pre_softmax}", "boundary_infer=off",
-                                       "backbone_kwargs.taps=[2, 4]", "max_iter=10", "val_interval=10"])
+                                       "backbone_kwargs.taps=[2, 4]", "max_iter=20", "val_interval=20"])
     results = train(config, resume=False)
     first, *rest = rows(config.run_dir, "train")
     weights = config.loss_kwargs.loss_weights

@@ -24,6 +24,8 @@ from utils.engine.build import model_from_config
 from utils.engine.config import load_config
 
 TASKS = ("a", "b", "c")
+MLORE = ("backbone_kwargs={embed_dim: 16, depth: 4, num_heads: 2, patch_size: 8}",
+         "model_kwargs={final_embed_dim: 12, rank_list: [1, 2, 3], topk: 2, spe_rank: 2}")
 
 
 def randomised(layer):
@@ -187,6 +189,14 @@ def test_files_have_keys_for_every_task_and_load_again():
     assert torch.equal(other["stage"][0].weight[4:8], state["stage.b.0.weight"])
 
 
+def test_keys_survive_synchronised_batch_norms():
+    """Which replace the norms, as `DistributedDataParallel` on CUDA needs it."""
+    model = model_from_config(load_config("configs/mlore_nyud.yml", [*TINY, "backbone=vit", *MLORE]))
+    keys = list(model.state_dict())
+    assert list(nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict()) == keys
+    assert "decoder.first.0.mixture_norm.semseg.running_var" in keys
+
+
 def test_an_incomplete_file_is_refused():
     state = nested().state_dict()
     del state["stage.b.0.weight"]
@@ -219,7 +229,7 @@ def test_one_task_alone(name):
 
 
 @pytest.mark.parametrize(("name", "most", "scans"), [
-    ("bim_nyud", 330, 24), ("mtmamba_nyud", 260, 12), ("mtmamba_plus_nyud", 250, 9)])
+    ("bim_nyud", 330, 24), ("mtmamba_nyud", 260, 12), ("mtmamba_plus_nyud", 250, 9), ("mlore_nyud", 520, 0)])
 def test_kernels_of_a_forward_pass(name, most, scans):
     """Of decoder and heads, at full size; a module per task would dispatch three times as many."""
     kernels = count_kernels(load_config(ROOT / "configs" / f"{name}.yml"))

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from models.blocks.stacked import TaskConv
+
 
 class LowRankExperts(nn.Module):
     """sum_i g_i (M_i (W_i * feat + b_i) + m_i): feat (B, C, h, w), gates (B, E) -> (B, C, h, w).
@@ -18,10 +20,10 @@ class LowRankExperts(nn.Module):
     loop over experts: all first convolutions are one convolution to R = sum r_i channels, scaling those by the gates
     commutes with the second ones, and these sum up in one product. It also avoids holding E full maps.
     The experts lie one behind the other: W and b in `down`, M in the columns of `up`, m in the rows of `up_bias`.
-    With `zero_bias` False the biases start as those of ordinary convolutions.
+    The biases start as zeros.
     """
 
-    def __init__(self, channels: int, ranks: Sequence[int], zero_bias: bool = True):
+    def __init__(self, channels: int, ranks: Sequence[int]):
         super().__init__()
         self.ranks = tuple(ranks)
         self.down = nn.Conv2d(channels, sum(ranks), kernel_size=3, padding=1)
@@ -29,12 +31,10 @@ class LowRankExperts(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(len(ranks), channels))
         owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
         self.register_buffer("owner", torch.tensor(owner), persistent=False)  # (R,): the expert of each rank
-        for up, bias, rank in zip(self.up.split(self.ranks, dim=1), self.up_bias, self.ranks, strict=True):
-            for values in (up, bias):
-                nn.init.uniform_(values, -rank**-0.5, rank**-0.5)  # of an ordinary 1 x 1 convolution
-        if zero_bias:
-            nn.init.zeros_(self.down.bias)
-            nn.init.zeros_(self.up_bias)
+        for up, rank in zip(self.up.split(self.ranks, dim=1), self.ranks, strict=True):
+            nn.init.uniform_(up, -rank**-0.5, rank**-0.5)  # of an ordinary 1 x 1 convolution
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up_bias)
 
     def forward(self, feat: Tensor, gates: Tensor) -> Tensor:
         hidden = self.down(feat)  # (B, R, h, w)
@@ -58,6 +58,34 @@ class LowRankExperts(nn.Module):
                          self.down.bias.split(self.ranks), strict=True))
         kernels = torch.stack([einsum(up, down, "o r, r c u v -> o c u v") for up, down, _ in parts])
         return kernels, torch.stack([up @ bias for up, _, bias in parts]) + self.up_bias
+
+
+class OwnExperts(nn.Module):
+    """One expert per task, scaled by one factor: (B, T C, h, w), factors (B, T) -> (B, T C, h, w).
+
+    An expert is as in `LowRankExperts`: 3 x 3 to its rank, then 1 x 1. It starts like two ordinary convolutions.
+    """
+
+    def __init__(self, num_tasks: int, channels: int, rank: int):
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.down = TaskConv(num_tasks, channels, rank, kernel_size=3)
+        self.up = nn.Parameter(torch.empty(num_tasks * channels, rank))
+        self.up_bias = nn.Parameter(torch.empty(num_tasks, channels))
+        for values in (self.up, self.up_bias):
+            nn.init.uniform_(values, -rank**-0.5, rank**-0.5)
+
+    def forward(self, feat: Tensor, factor: Tensor) -> Tensor:
+        hidden = self.down(feat).unflatten(1, (self.num_tasks, -1))  # (B, T, r, h, w)
+        factor = factor.to(hidden.dtype)[..., None, None, None]
+        out = F.conv2d((hidden * factor).flatten(1, 2), self.up[:, :, None, None], groups=self.num_tasks)
+        bias = self.up_bias[..., None, None].to(out.dtype)
+        return torch.addcmul(out.unflatten(1, (self.num_tasks, -1)), factor.to(out.dtype), bias).flatten(1, 2)
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """Every expert as one 3 x 3 convolution with padding 1: kernels (T, C, C, 3, 3) and biases (T, C)."""
+        up, down, bias = (x.unflatten(0, (self.num_tasks, -1)) for x in (self.up, self.down.weight, self.down.bias))
+        return einsum(up, down, "t o r, t r c u v -> t o c u v"), einsum(up, bias, "t o r, t r -> t o") + self.up_bias
 
 
 class UpsampledConv(nn.Module):

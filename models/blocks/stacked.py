@@ -3,7 +3,7 @@
 The tasks' layers have one shape, so their weights lie one behind the other on the first axis: weights (T, out, in) are
 stored as (T out, in). That is a layer of T-fold width in T groups, which PyTorch's grouped convolutions, its batch
 norm and the routes of our scans are already; here is what else it takes. Every task's initial weights are those of a
-layer of its own. Maps of all tasks are one tensor, (T, B, H, W, C) or (B, H, W, T, C).
+layer of its own. All tasks' maps are one tensor: (T, B, H, W, C), (B, H, W, T, C) or, in convolutions, (B, T C, H, W).
 
 In a state dict each task keeps keys of its own, as if it had a module of its own (`by_task`): files do not depend on
 how layers are run, and a file of other tasks cannot be mistaken.
@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from models.blocks.layers import without_autocast
 
 
 class TaskLinear(nn.Linear):
@@ -95,6 +93,21 @@ class TaskDepthwise(nn.Conv2d):
         return out.movedim(1, -1).unflatten(3, (self.num_tasks, -1))
 
 
+class TaskConv(nn.Conv2d):
+    """One convolution per task that keeps the size: (B, T in, H, W) -> (B, T out, H, W).
+
+    A map (B, in, H, W) is common to all tasks.
+    """
+
+    def __init__(self, num_tasks: int, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__(num_tasks * in_channels, num_tasks * out_channels, kernel_size, padding=kernel_size // 2,
+                         groups=num_tasks)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        groups = 1 if feat.shape[1] == self.weight.shape[1] else self.groups
+        return F.conv2d(feat, self.weight, self.bias, padding=self.padding, groups=groups)
+
+
 class TaskDropPath(nn.Module):
     """Adds a residual branch to maps (T, B, ...), with stochastic depth: dropped for one image of one task alone."""
 
@@ -123,14 +136,15 @@ def normed_linear(rows: Tensor, scale: Tensor, shift: Tensor, eps: float, weight
                   bias: Tensor | None) -> Tensor:
     """Layer norm of rows (T, R, in) with scale and shift (T in), then `batched_linear` with bias (T, 1, out).
 
-    Scale and shift go into the weights: one pass over the rows less, in each direction. The norm runs in float32.
+    Those of several tasks go into the weights: one pass over the rows less each way. The norm runs in float32.
     """
-    per_task = (len(weight), 1, weight.shape[2])
-    with without_autocast(rows):
-        bias = _product(shift.view(per_task), weight, bias)
-        weight = weight * scale.view(per_task)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return _NormedLinear.apply(rows, _for_products(weight)[0], bias, eps)
+    if len(weight) == 1:
+        return _NormedLinear.apply(rows, scale, shift, _for_products(weight)[0], bias, eps)
+    per_task = (len(weight), 1, weight.shape[2])
+    shifted = (weight * shift.view(per_task)).sum(dim=2).unsqueeze(1)
+    bias = shifted if bias is None else shifted + bias
+    return _NormedLinear.apply(rows, None, None, _for_products(weight * scale.view(per_task))[0], bias, eps)
 
 
 def _for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -166,24 +180,29 @@ def _bias_gradient(grad: Tensor, of_task: bool, dtype: torch.dtype) -> Tensor:
 
 class _NormedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, bias, eps):
-        normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], None, None, eps)
-        ctx.save_for_backward(rows, mean, rstd, weight)
-        ctx.eps, ctx.bias_dtype = eps, bias.dtype
+    def forward(ctx, rows, scale, shift, weight, bias, eps):
+        normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], scale, shift, eps)
+        ctx.save_for_backward(rows, scale, shift, mean, rstd, weight)
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
         return _product(normed.to(weight.dtype), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, mean, rstd, weight = ctx.saved_tensors
-        normed = torch.native_layer_norm(rows, rows.shape[2:], None, None, ctx.eps)[0]
+        rows, scale, shift, mean, rstd, weight = ctx.saved_tensors
+        normed = torch.native_layer_norm(rows, rows.shape[2:], scale, shift, ctx.eps)[0]
         grad_weight = torch.bmm(grad.mT, normed.to(weight.dtype))
-        grad_rows = _norm_gradient(torch.bmm(grad, weight).to(rows.dtype), rows, mean, rstd)
-        return grad_rows, grad_weight, _bias_gradient(grad, True, ctx.bias_dtype), None
+        grad_normed = torch.bmm(grad, weight).to(rows.dtype)
+        grads = _norm_gradients(grad_normed, rows, mean, rstd, scale, shift)
+        grad_bias = None if ctx.bias_dtype is None else _bias_gradient(grad, True, ctx.bias_dtype)
+        return *grads, grad_weight, grad_bias, None
 
 
-def _norm_gradient(grad: Tensor, feat: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return torch.ops.aten.native_layer_norm_backward(grad, feat, feat.shape[-1:], mean, rstd, None, None,
-                                                     [True, False, False])[0]
+def _norm_gradients(grad: Tensor, feat: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None = None,
+                    shift: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Of a layer norm over the last axis: for what is normed, scale and shift."""
+    affine = scale is not None
+    return torch.ops.aten.native_layer_norm_backward(grad, feat, feat.shape[-1:], mean, rstd, scale, shift,
+                                                     [True, affine, affine])
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -204,19 +223,20 @@ class _GatedNorm(torch.autograd.Function):
         grad_affine = grad.permute(1, 2, 3, 0, 4) * F.silu(gate).permute(1, 2, 3, 0, 4)  # (B, H, W, T, C)
         grad_bias = grad_affine.sum(dim=(0, 1, 2))
         grad_weight = (grad_affine * normed).sum(dim=(0, 1, 2))
-        grad_feat = _norm_gradient((grad_affine * weight).contiguous(), feat, mean, rstd)
+        grad_feat = _norm_gradients((grad_affine * weight).contiguous(), feat, mean, rstd)[0]
         return grad_feat, grad_gate, grad_weight, grad_bias, None
 
 
 # ------------------------------------------------------------ state dicts
 
 
-def by_task(module: nn.Module, tasks: Sequence[str]) -> nn.Module:
+def by_task(module: nn.Module, tasks: Sequence[str], *children: str) -> nn.Module:
     """Gives every task keys of its own in state dicts: `weight` (T C, ...) becomes `<task>.weight` (C, ...), views.
 
-    Tensors without axes, such as a count of batches, are common to all tasks. Returns the module.
+    With names of children it is theirs that change, to `<child>.<task>.weight`. Tensors without axes, such as a count
+    of batches, are common to all tasks. Returns the module.
     """
-    module.task_names = tuple(tasks)
+    module.task_names, module.task_parts = tuple(tasks), tuple(f"{child}." for child in children) or ("",)
     module.register_state_dict_post_hook(_split_keys)
     module.register_load_state_dict_pre_hook(_join_keys)
     return module
@@ -232,15 +252,17 @@ def split_by_task(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _split_keys(module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *_: Any) -> None:
-    whole = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
-    for index, task in enumerate(module.task_names):
-        for key, value in whole.items():
-            state[f"{prefix}{task}.{key}"] = value.chunk(len(module.task_names))[index] if value.dim() else value
+    for part in (prefix + part for part in module.task_parts):
+        whole = {key.removeprefix(part): state.pop(key) for key in list(state) if key.startswith(part)}
+        for index, task in enumerate(module.task_names):
+            for key, value in whole.items():
+                state[f"{part}{task}.{key}"] = value.chunk(len(module.task_names))[index] if value.dim() else value
 
 
 def _join_keys(module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *_: Any) -> None:
-    heads = [f"{prefix}{task}." for task in module.task_names]
-    for key in [key.removeprefix(heads[0]) for key in list(state) if key.startswith(heads[0])]:
-        if all(head + key in state for head in heads):  # else they stay, and the load names them
-            parts = [state.pop(head + key) for head in heads]
-            state[prefix + key] = torch.cat(parts) if parts[0].dim() else parts[0]
+    for part in module.task_parts:
+        heads = [f"{prefix}{part}{task}." for task in module.task_names]
+        for key in [key.removeprefix(heads[0]) for key in list(state) if key.startswith(heads[0])]:
+            if all(head + key in state for head in heads):  # else they stay, and the load names them
+                values = [state.pop(head + key) for head in heads]
+                state[prefix + part + key] = torch.cat(values) if values[0].dim() else values[0]

@@ -152,8 +152,7 @@ class BCFRBlock(GatedBranch):
 
     def __init__(self, tasks: Sequence[str], channels: int, drop_path: float, config: BIMConfig):
         super().__init__(tasks, channels, drop_path, config)
-        for layer in (self.norm, self.in_proj, self.conv, self.out_norm, self.out_proj):
-            by_task(layer, tasks)
+        by_task(self, tasks, "norm", "in_proj", "conv", "out_norm", "out_proj")
 
     @staticmethod
     def build_scan(num_tasks: int, width: int, rank: int, config: BIMConfig) -> nn.Module:

@@ -9,7 +9,8 @@ Reference: Yang et al., "Multi-Task Dense Prediction via Mixture of Low-Rank Exp
 The published models differ from the text in a learned, unbounded factor of the task's own expert and in the order of
 norm, GELU and 1 x 1 convolution.
 
-Axes: B batch, T tasks, C `final_embed_dim`, h w grid of the ViT, N = h w, E experts, k kept ones.
+Axes: B batch, T tasks, C `final_embed_dim`, h w grid of the ViT, N = h w, E experts, k kept ones. The maps of all tasks
+are one tensor (B, T C, h, w); what all tasks share sees it as (B T, C, h, w).
 """
 
 import math
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 
 from losses.load_balancing import load_balancing_loss
 from models.blocks.layers import INIT_STD, without_autocast
-from models.blocks.mlore import LowRankExperts, UpsampledConv
+from models.blocks.mlore import LowRankExperts, OwnExperts, UpsampledConv
+from models.blocks.stacked import TaskConv, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
 
@@ -71,68 +73,68 @@ class MLoREConfig(DecoderOptions):
 
 
 class Router(nn.Module):
-    """From a task's map to its gates: (B, C, h, w) -> gates (B, E), factor of the task's own expert (B, 1).
+    """From each task's map to its gates: (B, T C, h, w) -> gates (T, B, E), factor of the task's own expert (T, B, 1).
 
     Two summaries of the map, the mean of projected pixels and a learned sum over the N positions, give E logits,
     E scales of the noise that training adds to them, and the factor. Scales and factor are used as they are: no
     activation, any sign.
     """
 
-    def __init__(self, config: MLoREConfig, positions: int):
+    def __init__(self, num_tasks: int, config: MLoREConfig, positions: int):
         super().__init__()
         channels, quarter, self.num_experts = config.final_embed_dim, config.final_embed_dim // 4, len(config.ranks)
-        self.keep, self.mask_first = config.topk, config.pre_softmax
-        self.pixel_in = nn.Linear(channels, quarter)
-        self.pixel_norm = nn.LayerNorm(quarter)
-        self.pixel_out = nn.Linear(quarter, quarter)
-        self.pool = nn.Linear(positions, 1)
+        self.num_tasks, self.keep, self.mask_first = num_tasks, config.topk, config.pre_softmax
+        self.pixel_in = TaskLinear(num_tasks, channels, quarter)
+        self.pixel_norm = TaskLayerNorm(num_tasks, quarter)
+        self.pixel_out = TaskLinear(num_tasks, quarter, quarter)
+        self.pool = TaskLinear(num_tasks, positions, 1)
         nn.init.trunc_normal_(self.pool.weight, std=INIT_STD)
         nn.init.zeros_(self.pool.bias)
-        self.pool_norm = nn.LayerNorm(channels)
-        self.pool_out = nn.Linear(channels, quarter)
-        self.logits = nn.Linear(2 * quarter, 2 * self.num_experts + 1)
+        self.pool_norm = TaskLayerNorm(num_tasks, channels)
+        self.pool_out = TaskLinear(num_tasks, channels, quarter)
+        self.logits = TaskLinear(num_tasks, 2 * quarter, 2 * self.num_experts + 1)
 
     def forward(self, feat: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = rearrange(feat, "b c h w -> b (h w) c")
-        mean = F.gelu(self.pixel_norm(self.pixel_in(pixels))).mean(dim=1)  # (B, C/4): before the linear layer, cheaper
-        pooled = self.pool(rearrange(feat, "b c h w -> b c (h w)")).squeeze(-1)  # (B, C)
-        summary = torch.cat((self.pixel_out(mean), self.pool_out(F.gelu(self.pool_norm(pooled)))), dim=1)  # (B, C/2)
-        logits = self.logits(summary)  # (B, 2E + 1)
+        pixels = rearrange(feat, "b (t c) h w -> t b (h w) c", t=self.num_tasks)
+        mean = F.gelu(self.pixel_norm(self.pixel_in(pixels))).mean(dim=2)  # (T, B, C/4): before the layer, cheaper
+        pooled = self.pool(pixels.mT).squeeze(-1)  # (T, B, C)
+        summary = torch.cat((self.pixel_out(mean), self.pool_out(F.gelu(self.pool_norm(pooled)))), dim=2)  # (T, B, C/2)
+        logits = self.logits(summary)  # (T, B, 2E + 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        scores, noise_scale, factor = logits.split((self.num_experts, self.num_experts, 1), dim=1)
+        scores, noise_scale, factor = logits.split((self.num_experts, self.num_experts, 1), dim=2)
         if self.training:
-            scores = scores + self.draw_noise(scores) * noise_scale
+            scores = torch.addcmul(scores, self.draw_noise(scores), noise_scale)
         return self._gates(scores), factor
 
     def draw_noise(self, scores: Tensor) -> Tensor:
-        """Standard normal numbers (B, E)."""
+        """Standard normal numbers (T, B, E)."""
         return torch.randn_like(scores)
 
     def _gates(self, scores: Tensor) -> Tensor:
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(self.keep, dim=1).indices, True)
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(self.keep, dim=-1).indices, True)
         if self.mask_first:
-            return scores.masked_fill(~kept, -torch.inf).softmax(dim=1)
-        return scores.softmax(dim=1) * kept
+            return scores.masked_fill(~kept, -torch.inf).softmax(dim=-1)
+        return scores.softmax(dim=-1) * kept
 
 
 class MLoREModule(nn.Module):
-    """One mixture: {task: (B, C, h, w)} -> the same shapes, and {task: gates (B, E)}.
+    """One mixture: maps (B, T C, h, w), or one for all tasks (B, C, h, w) -> (B, T C, h, w), and gates (T, B, E).
 
     The common convolution `generic` learns from the tasks' maps but sends no gradient back into them.
     """
 
     def __init__(self, tasks: Sequence[str], config: MLoREConfig, positions: int):
         super().__init__()
-        channels = config.final_embed_dim
-        self.proj_in = nn.ModuleDict({task: nn.Conv2d(channels, channels, 1) for task in tasks})
-        self.router = nn.ModuleDict({task: Router(config, positions) for task in tasks})
+        self.num_tasks, channels = len(tasks), config.final_embed_dim
+        self.proj_in = TaskConv(self.num_tasks, channels, channels, 1)
+        self.router = Router(self.num_tasks, config, positions)
         self.experts = LowRankExperts(channels, config.ranks)
-        self.own_expert = nn.ModuleDict(
-            {task: LowRankExperts(channels, (config.spe_rank,), zero_bias=False) for task in tasks})
+        self.own_expert = OwnExperts(self.num_tasks, channels, config.spe_rank)
         self.generic = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.mixture_norm = nn.ModuleDict({task: nn.BatchNorm2d(channels) for task in tasks})
-        self.norm = nn.ModuleDict({task: nn.BatchNorm2d(channels) for task in tasks})
-        self.proj_out = nn.ModuleDict({task: nn.Conv2d(channels, channels, 1) for task in tasks})
+        self.mixture_norm = nn.BatchNorm2d(self.num_tasks * channels)
+        self.norm = nn.BatchNorm2d(self.num_tasks * channels)
+        self.proj_out = TaskConv(self.num_tasks, channels, channels, 1)
+        by_task(self, tasks, "proj_in", "router", "own_expert", "mixture_norm", "norm", "proj_out")
         self.folded: FoldedPaths | None = None
         self.register_load_state_dict_post_hook(MLoREModule._unfold)
 
@@ -145,23 +147,18 @@ class MLoREModule(nn.Module):
         """Folded kernels belong to the weights they were made of."""
         self.folded = None
 
-    def forward(self, maps: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        inner = {task: self.proj_in[task](feat) for task, feat in maps.items()}
-        routes = {task: self.router[task](feat) for task, feat in inner.items()}
-        gates = {task: gate for task, (gate, _) in routes.items()}
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.proj_in(maps)
+        gates, factor = self.router(inner)
         paths = self._three_paths if self.folded is None else self.folded
-        summed = paths(inner, routes)
-        return {task: self.proj_out[task](F.gelu(feat)) for task, feat in summed.items()}, gates
+        return self.proj_out(F.gelu(paths(inner, gates, factor))), gates
 
-    def _three_paths(self, inner: dict[str, Tensor], routes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        stacked = torch.cat(list(inner.values()))  # (T B, C, h, w): all of task 0, then task 1, ...
-        mixture = self.experts(stacked, torch.cat([gate for gate, _ in routes.values()])).chunk(len(inner))
-        generic = self.generic(stacked.detach()).chunk(len(inner))
-        out = {}
-        for (task, feat), mixed, common in zip(inner.items(), mixture, generic, strict=True):
-            own = self.own_expert[task](feat, routes[task][1])
-            out[task] = self.norm[task](self.mixture_norm[task](mixed) + own + common)
-        return out
+    def _three_paths(self, inner: Tensor, gates: Tensor, factor: Tensor) -> Tensor:
+        single = inner.unflatten(1, (self.num_tasks, -1)).flatten(0, 1)  # (B T, C, h, w)
+        mixture = self.experts(single, rearrange(gates, "t b e -> (b t) e")).view_as(inner)
+        generic = self.generic(single.detach()).view_as(inner)
+        own = self.own_expert(inner, rearrange(factor, "t b 1 -> b t"))
+        return self.norm(self.mixture_norm(mixture) + own + generic)
 
 
 class FoldedPaths(nn.Module):
@@ -175,30 +172,32 @@ class FoldedPaths(nn.Module):
     @torch.no_grad()
     def __init__(self, module: MLoREModule):
         super().__init__()
-        pairs = [module.experts.kernels(), *(own.kernels() for own in module.own_expert.values()),
+        self.num_tasks = module.num_tasks
+        pairs = [module.experts.kernels(), module.own_expert.kernels(),
                  (module.generic.weight[None], module.generic.bias[None])]
         kernels, biases = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         self._keep("kernels", rearrange(kernels, "n o c u v -> o n (c u v)").contiguous())  # n = E + T + 1
         self._keep("biases", rearrange(biases, "n o -> o n"))
-        norms = [(_affine(module.mixture_norm[task]), _affine(module.norm[task])) for task in module.norm]
-        self._keep("mixture_scale", torch.stack([inside[0] * after[0] for inside, after in norms]))  # (T, C)
-        self._keep("scale", torch.stack([after[0] for _, after in norms]))
-        self._keep("shift", torch.stack([inside[1] * after[0] + after[1] for inside, after in norms]))
+        (inside_scale, inside_shift), (scale, shift) = _affine(module.mixture_norm), _affine(module.norm)
+        for name, value in (("mixture_scale", inside_scale * scale), ("scale", scale),
+                            ("shift", inside_shift * scale + shift)):
+            self._keep(name, value.unflatten(0, (self.num_tasks, -1)))  # (T, C)
 
     def _keep(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
 
-    def forward(self, inner: dict[str, Tensor], routes: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        kernels, biases = self.mixed(list(routes.values()))
-        samples = torch.cat(list(inner.values())).split(1)  # T B maps (1, C, h, w): all of task 0, then task 1, ...
+    def forward(self, inner: Tensor, gates: Tensor, factor: Tensor) -> Tensor:
+        kernels, biases = self.mixed(gates, factor)
+        samples = rearrange(inner, "b (t c) h w -> (t b) 1 c h w", t=self.num_tasks)
         maps = [F.conv2d(sample, kernel, bias.to(kernel.dtype), padding=1)
                 for sample, kernel, bias in zip(samples, kernels, biases, strict=True)]
-        return dict(zip(inner, torch.cat(maps).chunk(len(inner)), strict=True))
+        return rearrange(torch.cat(maps), "(t b) c h w -> b (t c) h w", t=self.num_tasks)
 
-    def mixed(self, routes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """[(gates (B, E), factor (B, 1)) per task] -> kernels (T B, C, C, 3, 3), biases (T B, C)."""
-        weights = torch.cat([self._weights(index, *route) for index, route in enumerate(routes)], dim=1)
-        shift = self.shift.repeat_interleave(len(routes[0][0]), dim=0)  # (T B, C)
+    def mixed(self, gates: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """gates (T, B, E), factor (T, B, 1) -> kernels (T B, C, C, 3, 3), biases (T B, C), task by task."""
+        weights = torch.cat([self._weights(index, *route) for index, route in
+                             enumerate(zip(gates, factor, strict=True))], dim=1)
+        shift = self.shift.repeat_interleave(gates.shape[1], dim=0)  # (T B, C)
         with without_autocast(weights):  # the sum is exact in mixed precision, too
             kernels = weights @ self.kernels  # (C, T B, 9 C)
             biases = einsum(weights, self.biases, "o b n, o n -> b o") + shift
@@ -206,7 +205,7 @@ class FoldedPaths(nn.Module):
 
     def _weights(self, index: int, gates: Tensor, factor: Tensor) -> Tensor:
         """(C, B, E + T + 1): the share of every kernel in the output channels of this task."""
-        others = factor.new_zeros(len(factor), len(self.scale) + 1)  # (B, T + 1)
+        others = factor.new_zeros(len(factor), self.num_tasks + 1)  # (B, T + 1)
         others[:, index], others[:, -1] = factor[:, 0], 1
         parts = (einsum(self.mixture_scale[index], gates, "o, b e -> o b e"),
                  einsum(self.scale[index], others, "o, b n -> o b n"))
@@ -214,7 +213,7 @@ class FoldedPaths(nn.Module):
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(C,) scale and shift that the norm applies in eval mode."""
+    """(T C,) scale and shift that the norm applies in eval mode."""
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     return scale, norm.bias - norm.running_mean * scale
 
@@ -239,11 +238,10 @@ class MLoREDecoder(Decoder):
         self.tap_proj = nn.ModuleList(nn.Conv2d(width, self.channels, 1) for width in widths)
         self.first, self.second = (nn.ModuleList(MLoREModule(tasks, config, positions) for _ in widths)
                                    for _ in range(2))
-        taps = len(widths)
-        self.mix = nn.ModuleDict({  # (B, taps * C, h, w) -> logits (B, taps, h, w)
-            task: nn.Sequential(nn.Conv2d(taps * self.channels, self.channels, kernel_size=1),
-                                nn.BatchNorm2d(self.channels), nn.GELU(),
-                                nn.Conv2d(self.channels, taps, kernel_size=3, padding=1)) for task in tasks})
+        self.tasks, taps, width = tuple(tasks), len(widths), len(tasks) * self.channels
+        self.mix = by_task(nn.Sequential(  # (B, T taps C, h, w) -> logits (B, T taps, h, w)
+            TaskConv(len(tasks), taps * self.channels, self.channels, 1), nn.BatchNorm2d(width), nn.GELU(),
+            TaskConv(len(tasks), self.channels, taps, 3)), tasks)
 
     @classmethod
     def backbone_options(cls, tasks: Mapping[str, int], config: MLoREConfig) -> dict[str, Any]:
@@ -252,17 +250,18 @@ class MLoREDecoder(Decoder):
     def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
         levels, gates = [], []
         for proj, first, second, feat in zip(self.tap_proj, self.first, self.second, feats, strict=True):
-            maps, first_gates = first(dict.fromkeys(self.mix, proj(feat)))
+            maps, first_gates = first(proj(feat))
             maps, second_gates = second(maps)
-            levels.append(maps)
+            levels.append(maps.unflatten(1, (len(self.tasks), -1)))
             gates += [first_gates, second_gates]
-        fused = {}
-        for task, mix in self.mix.items():
-            maps = [level[task] for level in levels]
-            share = mix(torch.cat(maps, dim=1)).softmax(dim=1)  # (B, taps, h, w)
-            fused[task] = sum(share[:, i:i + 1] * feat for i, feat in enumerate(maps))
-        balance = load_balancing_loss([list(layer.values()) for layer in gates])
-        return DecoderOutput(fused, extra={"load_balancing": self.weight * balance})
+        share = self.mix(torch.stack(levels, dim=2).flatten(1, 3))  # (B, T taps, h, w)
+        share = share.unflatten(1, (len(self.tasks), -1)).softmax(dim=2).unsqueeze(3)  # (B, T, taps, 1, h, w)
+        fused = share[:, :, 0] * levels[0]
+        for index, level in enumerate(levels[1:], start=1):
+            fused = torch.addcmul(fused, share[:, :, index], level)  # (B, T, C, h, w)
+        balance = load_balancing_loss([[layer.flatten(0, 1)] for layer in gates])
+        maps = dict(zip(self.tasks, fused.unbind(1), strict=True))
+        return DecoderOutput(maps, extra={"load_balancing": self.weight * balance})
 
     def reparameterise(self) -> None:
         """Folds every module for inference: the same outputs in eval mode, fewer products.

@@ -5,7 +5,7 @@ with and without folding. Most references ran in float32; "eval64" and "train64"
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.labels import VOID
 from models.blocks.resize import resize
+from models.blocks.stacked import split_by_task
 from models.model import MultiTaskModel
 from models.released.mlore import MLORE, locate, reshaped
 from scripts.parity import compare
@@ -49,10 +50,9 @@ def _draw(model: MultiTaskModel, noise: Mapping[str, Tensor]) -> None:
     """Makes the routers draw this noise, and none where none is given."""
     for name, stage in STAGES.items():
         for tap, module in enumerate(getattr(model.decoder, stage)):
-            for task, router in module.router.items():
-                drawn = noise.get(f"{name}.{tap}.{task}")
-                router.draw_noise = lambda scores, drawn=drawn: (
-                    torch.zeros_like(scores) if drawn is None else drawn.to(scores))
+            drawn = [noise.get(f"{name}.{tap}.{task}") for task in model.decoder.tasks]
+            module.router.draw_noise = lambda scores, drawn=drawn: torch.stack(
+                [torch.zeros_like(own) if x is None else x.to(own) for x, own in zip(drawn, scores, strict=True)])
 
 
 def _training(case: Case, run: str) -> Iterator[Measure]:
@@ -70,6 +70,7 @@ def _training(case: Case, run: str) -> Iterator[Measure]:
         found = torch.autograd.grad(value, list(tensors.values()), retain_graph=True, allow_unused=True)
         gradients = {key: torch.zeros_like(tensor) if grad is None else grad
                      for (key, tensor), grad in zip(tensors.items(), found, strict=True)}
+        gradients = split_by_task(step.model, gradients)
         for key, want in case.below(f"{run}{part}").items():
             yield case.measure("gradient", f"{run}{part}{key}", *_same_part(key, gradients, want, case))
 
@@ -132,8 +133,10 @@ def _single_kernels(case: Case) -> Iterator[Measure]:
     for key, want in case.below("folded_kernel.").items():
         path, kind = key.rsplit(".", 1)
         name, place = locate(f"{path}.M.weight")
+        name, _, task = name.removesuffix(".up").partition(".own_expert.")
+        path, place = (f"{name}.own_expert", case.tasks.index(task)) if task else (name, place)
         with torch.no_grad():
-            kernels, biases = modules[name.removesuffix(".up")].kernels()
+            kernels, biases = modules[path].kernels()
         yield case.measure("value", key, kernels[place] if kind == "weight" else biases[place], want)
 
 
@@ -148,35 +151,50 @@ def _mixed_kernels(case: Case) -> Iterator[Measure]:
         model(case.image())
         for key, want in case.below("dynamic_kernel.").items():
             place, task, sample, kind = key.rsplit(".", 3)
-            paths, inner, routes = seen[place]
-            index, number = list(inner).index(task), int(sample.removeprefix("sample"))
+            paths, _, *routes = seen[place]
+            index, number = case.tasks.index(task), int(sample.removeprefix("sample"))
             name, tap = place.split(".")
-            norm = getattr(model.decoder, STAGES[name])[int(tap)].norm[task]
-            kernels, biases = paths.mixed(list(routes.values()))
-            kernel, bias = (x[index * len(kernels) // len(inner) + number] for x in (kernels, biases))
-            before = (kernel / paths.scale[index][:, None, None, None],
-                      (bias - norm.bias) / paths.scale[index] + norm.running_mean)
+            norm = getattr(model.decoder, STAGES[name])[int(tap)].norm
+            shift, mean = (x.chunk(len(case.tasks))[index] for x in (norm.bias, norm.running_mean))
+            kernels, biases = paths.mixed(*routes)
+            kernel, bias = (x[index * len(kernels) // len(case.tasks) + number] for x in (kernels, biases))
+            before = kernel / paths.scale[index][:, None, None, None], (bias - shift) / paths.scale[index] + mean
             yield case.measure("value", key, before[kind == "bias"], want)
 
 
 # ------------------------------------------------------------ names, full size
 
 
+def _of_task(path: str, first: bool = False) -> Callable[..., Tensor]:
+    """The part of one task, of a tensor (B, T C, ...), or of one (T, ...)."""
+    def part(case: Case, seen: Mapping[str, Tensor], tap: str, task: str) -> Tensor:
+        value, index = seen[path.format(tap)], case.tasks.index(task)
+        return value[index] if first else value.chunk(len(case.tasks), dim=1)[index]
+    return part
+
+
 def _places(stage: str, name: str) -> tuple:
     """Of the modules of one stage, whose names begin with the place of the tap and the task."""
-    name, here = rf"{name}\.(\d)\.(\w+)\.", rf"decoder.{stage}.\1"
-    return ((name + "out", here + r"[0][\2]"),
-            (name + "gate", here + r"[1][\2]"),
-            (name + "conv1", here + r".proj_in.\2"),
-            (name + "convsp", here + r".router.\2.pool"),
-            (name + "route_feat", here + r".router.\2.logits<0"),
-            (name + "router_logits", here + r".router.\2.logits"),
-            (name + "gated_sum", here + r".mixture_norm.\2<0"),
-            (name + "bn_all", here + r".mixture_norm.\2"),
-            (name + "task_lora", lambda case, seen, tap, task: (
-                seen[f"decoder.{stage}.{tap}.own_expert.{task}"]
-                / seen[f"decoder.{stage}.{tap}.own_expert.{task}<1"][..., None, None])),  # without its gate
-            (name + "bn", here + r".norm.\2"))
+    name, here = rf"{name}\.(\d)\.(\w+)\.", f"decoder.{stage}.{{}}"
+
+    def own(case: Case, seen: Mapping[str, Tensor], tap: str, task: str) -> Tensor:
+        factor = seen[f"{here.format(tap)}.own_expert<1"][:, case.tasks.index(task), None, None, None]
+        return _of_task(here + ".own_expert")(case, seen, tap, task) / factor  # without its gate
+
+    return ((name + "out", _of_task(here + "[0]")),
+            (name + "gate", _of_task(here + "[1]", first=True)),
+            (name + "conv1", _of_task(here + ".proj_in")),
+            (name + "convsp", _of_task(here + ".router.pool", first=True)),
+            (name + "route_feat", _of_task(here + ".router.logits<0", first=True)),
+            (name + "router_logits", _of_task(here + ".router.logits", first=True)),
+            (name + "gated_sum", _of_task(here + ".mixture_norm<0")),
+            (name + "bn_all", _of_task(here + ".mixture_norm")),
+            (name + "task_lora", own),
+            (name + "bn", _of_task(here + ".norm")))
+
+
+def _tap_logits(case: Case, seen: Mapping[str, Tensor], task: str) -> Tensor:
+    return seen["decoder.mix"].chunk(len(case.tasks), dim=1)[case.tasks.index(task)]
 
 
 def _full_size(entry: dict) -> Iterator[Measure]:
@@ -216,7 +234,7 @@ SYSTEM = System(
             (r"tokens\.norm", "encoder.norm"),
             (r"tokens\.block(\d+)", lambda case, seen, number: seen[f"encoder.blocks.{int(number) - 1}"]),
             (r"fea_fuse\.(\d)", r"decoder.tap_proj.\1"),
-            (r"task_mask\.(\w+)\.logits", r"decoder.mix.\1"),
+            (r"task_mask\.(\w+)\.logits", _tap_logits),
             (r"head_quarter\.(\w+)", r"heads.\1"),
             (r"head_in\.(\w+)", lambda case, seen, task: resize(seen[f"heads.{task}<0"],
                                                                 seen[f"heads.{task}"].shape[-2:])),
