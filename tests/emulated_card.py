@@ -10,6 +10,7 @@ from pathlib import Path
 
 from models.ops import scan_cuda
 from models.ops.scan_cuda import HEADERS, Kind
+from utils.extension import cache_root
 
 FOLDER = Path(__file__).parent / "emulator"
 COMPILER = shutil.which("c++")
@@ -22,12 +23,13 @@ def compiled(kind: Kind) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{FOLDER}", f"-I{HEADERS[0].parent}",
              *(f"-D{name}={value}" for name, value in kind.defines(EmulatedCard.shared_limit).items())]
     name = hashlib.sha256(b"".join(map(Path.read_bytes, sources)) + " ".join(flags).encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"scan_emulator_{name}.so"
+    library = cache_root() / "mtdp_emulator" / f"{name}.so"
     if not library.exists():
-        with tempfile.TemporaryDirectory() as folder:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
             subprocess.run([COMPILER, *flags, sources[-1], "-o", built], check=True)
-            shutil.move(built, library)
+            built.replace(library)
     return ctypes.CDLL(str(library))
 
 
