@@ -15,8 +15,8 @@ from scripts.measuring import markdown
 def short(monkeypatch):
     """Fewer cases, updates and timings."""
     monkeypatch.setattr(gpu_speed, "FIRST", gpu_speed.FIRST[2:3])
-    monkeypatch.setattr(gpu_speed, "OTHERS", gpu_speed.OTHERS[:1])
-    monkeypatch.setattr(gpu_speed, "MODELS", {key: gpu_speed.MODELS[key] for key in ("example BIM", "BIM")})
+    monkeypatch.setattr(gpu_speed, "OTHERS", [("BIM", 1, "fp32")])
+    monkeypatch.setattr(gpu_speed, "MODELS", {key: gpu_speed.MODELS[key] for key in ("BIM", "example BIM")})
     monkeypatch.setattr(gpu_speed, "SECONDS", {"cpu": 0})
     monkeypatch.setattr(gpu_speed, "OPTIONS", gpu_speed.OPTIONS[:1])
     monkeypatch.setattr(gpu_right, "PRECISIONS", ("bf16",))
