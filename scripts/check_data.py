@@ -122,8 +122,8 @@ def found_specs(root: Path, dataset: str | None) -> list[DatasetSpec]:
         if spec.folder not in {other.folder for other in specs}:       # one folder may be read in several ways
             specs.append(spec)
     if not specs:
-        folders = ", ".join(f"{spec.folder}/" for spec in map(DATASETS.load, DATASETS))
-        raise FileNotFoundError(f"{root} holds none of {folders}, and no {FILE}; README, \"Data\", says where to get "
+        folders = ", ".join(dict.fromkeys(f"{spec.folder}/" for spec in map(DATASETS.load, DATASETS)))
+        raise FileNotFoundError(f"{root} holds none of {folders}, and no {FILE}; README, \"Data and training\", says where to get "
                                 "them")
     return specs
 

@@ -109,6 +109,7 @@ class PlainNYUD:
     def __init__(self, folder: Path, labels: Mapping, size: tuple[int, int]):
         self.folder, self.size, self.labels = folder, size, labels
         self.ids = (folder / "gt_sets" / "train.txt").read_text(encoding="utf-8").split()
+        self.present, self.draws = np.ones((len(self.ids), len(labels)), bool), None
 
     def __len__(self) -> int:
         return len(self.ids)
