@@ -255,7 +255,7 @@ def test_every_named_vit_fits(backbone):
 @pytest.mark.parametrize("backbone, arguments, message", [
     ("swin_tiny", {}, r"backbone 'swin_tiny': .* needs four maps of one stride .*strides \(4, 8, 16, 32\)"),
     ("vit_small", {"neck": "pyramid", "neck_kwargs": {"embed_dim": 8}}, r"needs four maps of one stride .*\(4, 8,"),
-    ("vit_small", {"backbone_kwargs": {"taps": (6, 12)}}, r"needs four maps .* strides \(16, 16\)$"),
+    ("vit_small", {"backbone_kwargs": {"taps": (6, 12)}}, r"needs four maps .* strides \(16, 16\); `neck: one_stride`"),
     ("vit_small", {"model_kwargs": {"embed_dims": 3}}, "did you mean 'embed_dim'"),
 ])
 def test_parts_that_do_not_fit(backbone, arguments, message):
