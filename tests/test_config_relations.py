@@ -68,7 +68,7 @@ def test_the_limits_themselves_are_allowed(tmp_path, key, value):
     ({"loss_kwargs": {"loss_scope": "batch"}}, ["loss_kwargs.loss_scope", "process", "image", "'batch'"]),
     ({"label_size": [64, 64]}, ["label_size", "[64, 64]", "have no size of their own"]),
     ({"train_db_name": "Cityscapes", "val_db_name": "Cityscapes", "label_size": [0, 64]}, ["label_size", "at least 1"]),
-    ({"scheduler": "cosine"}, ["scheduler", "poly", "'cosine'"]),
+    ({"scheduler": "staircase"}, ["scheduler", "poly", "'staircase'"]),
     ({"precision": "fp8"}, ["precision", "bf16", "fp16", "'fp8'"]),
 ])
 def test_names_that_do_not_go_together_are_told_with_what_would(tmp_path, changes, words):
