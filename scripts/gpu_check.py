@@ -28,9 +28,9 @@ from utils.logging import setup_logging
 STEPS = {                       # the most important first
     "card": Check("the card", 30, gpu_speed.card),
     "kernels": Check("scan kernels against float64", 40, gpu_right.kernels),
-    "recorded": Check("a recorded update beside the update: BIM", 150,
+    "recorded": Check("a recorded update beside the update: BIM", 180,
                       lambda *on: gpu_speed.recorded_updates(*on, gpu_speed.FIRST)),
-    "agree": Check("300 updates of the example in bf16 and float32", 90, gpu_right.agree),
+    "agree": Check("300 updates of the example in bf16 and float32", 120, gpu_right.agree),
     "scan": Check("the scan beside mamba-ssm", 60, gpu_right.scan_beside_mamba),
     "models": Check("an update of every model", 180, gpu_speed.every_model),
     "path": Check("the whole path", 120, gpu_right.path),

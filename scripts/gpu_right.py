@@ -129,14 +129,15 @@ def example_data(device: torch.device) -> Iterator[tuple[Path, list[str]]]:
 def agree(report: Report, device: torch.device) -> None:
     """300 updates of the example in each precision: the losses of the last 20, and the speed of the whole loop."""
     updates, log = (300, 20) if device.type == "cuda" else (2, 1)
-    runs = {"fp32": ("fp32", "off"), "bf16 recorded": ("bf16", "on"), "bf16": ("bf16", "off")}
+    runs = {"fp32, recorded": ("fp32", "on"), "bf16, recorded": ("bf16", "on"), "bf16": ("bf16", "off"),
+            "fp32": ("fp32", "off")}
     first: dict[str, float] = {}
     with example_data(device) as (folder, overrides):
         for name, (precision, graph) in runs.items():
             with report.attempt(name):
                 config = load_config(EXAMPLE, [*overrides, f"max_iter={updates}", f"val_interval={updates}",
                                                f"log_interval={log}", f"precision={precision}", f"cuda_graph={graph}",
-                                               f"version_name={name.replace(' ', '_')}"])
+                                               f"version_name={name.replace(', ', '_')}"])
                 train(config, resume=False)
                 lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
                 rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
@@ -160,7 +161,8 @@ def path(report: Report, device: torch.device) -> None:
                 with report.attempt(f"{precision}, cuda_graph={graph}"):
                     name = f"{precision}_{graph}"
                     options = [*overrides, f"precision={precision}", f"cuda_graph={graph}", f"version_name={name}",
-                               f"val_interval={half}", "log_interval=1", "valBatch=2"]
+                               f"val_interval={half}", "log_interval=1", "valBatch=2",
+                               "scheduler_kwargs.warmup_iters=0"]
                     train(load_config(EXAMPLE, [*options, f"max_iter={half}"]), resume=False)
                     config = load_config(EXAMPLE, [*options, f"max_iter={2 * half}"])
                     trained = train(config, resume=True)
