@@ -119,6 +119,21 @@ def test_types_that_differ_and_any_strides(monkeypatch):
             assert relative_error(value, expected[name]) < limit, (features, name)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_step_sizes_of_low_rank_whose_gradients_take_their_place(groups, monkeypatch):
+    """And only there: what the caller gave is as it was, and a second backward pass gives the same."""
+    emulate(monkeypatch, 9)
+    inputs = arguments(40, routes=4, channels=8, state=4, groups=groups)
+    inputs |= {"delta": draw(1)(2, 40, 4, 3), "delta_weight": draw(2)(4, 8, 3) / 2}
+    assert_equals_reference(inputs, four_routes(5, 8))
+    leaves = {name: x.float().requires_grad_() for name, x in inputs.items()}
+    before = {name: x.detach().clone() for name, x in leaves.items()}
+    y = scan_routes(**leaves, routes=four_routes(5, 8), delta_softplus=True, backend="cuda")
+    first, second = (torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(x, before[name]) for name, x in leaves.items())
+
+
 @pytest.mark.parametrize("batch, tokens", [(0, 4), (2, 0)])
 def test_empty_batch_and_empty_sequence(batch, tokens, monkeypatch):
     emulate(monkeypatch)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.ops.routes import Route, four_routes
 from models.ops.scan_choice import set_scan_backend
-from models.ops.scan_op import scan_flops
+from models.ops.scan_op import _sum_of_pieces, scan_flops
 from models.ops.selective_scan import count_scan_flops, scan_routes
 from models.ops.ss2d import S6Weights, s6_scan, ss2d_core
 from tests.scan_backends import FAST, chunk_tokens, device_of, draw, relative_error, tolerance
@@ -188,6 +188,13 @@ def test_step_sizes_of_low_rank(groups, backend):
         results.append([y, *torch.autograd.grad((y * draw(9)(*y.shape).to(y)).sum(), list(leaves.values()))])
     for name, a, b in zip(("y", *leaves), *results, strict=True):
         assert relative_error(a, b) <= tolerance(backend, 1e-12), name
+
+
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 127), (3, 512), (1, 1021), (0, 7), (2, 0)])
+def test_sum_over_tokens_in_pieces(batch, tokens):
+    """As on a GPU; 1021 is prime and one piece."""
+    left, right = draw(1)(batch, tokens, 3, 5), draw(2)(batch, tokens, 3, 2)
+    torch.testing.assert_close(_sum_of_pieces(left, right), torch.einsum("bpke,bpkr->ker", left, right))
 
 
 def test_step_sizes_of_low_rank_are_what_is_kept():

@@ -27,6 +27,7 @@ class ScanArgs(NamedTuple):
     delta_weight: Tensor | None  # (K, E, R): brings step sizes of low rank to the channels
     routes: tuple[Route, ...]
     delta_softplus: bool
+    delta_is_scratch: bool = False  # may the backward pass write over delta?
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -47,7 +48,8 @@ class ScanArgs(NamedTuple):
         """The same scan with step sizes for all channels, in place of those of low rank."""
         if self.delta_weight is None:
             return self
-        return self._replace(delta=project(self.delta, self.delta_weight.to(self.delta.dtype)), delta_weight=None)
+        return self._replace(delta=project(self.delta, self.delta_weight.to(self.delta.dtype)), delta_weight=None,
+                             delta_is_scratch=True)
 
     def to_scan_dtype(self) -> "ScanArgs":
         return self._replace(**{name: value.to(self.scan_dtype) for name, value in self.tensors.items()})

@@ -27,8 +27,8 @@ CHUNK_TOKENS = 16  # kChunk in the sources
 MAX_ROUTES, MAX_STATE, MAX_WARPS, MAX_SPANS = 128, 64, 4, 512
 MAX_BLOCKS = {False: 3, True: 2}  # of MAX_WARPS warps on a multiprocessor, forward and backward
 TYPES = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
-HEAD = "<" + "Qqqii" * 5 + "18Q" + "12i"  # struct Call up to its tables
-POINTERS = ("A", "D", "bias", "grad_last", "y", "grad_u", "grad_delta", "sums", "chunk_states", "last_state",
+HEAD = "<" + "Qqqii" * 6 + "17Q" + "12i"  # struct Call up to its tables
+POINTERS = ("A", "D", "bias", "grad_last", "y", "grad_u", "sums", "chunk_states", "last_state",
             "grad_B", "grad_C", "grad_A", "grad_D", "grad_bias")  # and the three of scratch memory
 FIRST_OF_GROUP, LAST_OF_GROUP = 64, 128
 
@@ -204,7 +204,7 @@ class _Call:
         scratch = self.new(step_sums * (1 + shape.states) + 4)  # is kept until the launch: its memory is the stream's
         barrier = scratch.data_ptr()  # then, at the next multiple of 16 bytes, the states and the sums of steps
         tensors |= {"A": self.A, "D": self.D, "bias": self.bias}
-        rows = self.u, self.delta, self.B, self.C, tensors.get("grad_y", self.u)
+        rows = self.u, self.delta, self.B, self.C, tensors.get("grad_y", self.u), tensors.get("grad_delta", self.delta)
         numbers = [n for x in rows for n in _in_bytes(x)]
         pointers = [0 if (x := tensors.get(name)) is None else x.data_ptr() for name in POINTERS]
         pointers += barrier, barrier + 16, barrier + 16 + 4 * step_sums * shape.states
@@ -240,7 +240,8 @@ def cuda_backward(args: ScanArgs, chunk_states: Tensor, grad_y: Tensor, grad_las
                                                    args.A[..., 0]))
     plan, shape = call.plan, call.shape
     grad_u, u_sums = call.new_rows()
-    grad_delta = call.new(*args.delta.shape, dtype=call.kind.features)
+    # A block has read the steps of a chunk before it writes their gradients.
+    grad_delta = call.delta if args.delta_is_scratch else call.new(*args.delta.shape, dtype=call.kind.features)
     # One part of the gradients of B and C from each block of channels, one of A, D and the bias from each span.
     maps = plan.blocks, shape.batch, shape.tokens, shape.routes, shape.states
     grad_B, grad_C = call.new(*maps), call.new(*maps)

@@ -46,10 +46,10 @@ struct Rule {
 };
 
 struct Call {
-  Rows u, delta, B, C, grad_y;
+  Rows u, delta, B, C, grad_y, grad_delta;
   const float *A, *D, *bias;         // (k, e, n), (k, e), (k, e); the last two may be absent
   const float* grad_last;            // (b, k, e, n)
-  void *y, *grad_u, *grad_delta;     // (b, token, g, e), as is grad_u; (b, token, k, e)
+  void *y, *grad_u;                  // (b, token, g, e)
   float* sums;                       // (b, token, g, e): y or grad_u while routes of a group are added up
   float *chunk_states, *last_state;  // (chunk, b, k, e, n) or absent; (b, k, e, n)
   float *grad_B, *grad_C;            // (block of channels, b, token, k, n)

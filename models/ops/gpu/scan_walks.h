@@ -161,10 +161,8 @@ DEVICE void put_row_gradients(const Call& call, Warp<S>& warp, int first, int le
                               Gradients<S>& grads, bool is_first, bool is_last) {
   using T = Tile<S>;
   using F = typename S::F;
-  const int row_bytes = call.channels * sizeof(F), token_bytes = call.routes * row_bytes;
-  const Rows rows = {static_cast<char*>(call.grad_delta), (long long)call.tokens * token_bytes, row_bytes, token_bytes, 0};
   const Columns<S::vector> columns_of_u = warp.columns_of_u();
-  const Columns<S::vector> grad_delta(rows, warp.b, warp.k, warp.first + warp.column(), call.channels, sizeof(F));
+  const Columns<S::vector> grad_delta(call.grad_delta, warp.b, warp.k, warp.first + warp.column(), call.channels, sizeof(F));
   sync_warp();
   warp.put_rows(call.grad_u, first, length, turn, is_first, is_last, [&](int token, int t, bool exists, float (&grad_u)[4]) {
     const int shares = T::states + (t - first) * T::states_of_token, at = t * S::channels + warp.column();
