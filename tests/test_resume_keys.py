@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from tests.shared import ROOT
 from tests.watched_run import experiment, rows, stored
 from utils.engine.config import Config
-from utils.engine.resume import RULES, changed_keys, rule_of
+from utils.engine.resume import RULES, changed_keys, rule_of, table_of_rules
 from utils.engine.train import train
 
 
@@ -15,6 +16,12 @@ def test_every_key_has_a_rule_and_every_rule_a_key():
     assert [key for key in keys if rule_of(key).kind not in ("applied", "harmless", "refused")] == []
     assert {key.partition(".")[0] for key in RULES} == keys
     assert rule_of("optimizer_kwargs.betas").kind == "applied" and rule_of("loss_kwargs.loss_scheme").kind == "refused"
+
+
+def test_the_table_in_the_documents_is_that_of_the_code():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- rules -->\n")[2].partition("\n<!-- /rules -->")[0]
+    assert shown == table_of_rules(), f"put this between the two marks:\n{table_of_rules()}"
 
 
 def test_changes_are_named_down_to_the_innermost_key():

@@ -64,6 +64,15 @@ def rule_of(key: str) -> Rule:
     return next(RULES[name] for name in names if name in RULES)
 
 
+def table_of_rules() -> str:
+    """The rules in Markdown: one row for the keys that share one."""
+    keys: dict[Rule, list[str]] = {}
+    for key, rule in RULES.items():
+        keys.setdefault(rule, []).append(f"`{key}`")
+    rows = [f"| {', '.join(names)} | {rule.kind} | {rule.words} |" for rule, names in keys.items()]
+    return "\n".join(["| keys | what happens | why, or how |", "| --- | --- | --- |", *rows])
+
+
 def restore(run: Run, checkpoint: Mapping[str, Any], path: Path) -> None:
     """Sets the run to a checkpoint; a ValueError that names the file and the key where it does not fit."""
     if lacking := [key for key in NEEDED if key not in checkpoint]:
