@@ -71,6 +71,8 @@ def _listen(parent: int) -> None:
 def _watched(batches: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from batches
+    except (ConnectionError, EOFError) as error:            # it is missed while it is asked for a batch
+        raise _lost() from error
     except RuntimeError as error:
         words = str(error)
         if "DataLoader timed out" in words:
@@ -81,8 +83,12 @@ def _watched(batches: Iterator[Any]) -> Iterator[Any]:
             raise OSError(f"the data loader's workers cannot hand a batch over: {_shared_memory()}") from error
         if "DataLoader worker" not in words or "exited unexpectedly" not in words:
             raise
-        why = _shared_memory() if _free() < SCARCE else "most often for want of memory: use a smaller nworkers"
-        raise WorkerLost(f"a data loader worker was ended from outside, {why}") from error
+        raise _lost() from error
+
+
+def _lost() -> WorkerLost:
+    why = _shared_memory() if _free() < SCARCE else "most often for want of memory: use a smaller nworkers"
+    return WorkerLost(f"a data loader worker was ended from outside, {why}")
 
 
 def _free() -> float:

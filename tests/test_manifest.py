@@ -101,6 +101,8 @@ def test_copied_files_and_a_damaged_manifest_are_taken_as_they_are(folder, tmp_p
     assert [(row["step"], row["files"]) for row in listed(tmp_path / "new")] == [(2, ["last.pt"])]
     (folder / MANIFEST).write_text("{")
     assert newest_whole(folder).name == "last.pt" and "is damaged" in caplog.text
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:700])
+    assert newest_whole(folder).name == "previous.pt" and "last.pt is damaged: it is cut off" in caplog.text
     assert newest_whole(tmp_path / "nowhere") is None
 
 

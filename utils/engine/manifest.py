@@ -17,13 +17,14 @@ import os
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from utils.durable import atomic_path, leftovers, write_text
-from utils.seals import Seal, check_whole, read_seal, save_sealed
+from utils.seals import DamagedError, Seal, check_whole, read_seal, save_sealed
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 MANIFEST = "checkpoints.json"
@@ -83,6 +84,8 @@ def newest_whole(folder: Path) -> Path | None:
         if found.ours:
             try:
                 check_whole(found.path)
+                if found.seal is None and not zipfile.is_zipfile(found.path):
+                    raise DamagedError(f"{found.path} is damaged: it is cut off")
             except (ValueError, OSError) as error:
                 refused.append(str(error))
                 continue
