@@ -55,7 +55,7 @@ def _sum_of_pieces(grad_delta: Tensor, features: Tensor) -> Tensor:
     pieces = max(n for n in range(1, MAX_PIECES + 1) if tokens % n == 0)
     left, right = (x.permute(2, 0, 1, 3).reshape(x.shape[2], pieces, tokens // pieces, x.shape[3])
                    for x in (grad_delta, features))
-    return torch.matmul(left.mT, right).sum(1)
+    return torch.matmul(left.mT, right).sum(1, dtype=torch.promote_types(left.dtype, torch.float32))
 
 
 @functools.lru_cache(maxsize=256)
