@@ -108,6 +108,8 @@ class Update:
         limit = self.run.config.grad_clip_param
         named = {name: p.grad for name, p in self.run.model.named_parameters() if p.grad is not None}
         self.grad_names = list(named)
+        if not named:                                   # every trained parameter is outside the model
+            return torch.zeros((), device=self.run.device), torch.zeros(0, device=self.run.device)
         norms = torch.stack(torch._foreach_norm(list(named.values()), limit.norm_type))
         norm = torch.linalg.vector_norm(norms, limit.norm_type)
         if limit.max_norm != float("inf"):
