@@ -10,7 +10,7 @@ GMACs: one unit per multiply-add of matrix products, convolutions and attention;
 with state size N counts 9 L D N + L D, the convention of the Mamba decoders' papers. Counting runs on the meta device
 and needs no memory. Times are medians; on CPU they compare two configurations on one machine and mean little else.
 --compare prints one table of several experiments: on a GPU times, on a CPU the ratios of processor time to the first;
-memory is the peak beyond the weights.
+memory is the peak beyond the weights. With --against DIR the other side is another checkout of this program.
 """
 
 import gc
@@ -29,6 +29,7 @@ from models.ops.selective_scan import count_scan_flops
 from scripts import measuring
 from scripts.command_line import Command
 from scripts.kernel_count import kernel_rows
+from scripts.side_by_side import compared_with
 from utils.distributed import pick_device
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config, load_config
@@ -161,13 +162,17 @@ def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor
     return batch
 
 
-def show(config_exp: str | None, compare: list[str] | None, set: list[str], count_only: bool, count_kernels: bool,
-         profile: bool, repeats: int, overrides: list[str]) -> None:
+def show(config_exp: str | None, compare: list[str] | None, set: list[str], against: Path | None, count_only: bool,
+         count_kernels: bool, profile: bool, repeats: int, overrides: list[str]) -> None:
     """Prints what is asked for: a table of several experiments, a profile, or two columns about one experiment."""
     if (config_exp is None) == (compare is None):
         raise ValueError("give either --config_exp or --compare")
+    if against is not None and compare is None:
+        raise ValueError("--against needs the experiments of --compare")
     if compare:
-        print(compared(compare, [*set, *overrides], repeats, count_only))
+        everywhere = [*set, *overrides]
+        print(compared(compare, everywhere, repeats, count_only) if against is None else
+              measuring.markdown(compared_with(against, [Path(entry) for entry in compare], everywhere, repeats)))
         return
     config = load_config(config_exp, overrides)
     if profile:
@@ -183,6 +188,7 @@ main = Command(__doc__, show, {
     "--config_exp": dict(metavar="YAML"),
     "--compare": dict(nargs="+", metavar="YAML[@key=value,...]", help="one table of these experiments"),
     "--set": dict(nargs="+", default=[], metavar="key=value", help="overrides for all of --compare"),
+    "--against": dict(type=Path, metavar="DIR", help="steps of --compare there and here, in turns, on a CPU"),
     "--count_only": dict(action="store_true", help="parameters and GMACs only; nothing is run"),
     "--count_kernels": dict(action="store_true", help="kernels of a forward pass in training mode; nothing is run"),
     "--profile": dict(action="store_true", help="where the time of a training step goes, by operator"),

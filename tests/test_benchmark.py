@@ -1,8 +1,12 @@
-"""The counted sizes are those of the specification: BIM's on both data sets, MTMamba's as published."""
+"""The counted sizes are those of the specification: BIM's on both data sets, MTMamba's as published; two checkouts."""
+
+from pathlib import Path
 
 import pytest
 
-from scripts.benchmark import count
+from scripts.benchmark import count, main
+from scripts.side_by_side import compared_with
+from tests.conftest import TINY
 from tests.shared import ROOT
 from utils.engine.config import load_config
 
@@ -19,3 +23,14 @@ def test_parameters_and_multiply_adds(name, parameters, gmacs, encoder_gmacs):
     assert rows["parameters, total"] == f"{parameters:,}"
     assert float(rows["GMACs, total"]) == pytest.approx(gmacs, abs=0.15)
     assert float(rows["GMACs, encoder"]) == pytest.approx(encoder_gmacs, abs=0.15)
+
+
+def test_a_checkout_beside_itself():
+    row, = compared_with(ROOT, [Path("configs/bim_nyud.yml")], TINY, repeats=1)
+    assert row["experiment"] == "bim_nyud" and row["step there, MiB"] == row["step here, MiB"] != "0"
+    assert 0.1 < float(row["processor time of a step there / here"]) < 10
+
+
+def test_a_folder_that_is_no_checkout_says_so(tmp_path, capsys):
+    assert main(["--compare", "configs/bim_nyud.yml", "--against", str(tmp_path)]) != 0
+    assert f"no training step could be measured in {tmp_path}" in capsys.readouterr().err
