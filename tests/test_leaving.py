@@ -214,4 +214,4 @@ def test_processes_leave_after_the_same_update(tmp_path):
     torch.multiprocessing.spawn(_agreeing, (str(tmp_path), port), nprocs=2)
     words = (tmp_path / "0").read_text()
     assert words == (tmp_path / "1").read_text() and words.endswith("[0, 1]")
-    assert 50 < int(words.split()[0]) < 50 + 300
+    assert 50 < int(words.split()[0]) <= 53

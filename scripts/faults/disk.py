@@ -63,6 +63,7 @@ def _judge(run: Processes, run_dir: Path, words: str, saved: bool = True) -> str
         run.wait(10)
     problems += ["traceback"] if "Traceback" in text else []
     problems += [f"exit codes {list(run.codes.values())}"] if 0 in run.codes.values() else []
+    time.sleep(0.5)                         # workers are killed at the end, which takes the system a moment
     problems += ["left processes"] if in_group(run.pids[0]) else []
     problems += [f"no {words!r} in {sentence!r}"] if words not in sentence else []
     problems += ["said more than once"] if text.count("error: ") > 1 else []

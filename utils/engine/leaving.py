@@ -26,7 +26,6 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
                 if hasattr(signal, name))
 SAME_REQUEST_S = 1.0                # between two signals of one request
 SAME_REQUEST_LAUNCHED_S = 5.0       # the same under a launcher, which hands them on
-AGREE_EVERY_S = 0.5
 GOING_ON, SAVE, LEAVE, BREAK = range(4)     # what a process wishes; the greatest wish of all is what all do
 
 
@@ -143,38 +142,26 @@ class Agreement:
     """All processes act on the same wish after the same update.
 
     Each announces its wish at the beginning of an update, and reads the greatest of all at the end: the reduction runs
-    beside the update. It takes place every `AGREE_EVERY_S`, or at every update where one takes longer: so a wish is
-    acted on within a second and two updates. A process alone acts at once.
+    beside the update, so a wish is acted on at most two updates later. A process alone acts at once. At every update,
+    because a process that cannot read the batches of the next one has only this one left to say so.
     """
 
     def __init__(self, wish: Callable[[], int]) -> None:
         self.wish = wish
         self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT) if dist.is_initialized() else None
-        self._work: dist.Work | None = None
-        self._every = self._left = 1                # updates from one reduction to the next, and until then
-        self._since = time.monotonic() - AGREE_EVERY_S         # no update has been timed yet: again at the next one
 
     def announce(self) -> None:
-        """Begins to tell the others, where it is time."""
-        self._left -= 1
-        if self._group is None or self._left > 0:
-            return
-        took_ms = 1000 * (time.monotonic() - self._since) / self._every
-        self._since = time.monotonic()
-        self._value = torch.tensor([self.wish(), round(took_ms) + 1], dtype=torch.int32)
-        self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        """Begins to tell the others."""
+        if self._group is not None:
+            self._value = torch.tensor([self.wish()], dtype=torch.int32)
+            self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def result(self) -> int:
         """The greatest wish that was announced."""
         if self._group is None:
             return self.wish()
-        if self._work is None:
-            return GOING_ON
         self._work.wait()
-        self._work = None
-        wish, update_ms = self._value.tolist()      # the slowest process's: the same number everywhere
-        self._every = self._left = max(1, int(1000 * AGREE_EVERY_S / update_ms))
-        return wish
+        return int(self._value.item())
 
     def gather(self, item: Any) -> list[Any]:
         """One picklable object of every process, in rank order, on every process; the device is not waited for."""
