@@ -71,15 +71,15 @@ class TaskDiffusionConfig(MLoREConfig):
 
 
 class ConvFeatures(nn.Module):
-    """Features of every task from a map of the ViT: (B, C, h, w) -> {task: (B, C, h, w)}, and no gates."""
+    """Features of every task from a map of the ViT: (B, C, h, w) -> (B, T, C, h, w), and no gates."""
 
     def __init__(self, tasks: Sequence[str], channels: int):
         super().__init__()
         self.layers = nn.ModuleDict({task: nn.Sequential(*_two_layers(channels), *_two_layers(channels))
                                      for task in tasks})
 
-    def forward(self, feat: Tensor) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        return {task: layers(feat) for task, layers in self.layers.items()}, []
+    def forward(self, feat: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return torch.stack([layers(feat) for layers in self.layers.values()], dim=1), []
 
 
 def _two_layers(channels: int) -> list[nn.Module]:
@@ -88,20 +88,19 @@ def _two_layers(channels: int) -> list[nn.Module]:
 
 
 class ExpertFeatures(nn.Module):
-    """The same from two mixtures of experts, with the gates of both for the balancing loss."""
+    """The same from two mixtures of experts, with the gates (T, B, E) of both for the balancing loss."""
 
     def __init__(self, tasks: Sequence[str], config: MLoREConfig, positions: int):
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.num_tasks = len(tasks)
         self.first, self.second = (MLoREModule(tasks, config, positions) for _ in range(2))
         for module in (self.first, self.second):
-            for router in module.router.values():
-                router.pool.reset_parameters()  # published with PyTorch's own, unlike those of MLoRE
+            module.router.pool.reset_parameters()  # published with PyTorch's own, unlike those of MLoRE
 
-    def forward(self, feat: Tensor) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        maps, first_gates = self.first(dict.fromkeys(self.tasks, feat))
+    def forward(self, feat: Tensor) -> tuple[Tensor, list[Tensor]]:
+        maps, first_gates = self.first(feat)
         maps, second_gates = self.second(maps)
-        return maps, [first_gates, second_gates]
+        return maps.unflatten(1, (self.num_tasks, -1)), [first_gates, second_gates]
 
 
 class Injection(nn.Conv2d):
@@ -198,19 +197,19 @@ class TaskDiffusionDecoder(Decoder):
 
     def forward(self, feats: Sequence[Tensor], labels: Mapping[str, Tensor] | None = None) -> DecoderOutput:
         injected, task_maps, gates = self.of_image(feats)
-        stacked = [torch.stack(list(level.values()), dim=1) for level in task_maps]  # (B, T, C, h, w)
         if not self.training:
-            return DecoderOutput(self._sample(injected, stacked))
+            return DecoderOutput(self._sample(injected, task_maps))
         if labels is None:
             raise ValueError("this decoder learns from coded labels: in training mode call model(image, labels)")
         latent, log_ratio = self._noisy(self.codes.of_labels(labels, injected[0].shape[-2:]))
-        final = self.predict(injected, stacked, latent, log_ratio, enlarge=True)
-        preliminary = {task: head([level[task] for level in task_maps]) for task, head in self.preliminary.items()}
+        final = self.predict(injected, task_maps, latent, log_ratio, enlarge=True)
+        preliminary = {task: head([level[:, index] for level in task_maps])
+                       for index, (task, head) in enumerate(self.preliminary.items())}
         return DecoderOutput(final, preliminary, self._balance(gates))
 
-    def of_image(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Tensor]], list[dict]]:
-        """What does not depend on the latent: shares of the injected maps and features of the tasks, (B, C, h, w) per
-        level, and the gates of all mixtures of experts."""
+    def of_image(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What does not depend on the latent: shares of the injected maps (B, C, h, w) and features of the tasks
+        (B, T, C, h, w) per level, and the gates (T, B, E) of all mixtures of experts."""
         injected, task_maps, gates = [], [], []
         for feat, proj, level, features in zip(feats, self.tap_proj, self.levels, self.features, strict=True):
             level_map = proj(feat)
@@ -220,10 +219,10 @@ class TaskDiffusionDecoder(Decoder):
             gates += level_gates
         return injected, task_maps, gates
 
-    def _balance(self, gates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _balance(self, gates: Sequence[Tensor]) -> dict[str, Tensor]:
         if not gates:
             return {}
-        loss = load_balancing_loss([list(layer.values()) for layer in gates])
+        loss = load_balancing_loss([[layer.flatten(0, 1)] for layer in gates])
         return {"load_balancing": self.config.load_balancing_weight * loss}
 
     def predict(self, injected: Sequence[Tensor], feats: Sequence[Tensor], latent: Tensor, log_ratio: Tensor,

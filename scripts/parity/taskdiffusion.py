@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.labels import VOID
+from models.blocks.stacked import split_by_task
 from models.model import MultiTaskModel
 from models.released.taskdiffusion import TASKDIFFUSION, locate, reshaped
 from scripts.parity import compare
@@ -86,27 +87,27 @@ def _inside(case: Case) -> Iterator[Measure]:
     decoder, seen = model.decoder, case.record(model)
     with torch.no_grad():
         injected, task_maps, gates = decoder.of_image(model.neck(model.encoder(case.image())))
-        stacked = [torch.stack(list(level.values()), dim=1) for level in task_maps]
         for name, want in case.below("eval.fea_fuse.").items():
             yield case.measure("value", f"map {name}", seen[f"decoder.tap_proj.{name}"], want)
         for name, want in case.below("eval.feat.").items():
             level, task = name.split(".")
-            yield case.measure("value", f"feature {name}", task_maps[int(level)][task], want)
+            yield case.measure("value", f"feature {name}", task_maps[int(level)][:, case.tasks.index(task)], want)
         yield from _gates(case, gates, "eval.gates.")
         for step in range(steps):
             wanted = case.below(f"eval.step{step}.")
             latent, log_ratio = (wanted.pop(key).to(case.options.dtype) for key in ("latent", "log_snr"))
-            seen["result"] = decoder.predict(injected, stacked, latent, log_ratio, enlarge=step == steps - 1)
+            seen["result"] = decoder.predict(injected, task_maps, latent, log_ratio, enlarge=step == steps - 1)
             wanted.pop("raw_code", None)
             for name, want in wanted.items():
                 yield case.measure("value", f"step {step} {name}", case.find(name, seen), want)
 
 
-def _gates(case: Case, gates: list[dict[str, Tensor]], prefix: str) -> Iterator[Measure]:
+def _gates(case: Case, gates: list[Tensor], prefix: str) -> Iterator[Measure]:
     """Named by stage (1 or 2), level and task; ours come level by level, both stages of each."""
     for name, want in case.below(prefix).items():
         stage, level, task = name.split(".")
-        yield case.measure("value", f"gates {name}", gates[2 * int(level) + int(stage) - 1][task], want)
+        got = gates[2 * int(level) + int(stage) - 1][case.tasks.index(task)]
+        yield case.measure("value", f"gates {name}", got, want)
 
 
 def _draw(case: Case, model: MultiTaskModel) -> None:
@@ -116,9 +117,8 @@ def _draw(case: Case, model: MultiTaskModel) -> None:
     decoder.draw_noise = lambda latent: _noise(case, "train.noise")
     for level, features in enumerate(decoder.features if case.config["variant"] == "mlore" else ()):
         for stage, module in enumerate((features.first, features.second), start=1):
-            for task, router in module.router.items():
-                drawn = case.values[f"train.router_noise.{stage}.{level}.{task}"]
-                router.draw_noise = lambda scores, drawn=drawn: drawn.to(scores)
+            drawn = torch.stack([case.values[f"train.router_noise.{stage}.{level}.{task}"] for task in case.tasks])
+            module.router.draw_noise = lambda scores, drawn=drawn: drawn.to(scores)
 
 
 def _labels(case: Case) -> dict[str, Tensor]:
@@ -143,17 +143,17 @@ def _training(case: Case) -> Iterator[Measure]:
     for name, want in _wanted_losses(case).items():
         yield case.measure("loss", f"loss {name}", step.losses[name], torch.tensor(want, dtype=torch.float64))
     yield case.measure("gradient", "grad image", step.image.grad, case.values["train.grad_image"])
-    parameters, floor = dict(step.model.named_parameters()), _floor(case)
+    gradients, floor = _gradients(step.model), _floor(case)
     for key, want in case.table("norms").items():
-        error = abs(_part(case, key, parameters).norm().item() - want) / max(want, floor)
+        error = abs(_part(case, key, gradients).norm().item() - want) / max(want, floor)
         yield Measure(f"|grad {key}|", error, case.options.pick(1e-9, 1e-2))
     yield from compare.buffers(case, step.model, "train.")
 
 
 def _full_gradients(case: Case) -> Iterator[Measure]:
-    parameters, floor = dict(_step(case).model.named_parameters()), _floor(case)
+    gradients, floor = _gradients(_step(case).model), _floor(case)
     for key, want in load_file(case.holding("gradients")).items():
-        error = stored_error(_part(case, key, parameters), reshaped(locate(key)[0], want))
+        error = stored_error(_part(case, key, gradients), reshaped(locate(key)[0], want))
         yield Measure(f"grad {key}", error / max(want.abs().max().item(), floor), case.options.pick(1e-9, 1e-2))
 
 
@@ -190,10 +190,15 @@ def _wanted_losses(case: Case) -> dict[str, float]:
     return wanted
 
 
-def _part(case: Case, key: str, parameters: Mapping[str, Tensor]) -> Tensor:
+def _gradients(model: MultiTaskModel) -> dict[str, Tensor]:
+    """Of every parameter, each task's for itself."""
+    return split_by_task(model, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+def _part(case: Case, key: str, gradients: Mapping[str, Tensor]) -> Tensor:
     """Our gradient of what has this key in the original."""
     name, place = locate(key)
-    grad = parameters[name].grad
+    grad = gradients[name]
     if ".experts." not in name:
         return grad
     ranks = case.config["rank_list"]
