@@ -128,7 +128,7 @@ def test_a_released_checkpoint_loads_as_it_is(released, tmp_path, caplog, capsys
     config, path, state = released
     assert recognise(state) == "BridgeNet"
     with caplog.at_level(logging.INFO):
-        model = trained_model(config, path, torch.device("cpu"))
+        model, _ = trained_model(config, path, torch.device("cpu"))
     dead = [key for key in state if BRIDGENET.is_dead(key)]
     assert f"missing 0 / unexpected 0 / ignored {len(dead)} without effect in the released BridgeNet" in caplog.text
     io = load_file(golden("bridgenet") / "nyud_vit.io.safetensors")
@@ -137,7 +137,7 @@ def test_a_released_checkpoint_loads_as_it_is(released, tmp_path, caplog, capsys
         torch.testing.assert_close(model.decoder(out).feats["edge"], io["feat.edge"], rtol=0, atol=1e-4)
     target = tmp_path / "ours.safetensors"
     assert convert_checkpoint([str(path), str(target)]) == 0 and "released BridgeNet" in capsys.readouterr().out
-    for key, value in trained_model(config, target, torch.device("cpu")).state_dict().items():
+    for key, value in trained_model(config, target, torch.device("cpu"))[0].state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
 
 

@@ -150,7 +150,7 @@ def released(request, tiny, tmp_path):
 def test_a_released_checkpoint_loads_and_tells_its_order(released, caplog):
     order, arguments, model, path = released
     with caplog.at_level(logging.INFO):
-        loaded = trained_model(load_config(NYUD, arguments), path, torch.device("cpu"))
+        loaded, _ = trained_model(load_config(NYUD, arguments), path, torch.device("cpu"))
     assert loaded.decoder.mixer_order == order
     assert "missing 0 / unexpected 0 / ignored 4 without effect in the released DeMT (tasks semseg 40, depth 1," \
         in caplog.text
@@ -173,7 +173,7 @@ def test_the_converted_file_holds_the_same_model(released, tmp_path, capsys):
     target = tmp_path / "ours.safetensors"
     assert convert_checkpoint([str(path), str(target)]) == 0
     assert "released DeMT" in capsys.readouterr().out
-    loaded = trained_model(load_config(NYUD, arguments), target, torch.device("cpu"))
+    loaded, _ = trained_model(load_config(NYUD, arguments), target, torch.device("cpu"))
     assert loaded.decoder.mixer_order == order
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
@@ -255,7 +255,7 @@ def test_a_small_one_trains_and_resumes(tiny, config_file):
     assert set(train(config, resume=False)) == set(config.tasks)
     first, *rest = rows(config.run_dir, "train")
     assert sum(row["loss/total"] for row in rest[-3:]) / 3 < first["loss/total"]
-    loaded = trained_model(load_config(config_file, without(arguments, "model_kwargs.mixer")),
+    loaded, _ = trained_model(load_config(config_file, without(arguments, "model_kwargs.mixer")),
                            config.run_dir / "last.pt", torch.device("cpu"))
     assert loaded.decoder.mixer_order == "spatial_first"
     longer = load_config(config_file, [*arguments, "max_iter=14", "val_interval=14"])

@@ -145,7 +145,7 @@ def released(tiny, tmp_path):
 def test_a_released_checkpoint_loads_as_it_is(released, caplog):
     config, model, path = released
     with caplog.at_level(logging.INFO):
-        loaded = trained_model(config, path, torch.device("cpu"))
+        loaded, _ = trained_model(config, path, torch.device("cpu"))
     assert f"loaded {len(model.state_dict())} / missing 0 / unexpected 0 / ignored 4 without effect" in caplog.text
     assert all(key in caplog.text for key in DEAD)
     image = torch.randn(1, 3, 64, 96)
@@ -159,7 +159,7 @@ def test_the_converted_file_holds_the_same_model(released, tmp_path, capsys):
     target = tmp_path / "ours.safetensors"
     assert convert_checkpoint([str(path), str(target)]) == 0
     assert "released InvPT" in capsys.readouterr().out
-    for key, value in trained_model(config, target, torch.device("cpu")).state_dict().items():
+    for key, value in trained_model(config, target, torch.device("cpu"))[0].state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
 
 

@@ -297,7 +297,7 @@ def test_a_released_checkpoint_loads_and_is_folded(tiny, tmp_path, caplog):
     model = model_from_config(config).eval()
     path = as_released(model, tmp_path / "checkpoint.pth.tar")
     with caplog.at_level("INFO"):
-        loaded = trained_model(config, path, CPU)
+        loaded, _ = trained_model(config, path, CPU)
     assert f"loaded {len(model.state_dict())} / missing 0 / unexpected 0 / ignored 4 without effect" in caplog.text
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key

@@ -150,7 +150,7 @@ def test_a_released_checkpoint_loads_as_it_is(tiny, tmp_path, caplog, kind, name
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({"model": {**state, **{f"module.{key}": torch.zeros(3) for key in DEAD[kind]}}}, path)
     with caplog.at_level(logging.INFO):
-        loaded = trained_model(config, path, torch.device("cpu"))
+        loaded, _ = trained_model(config, path, torch.device("cpu"))
     assert f"missing 0 / unexpected 0 / ignored {len(DEAD[kind])} without effect in the released TaskPr" in caplog.text
     assert all(key in caplog.text for key in DEAD[kind])
     for key, value in loaded.state_dict().items():

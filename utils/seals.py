@@ -88,13 +88,21 @@ def _end(path: Path) -> bytes:
 
 def _is_cut(path: Path) -> bool:
     """Whether an archive's comment is shorter than it says."""
+    if not _is_archive(path):
+        return False
     _, signature, rest = _end(path).rpartition(b"PK\5\6")
     record = rest[LAST_RECORD - 6:]
     return bool(signature) and len(record) >= 2 and int.from_bytes(record[:2], "little") > len(record) - 2
 
 
+def _is_archive(path: Path) -> bool:
+    """By how it begins: what marks the end of an archive may stand in any file."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
 def _check_archive(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
+    if not (_is_archive(path) and zipfile.is_zipfile(path)):
         return
     try:
         with zipfile.ZipFile(path) as archive:
