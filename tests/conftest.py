@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: a rendered data set, a model small enough to train in a test, and launchers."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from tests.shared import ROOT
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # a shell's background job; what the tests start must hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels then run on the CPU, slowly
 

@@ -128,31 +128,34 @@ def campaign(files: int, seed: int) -> int:
     """Prints what became of the damaged folders."""
     rng, counts, wrong = random.Random(seed), Counter(), []
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as name:
-        stage = Stage(Path(name))
-        keys = {"max_iter": 9, "val_interval": 4, "nworkers": 0, "checkpoint_interval": 0}
-        for run in ("run", "other"):
-            done = stage.start(stage.experiment(run, **keys, seed=SEED + (run == "other")))
-            if not done.wait(300) or set(done.codes.values()) != {0}:
-                raise ValueError(f"the run failed: {done.text()[-2000:]}")
-        original, other = stage.run_dir("run"), stage.run_dir("other")
-        true: dict[int, list[str]] = {}
-        for checkpoint_name in NAMES:
-            state = read_checkpoint(original / checkpoint_name)
-            true.setdefault(state["step"], []).append(state_sum(state))
-        while sum(counts.values()) < files:
-            folder = stage.folder / "damaged"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(original, folder)
-            what = damaged(folder, rng, other)
-            if not what:
-                continue
-            hit = {text.split()[1] for text in what}
-            whole = [checkpoint(original, n)["step"] for n in NAMES if n not in hit]
-            outcome = judge(folder, true, whole, MANIFEST not in hit)
-            counts[outcome.partition(":")[0]] += 1
-            if outcome not in ("resumed", "went back", "refused"):
-                wrong.append(f"{what}: {outcome}")
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            stage = Stage(Path(name))
+            keys = {"max_iter": 9, "val_interval": 4, "nworkers": 0, "checkpoint_interval": 0}
+            for run in ("run", "other"):
+                done = stage.start(stage.experiment(run, **keys, seed=SEED + (run == "other")))
+                if not done.wait(300) or set(done.codes.values()) != {0}:
+                    raise ValueError(f"the run failed: {done.text()[-2000:]}")
+            original, other = stage.run_dir("run"), stage.run_dir("other")
+            true: dict[int, list[str]] = {}
+            for checkpoint_name in NAMES:
+                state = read_checkpoint(original / checkpoint_name)
+                true.setdefault(state["step"], []).append(state_sum(state))
+            while sum(counts.values()) < files:
+                folder = stage.folder / "damaged"
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(original, folder)
+                what = damaged(folder, rng, other)
+                if not what:
+                    continue
+                hit = {text.split()[1] for text in what}
+                whole = [checkpoint(original, n)["step"] for n in NAMES if n not in hit]
+                outcome = judge(folder, true, whole, MANIFEST not in hit)
+                counts[outcome.partition(":")[0]] += 1
+                if outcome not in ("resumed", "went back", "refused"):
+                    wrong.append(f"{what}: {outcome}")
+    finally:
+        logging.disable(logging.NOTSET)
     for words in wrong:
         print(words)
     print(f"{files} damaged folders: {dict(counts)}")
