@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a rendered data set, a model small enough to train in a test, and launchers."""
 
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,15 @@ TINY = [
     "trBatch=2", "valBatch=2", "nworkers=0", "max_iter=6", "val_interval=3", "log_interval=1", "device=cpu",
     "optimizer_kwargs.lr=1e-3", "tensorboard=false", "progress=false",
 ]
+
+
+@pytest.fixture(autouse=True)
+def signals_and_logging_as_before():
+    """A test that leaves signals blocked, or logging off, breaks those behind it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 @pytest.fixture(scope="session")

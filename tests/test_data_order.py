@@ -104,7 +104,8 @@ def test_collating_stacks_maps_and_lists_meta():
     assert batch["a"].tolist() == [[0], [1]]
 
 
-def test_workers_stay_and_compute_on_one_thread():
+def test_workers_stay_and_compute_on_one_thread(monkeypatch):
+    monkeypatch.setattr("data.loader.obey_the_parent", lambda: None)        # it is meant for a process of its own
     loaders = [build(Squares(), 2, workers) for build in (build_train_loader, build_eval_loader) for workers in (0, 1)]
     assert [loader.persistent_workers for loader in loaders] == [False, True] * 2
     assert [loader.num_workers for loader in loaders] == [0, 1] * 2
