@@ -216,6 +216,18 @@ def test_half_precision_is_in_the_network_alone(example_root, tmp_path, precisio
     assert_same(stored(config.run_dir / "last.pt")["model"], seen.start.state_dict(), 1e-7)
 
 
+def test_updates_that_overflow_in_float16_are_left_out_until_the_scale_fits(example_root, tmp_path):
+    """The loss scale is halved by each, and the run goes on: the updates behind them move the weights."""
+    config = experiment(example_root, tmp_path, *PLAIN, "precision=fp16", "max_iter=24", "val_interval=24",
+                        "optimizer_kwargs.lr=1e-7", "loss_kwargs.loss_weights={semseg: 1e5, depth: 1e5}")
+    with watch(example_root) as seen:
+        train(config, resume=False)
+    last = stored(config.run_dir / "last.pt")
+    halved = math.log2(65536 / last["scaler"]["scale"])
+    assert last["step"] == 24 and halved == int(halved) and 2 < halved < 24
+    assert any(not torch.equal(last["model"][key], value) for key, value in seen.start.named_parameters())
+
+
 def test_a_run_whose_updates_all_overflow_in_float16_ends_with_a_sentence(example_root, tmp_path):
     """Each is left out and the loss scale is halved; where none is left, nothing has been trained."""
     config = experiment(example_root, tmp_path, *PLAIN, "precision=fp16", "max_iter=2",
