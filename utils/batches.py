@@ -8,11 +8,13 @@ from torch import Tensor
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors on the device, also inside dictionaries and lists; everything else as it is."""
+    """Tensors on the device, also inside dictionaries, lists and named tuples; everything else as it is."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
+    if _is_named_tuple(batch):
+        return type(batch)(*(to_device(value, device) for value in batch))
     return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
 
 
@@ -45,6 +47,10 @@ def _keep_memory_for(stream: torch.cuda.Stream, batch: Any) -> None:
         batch.record_stream(stream)
     elif isinstance(batch, Mapping):
         batch = list(batch.values())
-    if isinstance(batch, list):
+    if isinstance(batch, list) or _is_named_tuple(batch):
         for value in batch:
             _keep_memory_for(stream, value)
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
