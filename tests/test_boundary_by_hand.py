@@ -17,7 +17,7 @@ from evaluation.boundary.protocol import Protocol, as_probability, image_counts
 from evaluation.boundary.scores import BoundaryTotals
 from evaluation.boundary.settings import BoundarySettings, BoundaryTruth
 from evaluation.boundary.source import TruthSource, truth_source
-from evaluation.boundary.suppression import TRIANGLE, orientation, suppress
+from evaluation.boundary.suppression import orientation, smoothed, suppress
 from evaluation.evaluator import Split
 
 BACKENDS = ["scipy", pytest.param("compiled", marks=pytest.mark.skipif(pick_backend() != "compiled",
@@ -105,35 +105,44 @@ def test_candidates_lie_within_the_distance():
         assert graph.nnz == len(near)
 
 
-def test_the_cheapest_matching_is_the_shortest():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_cheapest_matching_is_the_shortest(backend):
     """Two predictions, two truths in one row: 0-1 and 4-5 cost 1 each, crossing would cost 5 and 3."""
     prediction, truth = np.zeros((1, 9), bool), np.zeros((1, 9), bool)
     prediction[0, [0, 4]], truth[0, [1, 5]] = True, True
-    assert cheapest_match(prediction, truth, 6).tolist() == [[1, -1, -1, -1, 5, -1, -1, -1, -1]]
+    assert cheapest_match(prediction, truth, 6, backend).tolist() == [[1, -1, -1, -1, 5, -1, -1, -1, -1]]
     truth[0, 1] = False                                    # one truth: the nearer of the two takes it
-    assert cheapest_match(prediction, truth, 6).tolist() == [[-1] * 4 + [5] + [-1] * 4]
-    assert cheapest_match(prediction, truth, 0.5).tolist() == [[-1] * 9]
+    assert cheapest_match(prediction, truth, 6, backend).tolist() == [[-1] * 4 + [5] + [-1] * 4]
+    assert cheapest_match(prediction, truth, 0.5, backend).tolist() == [[-1] * 9]
     # a chain: the most pairs come before the least distance
     prediction[:], truth[:] = False, False
     prediction[0, [3, 5]], truth[0, [4, 1]] = True, True
-    assert cheapest_match(prediction, truth, 2).tolist() == [[-1, -1, -1, 1, -1, 4, -1, -1, -1]]
-    assert (match(prediction, truth, 2, "scipy") == cheapest_match(prediction, truth, 2)).all()
+    assert cheapest_match(prediction, truth, 2, backend).tolist() == [[-1, -1, -1, 1, -1, 4, -1, -1, -1]]
+    assert (match(prediction, truth, 2, "scipy") == cheapest_match(prediction, truth, 2, backend)).all()
 
 
 # Suppression ---------------------------------------------------------------------------------------------------------
 
+def test_a_point_is_smoothed_to_a_pyramid():
+    picture = np.zeros((20, 30), np.float32)
+    picture[8, 15] = 1
+    triangle = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1]) / 25
+    np.testing.assert_allclose(smoothed(picture)[4:13, 11:20], np.outer(triangle, triangle), atol=1e-6)
+    assert smoothed(picture).sum() == pytest.approx(1, abs=1e-4)
+    np.testing.assert_allclose(smoothed(np.full((3, 2), 0.25, np.float32)), 0.25, rtol=1e-5)  # small beside the filter
+
+
 def test_the_angle_is_that_of_the_normal():
-    assert TRIANGLE.sum() == pytest.approx(1) and TRIANGLE[4] == 0.2 and len(TRIANGLE) == 9
-    bump = np.exp(-((np.arange(40) - 20) / 4.0)**2)
+    bump = np.exp(-((np.arange(40) - 20) / 4.0)**2).astype(np.float32)
     angle = orientation(np.tile(bump, (40, 1)))[20, 20]
     assert min(angle, np.pi - angle) < 1e-6                # a vertical line has a horizontal normal
     assert orientation(np.tile(bump, (40, 1)).T)[20, 20] == 0           # as published: its mixed derivative has no sign
     y, x = np.mgrid[:40, :40]
     for slope in (-0.05, 0.05):
-        tilted = np.exp(-((y - 20 + slope * (x - 20)) / 4.0)**2)
+        tilted = np.exp(-((y - 20 + slope * (x - 20)) / 4.0)**2).astype(np.float32)
         assert orientation(tilted)[20, 20] == pytest.approx(np.pi / 2, abs=0.06)
     for sign, expected in ((1, np.pi / 4), (-1, 3 * np.pi / 4)):
-        ridge = np.exp(-((x + sign * (y - 20) - 20) / 5.0)**2)
+        ridge = np.exp(-((x + sign * (y - 20) - 20) / 5.0)**2).astype(np.float32)
         assert orientation(ridge)[20, 20] == pytest.approx(expected, abs=0.02)
 
 

@@ -28,7 +28,7 @@ from evaluation.boundary.source import truth_source
 from evaluation.boundary.truth import truth_boundary
 from evaluation.evaluator import Split
 from tests.conftest import TINY
-from tests.shared import ROOT
+from tests.shared import ROOT, real_data
 from utils.engine.config import load_config
 from utils.engine.results import check_reference, delta_m_against, format_table, selection_score
 from utils.engine.tasks import TASKS, label_rules
@@ -249,6 +249,45 @@ def test_a_folder_per_image_holds_several_annotations(folders):
     prediction = np.asarray(Image.open(folders / "pred" / "im0.png"))
     assert np.array_equal(pair.counts("regions", PROTOCOL), image_counts(prediction, truths, PROTOCOL))
     assert tool(folders)["images"] == 6
+
+
+def test_annotators_of_bsds_are_read_from_one_mat_file(folders):
+    """`groundTruth` is a row of cells; each annotator's `Boundaries` are used as drawn."""
+    rng = np.random.default_rng(2)
+    for i in range(6):
+        path = folders / "gt" / f"im{i}.png"
+        label = np.asarray(Image.open(path))
+        path.unlink()
+        drawn = [truth_boundary(np.roll(label, k, 1), "regions") for k in range(1 + i % 3)]
+        cells = np.empty((1, len(drawn)), object)
+        for k, boundaries in enumerate(drawn):
+            cells[0, k] = {"Segmentation": rng.integers(1, 9, label.shape).astype(np.uint16),
+                           "Boundaries": boundaries.astype(np.uint8)}
+        savemat(path.with_suffix(".mat"), {"groundTruth": cells})
+        prediction = np.asarray(Image.open(folders / "pred" / f"im{i}.png"))
+        pair = find_pairs(folders / "pred", folders / "gt", [f"im{i}"])[0]
+        assert np.array_equal(pair.counts("bsds", PROTOCOL), image_counts(prediction, drawn, PROTOCOL))
+    assert tool(folders, kind="bsds")["images"] == 6
+    assert "im0.mat has no variable 'LabelMap'" in refused(folders)
+    savemat(folders / "gt" / "im0.mat", {"groundTruth": np.ones((3, 3))})
+    assert "im0.mat: 'groundTruth' holds no 'Boundaries'" in refused(folders, kind="bsds")
+
+
+def test_hed_on_bsds_as_an_independent_evaluator_counts_it():
+    """Four photographs of the test split with four to nine annotators each; its matcher loses a match now and then."""
+    folder = real_data() / "photos" / "BSDS500_test"
+    stored = json.loads((folder / "hed_counts.json").read_text())
+    protocol, ours, theirs = Protocol(0.0075, "plain"), BoundaryTotals.empty(99), BoundaryTotals.empty(99)
+    for name in sorted(stored)[:4]:
+        bits = np.asarray(Image.open(folder / "gt" / f"{name}.png")).astype(int)
+        truths = [truth_boundary(bits >> k & 1, "bsds") for k in range(16) if (bits >> k & 1).any()]
+        counts = image_counts(np.asarray(Image.open(folder / "hed" / f"{name}.png")), truths, protocol)
+        assert np.array_equal(counts[:, [1, 3]], np.array(stored[name])[:, [1, 3]])
+        assert (counts[:, 0] >= np.array(stored[name])[:, 0]).all()
+        ours.add(counts)
+        theirs.add(np.array(stored[name]))
+    assert (ours.counts[:, 0] <= 1.001 * theirs.counts[:, 0]).all()
+    np.testing.assert_allclose(ours.counts[:, 2], theirs.counts[:, 2], rtol=1.5e-3, atol=1)
 
 
 @pytest.fixture(scope="module")

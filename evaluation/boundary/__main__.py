@@ -3,11 +3,12 @@
     python -m evaluation.boundary --pred runs/x/infer/edge --gt NYUDv2/edge --gt_kind nyud --max_dist 0.011
     python -m evaluation.boundary --pred DIR --gt PASCALContext/pascal-context/trainval --gt_kind regions \\
         --max_dist 0.0075 --images test_new.txt --json scores.json --plot curve.png
+    python -m evaluation.boundary --pred DIR --gt BSDS500/data/groundTruth/test --gt_kind bsds --max_dist 0.0075
 
 Predictions are 8-bit grey PNG files, <name>.png, at the images' original sizes. Ground truths are <name>.png, .npy or
 .mat (LabelMap), or a folder <name>/ of such files, one per annotator. Kinds: `boundary` pictures are thinned and used;
 `regions` are label maps whose boundaries are taken; `nyud` are edge pictures read as if they were label maps, as the
-published scores on NYUD-v2 do.
+published scores on NYUD-v2 do; `bsds` are boundaries used as they are, in a .mat file those of all its annotators.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--gt", type=Path, required=True, metavar="DIR", help="ground truth")
     add("--gt_kind", choices=TRUTH_KINDS, required=True, help="what the ground truth files hold")
     add("--max_dist", type=float, required=True, metavar="SHARE",
-        help="largest distance of a match, as a share of the diagonal: NYUD-v2 0.011, PASCAL 0.0075")
+        help="largest distance of a match, as a share of the diagonal: NYUD-v2 0.011, PASCAL and BSDS 0.0075")
     add("--images", type=Path, metavar="FILE", help="score only these images: a text file, one name per line")
     add("--protocol", choices=("nms", "plain"), default="nms",
         help="plain: no non-maximum suppression, 99 thresholds (MTI-Net)")

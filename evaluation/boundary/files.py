@@ -26,26 +26,38 @@ class Pair:
         prediction = read_uint8(self.prediction, channels=1)
         truths = []
         for path in self.truths:
-            raw = read_truth(path)
-            if raw.shape != prediction.shape:
-                raise ValueError(f"{self.prediction} has (H, W) = {prediction.shape}, its ground truth {path} "
-                                 f"{raw.shape}; predictions are needed at the original size")
-            try:
-                truths.append(truth_boundary(raw, kind))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+            for raw in read_truths(path, kind):
+                if raw.shape != prediction.shape:
+                    raise ValueError(f"{self.prediction} has (H, W) = {prediction.shape}, its ground truth {path} "
+                                     f"{raw.shape}; predictions are needed at the original size")
+                try:
+                    truths.append(truth_boundary(raw, kind))
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
         return image_counts(prediction, truths, protocol)
 
 
-def read_truth(path: Path) -> np.ndarray:
-    """H x W integers: a grey, palette or 16-bit PNG, the `LabelMap` of a .mat file, or an .npy array."""
+def read_truths(path: Path, kind: str) -> list[np.ndarray]:
+    """The ground truths in a file, each H x W integers: one, or those of all annotators in a .mat file of BSDS.
+
+    A grey, palette or 16-bit PNG, an .npy array, the `LabelMap` of a .mat file, or, for the kind `bsds`, the
+    `Boundaries` of each entry of its `groundTruth`.
+    """
     if path.suffix == ".mat":
-        return np.asarray(read_mat(path, "LabelMap"))
+        return _annotators(path) if kind == "bsds" else [np.asarray(read_mat(path, "LabelMap"))]
     if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
+        return [np.load(path, allow_pickle=False)]
     with Image.open(path) as image:
         deep = image.mode.startswith("I")
-    return read_uint16(path) if deep else read_uint8(path, channels=1)
+    return [read_uint16(path) if deep else read_uint8(path, channels=1)]
+
+
+def _annotators(path: Path) -> list[np.ndarray]:
+    entries = np.atleast_1d(read_mat(path, "groundTruth"))
+    if not entries.size or not all(hasattr(entry, "Boundaries") for entry in entries):
+        raise ValueError(f"{path}: 'groundTruth' holds no 'Boundaries'; a ground truth of BSDS has them for each "
+                         "annotator")
+    return [np.asarray(entry.Boundaries) for entry in entries]
 
 
 def find_pairs(predictions: Path, truths: Path, names: Sequence[str] | None = None) -> list[Pair]:

@@ -22,7 +22,8 @@ from utils.extension import load_extension
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "compiled", "scipy")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("matching.cpp", "matcher.h", "thinning.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("matching.cpp", "matcher.h", "assignment.h",
+                                                            "thinning.h"))
 COST_PER_PIXEL = 100                 # costs of the published matcher are whole hundredths of a pixel
 
 
@@ -70,6 +71,36 @@ def count_levels(levels: np.ndarray, truth: np.ndarray, num: int, distance: floa
     return counts
 
 
+def count_annotators(levels: np.ndarray, truths: np.ndarray, num: int, distance: float,
+                     backend: str = "auto") -> np.ndarray:
+    """cntR, cntP, pixels of the thinned prediction and cost at `num` thresholds, (num, 4) int64; truths (G, H, W) bool.
+
+    Each ground truth is matched by itself, for the most pairs and then the least distance. cntR adds up the pairs; cntP
+    counts a predicted pixel once if any ground truth matches it; the cost sums distances in hundredths of a pixel.
+    levels, num, distance: see `count_levels`.
+    """
+    assert levels.shape == truths.shape[1:], f"levels {levels.shape}, truths {truths.shape}"
+    if pick_backend(backend) == "compiled":
+        return _compiled().count_annotators(np.ascontiguousarray(levels, np.int16), np.ascontiguousarray(truths, bool),
+                                            num, distance)
+    counts = np.zeros((num, 4), np.int64)
+    for k in range(num):
+        if k and not (levels == k).any():                              # the same map as at the threshold below
+            counts[k] = counts[k - 1]
+            continue
+        lines = thin(levels > k, "scipy")
+        partners = np.stack([cheapest_match(lines, truth, distance, "scipy") for truth in truths])
+        matched = partners >= 0
+        counts[k] = matched.sum(), matched.any(axis=0).sum(), lines.sum(), sum(map(matching_cost, partners))
+    return counts
+
+
+def matching_cost(partners: np.ndarray) -> int:
+    """Sum of the distances in a map of partners (H, W), each rounded to hundredths of a pixel."""
+    there = np.stack(np.unravel_index(partners[partners >= 0], partners.shape), axis=1)
+    return int(np.rint(COST_PER_PIXEL * np.hypot(*(np.argwhere(partners >= 0) - there).T)).sum())
+
+
 def match(prediction: np.ndarray, truth: np.ndarray, distance: float, backend: str = "auto") -> np.ndarray:
     """A maximum matching of two H x W masks: for each pixel of `prediction` its partner's flat index in `truth`.
 
@@ -90,12 +121,16 @@ def match(prediction: np.ndarray, truth: np.ndarray, distance: float, backend: s
     return _partners(prediction, truth, chosen)
 
 
-def cheapest_match(prediction: np.ndarray, truth: np.ndarray, distance: float) -> np.ndarray:
-    """Like `match`, and of all maximum matchings one with the least sum of distances.
+def cheapest_match(prediction: np.ndarray, truth: np.ndarray, distance: float, backend: str = "auto") -> np.ndarray:
+    """Like `match`, and of all maximum matchings one with the least sum of distances, each rounded to 1/100 pixel.
 
+    Where several have the same sum, which of them it is depends on the backend. In SciPy's terms:
     The cost of leaving a pixel alone is a hundred times the largest distance. Each pixel gets a stand-in on the other
     side, which it takes when it stays alone; stand-ins of a matched pair pair up. So a full assignment always exists.
     """
+    if pick_backend(backend) == "compiled":
+        return _compiled().cheapest_match(np.ascontiguousarray(prediction, bool), np.ascontiguousarray(truth, bool),
+                                          distance)
     pixels, truths, graph = candidates(prediction, truth, distance)
     row, column = graph.nonzero()
     live_row, row = np.unique(row, return_inverse=True)                # pixels without any candidate drop out

@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 
-from evaluation.boundary.matching import cheapest_match, count_levels, thin
+from evaluation.boundary.matching import count_annotators, count_levels
 from evaluation.boundary.settings import ProtocolName
 from evaluation.boundary.suppression import suppress
 
@@ -82,11 +82,6 @@ def image_counts(prediction: np.ndarray, truths: Sequence[np.ndarray], protocol:
         pairs, pixels = count_levels(levels, truths[0], num, distance, backend).T
         counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3] = pairs, truths[0].sum(), pairs, pixels
         return counts
-    for k in range(num):
-        if k and not (levels == k).any():                              # the same map as at the threshold below
-            counts[k] = counts[k - 1]
-            continue
-        lines = thin(levels > k, backend)
-        matched = np.stack([cheapest_match(lines, truth, distance) >= 0 for truth in truths])
-        counts[k] = matched.sum(), sum(t.sum() for t in truths), matched.any(axis=0).sum(), lines.sum()
+    pairs, matched, pixels, _ = count_annotators(levels, np.stack(truths), num, distance, backend).T
+    counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3] = pairs, sum(t.sum() for t in truths), matched, pixels
     return counts

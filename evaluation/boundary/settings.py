@@ -8,7 +8,7 @@ import numpy as np
 
 from utils.options import Options
 
-TruthKind = Literal["boundary", "regions", "nyud"]
+TruthKind = Literal["boundary", "regions", "nyud", "bsds"]
 ProtocolName = Literal["nms", "plain"]
 Mode = Literal["off", "fast", "exact"]      # `fast` takes every eighth image
 

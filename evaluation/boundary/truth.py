@@ -36,30 +36,32 @@ def region_outline(label: np.ndarray) -> np.ndarray:
     return outline
 
 
-def _from_boundary(picture: np.ndarray) -> np.ndarray:
+def _drawn(picture: np.ndarray) -> np.ndarray:
     values = np.unique(picture)
     if len(values) > 2 or (len(values) == 2 and values[0] != 0):
         raise ValueError(f"a boundary map has two values, 0 and another; this one has {len(values)} "
                          f"({', '.join(map(str, values[:4]))}{', ...' if len(values) > 4 else ''}): "
                          "is it a label map (kind 'regions')?")
-    return thin(picture != 0)
+    return picture != 0
 
 
 _KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "boundary": _from_boundary,
+    "boundary": lambda picture: thin(_drawn(picture)),
     "regions": lambda label: thin(region_outline(connected_components(label))),
     "nyud": lambda picture: thin(region_outline(picture)),
+    "bsds": _drawn,
 }
 TRUTH_KINDS = tuple(_KINDS)
 
 
 def truth_boundary(raw: np.ndarray, kind: str) -> np.ndarray:
-    """The boundary map, H x W bool, one pixel wide, of a ground-truth map H x W of integers or bool.
+    """The boundary map, H x W bool, of a ground-truth map H x W of integers or bool.
 
     boundary: the non-zero pixels, thinned.
     regions: a label map; the boundaries between its 4-connected regions.
     nyud: an edge picture *read as if it were a label map*, so that a line two or more pixels wide becomes two lines.
         This is how the published figures on NYUD-v2 were made.
+    bsds: the non-zero pixels as an annotator of BSDS drew them, one pixel wide.
     """
     if kind not in _KINDS:
         raise ValueError(f"unknown kind of ground truth {kind!r}; known: {', '.join(_KINDS)}")
