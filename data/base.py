@@ -35,7 +35,8 @@ class MultiTaskDataset:
 
     `dataset[(index, seed)]` applies `transform(sample, random.Random(seed))`; `dataset[index]` (evaluation)
     uses the index as seed. Sample before the transform: "image" H x W x 3 uint8 RGB, each task's label (maps: H x W x C
-    float32 of the image's size), "meta" {"name": str, "size": (H, W)}. Without a transform that sample is returned.
+    float32 of the image's size), "meta" {"name": str, "size": (H, W)} and what the labels tell of the image
+    (`LabelRules.known`). Without a transform that sample is returned.
     `labels` maps each wanted task to the rules of its label. `cache` keeps what the files hold, decoded.
 
     `partial_labels` says whether images may lack labels, and which of them are used: such a label is None in a sample
@@ -70,12 +71,22 @@ class MultiTaskDataset:
         self._used = {name: row for name, row in zip(self.ids, self.present, strict=True) if not row.all()}
 
     def select_ids(self) -> list[str]:
-        """The ids this run uses: where there is one task, only those whose label can say something about it."""
-        [*tasks] = self.labels
-        informs = self.spec.labels[tasks[0]].informs if len(tasks) == 1 else None
-        if informs is None:
-            return self.ids
-        return [name for name in self.ids if self._is_there(tasks[0], name) and informs(*self.paths(tasks[0], name))]
+        """The ids this run uses: where there is one task, or it is required, those whose label says something of it."""
+        ids, own = self.ids, [task for task in self.labels if task in self.spec.labels]
+        for task, label in ((task, self.spec.labels[task]) for task in own):
+            dropped = label.required and self.partial.empty == "drop"
+            if label.informs is not None and (dropped or len(self.labels) == 1):
+                ids = [name for name in ids if not self._says_nothing(task, name, alone=not dropped)]
+        if len(ids) < len(self.ids):
+            logger.info("%s, split %s: %d of %d images are left out, whose labels say nothing", self.spec.name,
+                        self.split, len(self.ids) - len(ids), len(self.ids))
+        return ids
+
+    def _says_nothing(self, task: str, name: str, alone: bool) -> bool:
+        """Whether a label tells that there is nothing; a missing one tells so where no other task is trained."""
+        if not self._is_there(task, name):
+            return alone
+        return not self.spec.labels[task].informs(*self.paths(task, name))
 
     def _labels_there(self) -> np.ndarray:
         """(images, tasks) bool: whether all files of a label exist."""
@@ -177,36 +188,40 @@ class MultiTaskDataset:
         """Image and labels of one id, untransformed; labels of another size are resized to the image's."""
         maps = self._maps(name)
         size = maps["image"].shape[:2]
-        labels = {}
+        labels, known = {}, {}
         for key, rules in self.labels.items():
+            labels[key] = None
             if key in maps:
-                self.check_geometry(key, name, size, np.shape(maps[key])[:2])
-            labels[key] = rules.fit(maps[key], size) if key in maps else None
+                self.check_geometry(key, name, size, rules.size_of(maps[key]))
+                labels[key] = rules.fit(maps[key], size)
+                known |= rules.known(labels[key])
         output = self.spec.output_name.format(id=name, stem=self.paths("image", name)[0].stem)
-        return {"image": maps["image"], **labels, "meta": {"name": output, "size": size}}
+        return {"image": maps["image"], **labels, "meta": {"name": output, "size": size, **known}}
 
     def _maps(self, name: str) -> dict[str, Any]:
-        """Image and labels as stored, from the cache where there is one."""
+        """Image and labels as stored; maps come from the cache where there is one."""
         keys = self.maps_of(name)
         if self.cache is None:
             return {key: self.read(key, name) for key in keys}
-        files = [path for key in keys for path in self.paths(key, name)]
-        return self.cache.fetch(" ".join((str(self.folder), name, *map(self._contents, keys))), files,
-                                lambda: {key: self.read(key, name) for key in keys})
+        kept = [key for key in keys if key == "image" or self.labels[key].is_map]
+        files = [path for key in kept for path in self.paths(key, name)]
+        maps = self.cache.fetch(" ".join((str(self.folder), name, *map(self._contents, kept))), files,
+                                lambda: {key: self.read(key, name) for key in kept})
+        return maps | {key: self.read(key, name) for key in keys if key not in kept}
 
     def _contents(self, key: str) -> str:
         """What a map of the cache is: its name, and how a folder's description has it read."""
         read = (self.spec.image if key == "image" else self.spec.labels[key]).read
         return f"{key} {read}" if is_dataclass(read) else key
 
-    def check_geometry(self, task: str, name: str, image: tuple[int, int], label: tuple[int, ...]) -> None:
-        """A label map shows what its image shows: equal sides, or the same aspect ratio to within a pixel of either.
+    def check_geometry(self, task: str, name: str, image: tuple[int, int], label: tuple[int, int] | None) -> None:
+        """A label shows what its image shows: equal sides, or the same aspect ratio to within a pixel of either.
 
-        1 x 1 pixels are the label of an image without any of the objects that the label is about.
+        1 x 1 pixels are the label of an image without any of the objects that the label is about; None: of no size.
         """
         nothing = self.spec.labels[task].informs is not None
-        fits = nothing if label == (1, 1) else len(label) != 2 or self.labels[task].same_view(label, image)
-        if fits or label == image:
+        if label is None or label == image or (nothing if label == (1, 1) else
+                                               self.labels[task].same_view(label, image)):
             return
         turned = self.labels[task].same_view(label[::-1], image)
         advice = (" (one of them is turned by 90 degrees: does the photograph carry an EXIF orientation?)" if turned

@@ -42,7 +42,7 @@ class DecodedCache:
         maps = self._load(entry, stamp)
         if maps is None:
             maps = read()
-            if self.is_open and all(isinstance(value, np.ndarray) for value in maps.values()):
+            if self.is_open:
                 self._store(entry, stamp, maps)
         return maps
 

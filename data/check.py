@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 
 from data.base import MultiTaskDataset
-from data.labels import VOID
 from data.spec import read_image
 from utils.files import exif_orientation
 
@@ -65,7 +63,7 @@ def examine(dataset: MultiTaskDataset, name: str, look: Look | None = None) -> E
         file = dataset.paths(key, name)[0]
         if doubt := rules.doubts(maps[key]):
             problems.append(f"{file}: {doubt}")
-        elif dataset.spec.labels[key].informs is None and np.all(rules.mark_void(maps[key]) == VOID):
+        elif dataset.spec.labels[key].informs is None and rules.is_void(maps[key]):
             notes.append(f"{file}: void everywhere, it supervises nothing")
     digest = _digest(dataset.paths("image", name)[0]) if "image" in maps else ""
     return Examined(name, tuple(problems), tuple(notes), digest, look(dataset, name, maps) if look else None)
@@ -74,7 +72,7 @@ def examine(dataset: MultiTaskDataset, name: str, look: Look | None = None) -> E
 def _misfits(dataset: MultiTaskDataset, name: str, maps: Mapping[str, Any]) -> Iterator[str]:
     """Labels of another geometry than the image's, as far as it can be told."""
     size, file = maps["image"].shape[:2], dataset.paths("image", name)[0]
-    sizes = {key: np.shape(value)[:2] for key, value in maps.items() if key != "image"}
+    sizes = {key: dataset.labels[key].size_of(value) for key, value in maps.items() if key != "image"}
     for key, found in sizes.items():
         try:
             dataset.check_geometry(key, name, size, found)

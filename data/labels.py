@@ -6,14 +6,15 @@ Maps are H x W x C float32 arrays; void is 255 in every channel.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 
 VOID = 255.0
+NEAREST = {"corner": cv2.INTER_NEAREST, "centre": cv2.INTER_NEAREST_EXACT}
 INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}
 
 
@@ -21,10 +22,15 @@ class LabelRules(ABC):
     """What happens to a label while its image is prepared. Sizes are (height, width)."""
 
     guides_crop: bool = False       # whether its classes tell a varied crop from a dull one (`transforms.RandomCrop`)
+    is_map: ClassVar[bool] = False  # whether it is an array H x W x C, of which a data set may want another size
 
     @abstractmethod
     def fit(self, label: Any, size: tuple[int, int]) -> Any:
         """The label of a file, brought to the size of its image."""
+
+    def size_of(self, label: Any) -> tuple[int, int] | None:
+        """Of the picture that the label of a file describes; None where it does not say."""
+        return None
 
     def same_view(self, label: tuple[int, int], image: tuple[int, int]) -> bool:
         """Whether a label of this size can show what an image of that size shows."""
@@ -37,6 +43,10 @@ class LabelRules(ABC):
     @abstractmethod
     def resize(self, label: Any, size: tuple[int, int]) -> Any:
         """At another size, values as they are."""
+
+    def regrid(self, label: Any, size: tuple[int, int]) -> Any:
+        """At the size that a data set wants its labels to have, whatever the image's; of maps only."""
+        return self.resize(label, size)
 
     def scale(self, label: Any, size: tuple[int, int], factor: float) -> Any:
         """The image was enlarged by `factor` to `size`, as if the camera had come nearer."""
@@ -58,6 +68,25 @@ class LabelRules(ABC):
         """With what carries no supervision marked."""
         return label
 
+    def is_void(self, label: Any) -> bool:
+        """Whether the label of a file supervises nothing."""
+        return False
+
+    def known(self, label: Any) -> dict[str, Any]:
+        """What a label tells of its image besides what is to be predicted, such as a camera; for "meta"."""
+        return {}
+
+    def of_photograph(self, size: tuple[int, int], camera: str = "") -> Any:
+        """The label of a photograph of which nothing is known but a file with its camera, if that; else None.
+
+        Only what is `known` of it is used. A label of this kind is prepared with its image, too.
+        """
+        return None
+
+    def onto(self, prediction: Any, known: Mapping[str, Any]) -> Any:
+        """A prediction for the frame that the network saw, for the picture of which this is `known`; no maps."""
+        return prediction
+
     @abstractmethod
     def to_tensor(self, label: Any) -> Any:
         """As the loss takes it, of one image."""
@@ -76,24 +105,35 @@ class MapLabel(LabelRules):
     """A label map.
 
     channels: C. interp: how a file of another size is brought to the image's. pad_value: what padding holds.
-    guides_crop: for maps of class ids.
+    guides_crop: for maps of class ids. grid: which pixels a smaller grid of labels takes, "corner" 0, 2, 4 ... or
+    "centre" 1, 3, 5 ... of twice as many.
     """
 
     channels: int = 1
     interp: str = "nearest"
     pad_value: float = VOID
     guides_crop: bool = False
+    grid: Literal["corner", "centre"] = "corner"
+
+    is_map: ClassVar[bool] = True
+
+    def size_of(self, label: np.ndarray) -> tuple[int, int]:
+        return label.shape[:2]
 
     def same_view(self, label: tuple[int, int], image: tuple[int, int]) -> bool:
-        """The same aspect ratio, up to the rounding of the smaller one's sides."""
-        small, large = sorted((label, image))
-        return abs(small[0] * large[1] - small[1] * large[0]) <= max(large)
+        return same_aspect(label, image)
+
+    def is_void(self, label: np.ndarray) -> bool:
+        return bool(np.all(self.mark_void(label) == VOID))
 
     def fit(self, label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return label if label.shape[:2] == size else resize_map(label, size, INTERPOLATION[self.interp])
 
     def resize(self, label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return resize_map(label, size, cv2.INTER_NEAREST)
+
+    def regrid(self, label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return resize_map(label, size, NEAREST[self.grid])
 
     def crop(self, label: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
         return crop_map(label, top, left, size)
@@ -176,6 +216,12 @@ class PartsLabel(MapLabel):
 
     def mark_void(self, label: np.ndarray) -> np.ndarray:
         return label if np.any((label != 0) & (label != VOID)) else np.full_like(label, VOID)
+
+
+def same_aspect(label: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether two sizes have one aspect ratio, up to the rounding of the smaller one's sides."""
+    small, large = sorted((label, image))
+    return abs(small[0] * large[1] - small[1] * large[0]) <= max(large)
 
 
 def _with_void(label: np.ndarray, void: np.ndarray) -> np.ndarray:

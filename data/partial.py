@@ -17,10 +17,15 @@ from utils.options import Options
 
 @dataclass(frozen=True)
 class PartialLabels(Options):
-    """missing: whether an image may lack the label of a task. subset: which labels of training images are used."""
+    """missing: whether an image may lack the label of a task. subset: which labels of training images are used.
+
+    empty: whether training images in which there is nothing of what a data set is about (`LabelSpec.required`), such as
+    vehicles, are left out as published.
+    """
 
     missing: Literal["refuse", "allow"] = "refuse"
     subset: Literal["all", "one", "random"] = "all"
+    empty: Literal["drop", "keep"] = "drop"
     seed: int = 0
 
     def __post_init__(self):

@@ -40,7 +40,8 @@ class LabelSpec(Source):
     channels: of the network's output. classes: their names. colours: theirs (else VOC's). unit: of the values, "m" or
     "px". valid_range: the score counts values strictly between these; None: wherever not void. boundary: ground truth
     of the boundary score. informs(*paths): whether a label says anything; where this is the only task, the images
-    whose labels say nothing are left out. rules: of the label, where they are not those of the task.
+    whose labels say nothing are left out. required: so they are in training beside other tasks, too. rules: of the
+    label, where they are not those of the task.
     """
 
     channels: int = 1
@@ -50,6 +51,7 @@ class LabelSpec(Source):
     valid_range: tuple[float, float] | None = None
     boundary: BoundaryTruth | None = None
     informs: Callable[..., bool] | None = None
+    required: bool = False
     rules: LabelRules | None = None
 
     def difference(self, other: "LabelSpec") -> str:

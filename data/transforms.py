@@ -176,9 +176,8 @@ class Normalise:
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         image = sample["image"]
-        if image.dtype == np.uint8:
-            return sample | {"image": cv2.LUT(image, NORMALISE_TABLE)}
-        return sample | {"image": (image / 255 - MEAN) / STD}
+        by_table = image.dtype == np.uint8
+        return sample | {"image": cv2.LUT(image, NORMALISE_TABLE) if by_table else (image / 255 - MEAN) / STD}
 
 
 class RequireFit:
@@ -224,27 +223,32 @@ class ToTensor:
     """Image H x W x 3 -> 3 x H x W float32 tensor, labels as their rules say; "meta" stays.
 
     A label that the image lacks becomes one without any supervision, of the size `label_size` (None: the image's).
+    "frame" in "meta" has what the labels tell of the image as it is now (`LabelRules.known`).
     """
 
     def __init__(self, labels: Labels, label_size: tuple[int, int] | None = None):
         self.labels, self.label_size = labels, label_size
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
-        size = self.label_size or sample["image"].shape[:2]
-        absent = {key: rules.absent(size) for key, rules in self.labels.items() if sample[key] is None}
-        return sample | {"image": map_to_tensor(sample["image"])} | _each_label(
-            sample, self.labels, lambda rules, label: rules.to_tensor(label)) | absent
+        size, labels, frame = sample["image"].shape[:2], {}, {}
+        for key, rules in self.labels.items():
+            wanted = self.label_size if rules.is_map and self.label_size else size
+            labels[key] = rules.absent(wanted) if sample[key] is None else rules.to_tensor(sample[key])
+            frame |= rules.known(labels[key])
+        known = {"meta": sample["meta"] | {"frame": frame}} if frame else {}
+        return sample | {"image": map_to_tensor(sample["image"]), **labels, **known}
 
 
 class ResizeImage:
-    """Pillow's bilinear filter (area-weighted when shrinking) on the image only, H x W x 3 uint8."""
+    """Pillow's bilinear filter (area-weighted when shrinking) on the image, H x W x 3 uint8; maps stay as they are."""
 
-    def __init__(self, size: tuple[int, int]):
-        self.size = tuple(size)
+    def __init__(self, labels: Labels, size: tuple[int, int]):
+        self.labels, self.size = {k: rules for k, rules in labels.items() if not rules.is_map}, tuple(size)
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
         image = Image.fromarray(sample["image"]).resize(self.size[::-1], Image.Resampling.BILINEAR)
-        return sample | {"image": np.asarray(image)}
+        return sample | {"image": np.asarray(image)} | _each_label(
+            sample, self.labels, lambda rules, label: rules.resize(label, self.size))
 
 
 class ResizeAll:
@@ -272,13 +276,13 @@ class ResizeAll:
 
 
 class ResizeLabels:
-    """All labels to `size`, maps nearest."""
+    """All label maps to `size`, nearest."""
 
     def __init__(self, labels: Labels, size: tuple[int, int]):
-        self.labels, self.size = labels, tuple(size)
+        self.labels, self.size = {k: rules for k, rules in labels.items() if rules.is_map}, tuple(size)
 
     def __call__(self, sample: Sample, rng: random.Random) -> Sample:
-        return sample | _each_label(sample, self.labels, lambda rules, label: rules.resize(label, self.size))
+        return sample | _each_label(sample, self.labels, lambda rules, label: rules.regrid(label, self.size))
 
 
 def train_transform(size: tuple[int, int], labels: Labels, scale_range: tuple[float, float] = (0.5, 2.0),
@@ -294,22 +298,23 @@ def eval_transform(size: tuple[int, int], labels: Labels) -> Compose:
     return Compose((RequireFit(size), Normalise(), Pad(labels, size), MarkVoid(labels), ToTensor(labels)))
 
 
-def fixed_transform(size: tuple[int, int], labels: Labels, label_size: tuple[int, int] | None = None) -> Compose:
-    """Cityscapes: image resized to `size`, labels to `label_size` (None: kept), no augmentation.
+def fixed_transform(size: tuple[int, int], labels: Labels, label_size: tuple[int, int] | None = None,
+                    flip: float = 0.0) -> Compose:
+    """Cityscapes: image resized to `size`, label maps to `label_size` (None: kept), mirrored with probability `flip`.
 
-    There is no padding and zero is a legal disparity (sky), so the labels' void rules do not apply.
-    """
-    resized = (ResizeLabels(labels, label_size),) if label_size else ()
-    return Compose((ResizeImage(size), *resized, Normalise(), ToTensor(labels, label_size)))
+    There is no padding and zero is a legal disparity (sky), so the labels' void rules do not apply."""
+    optional = [ResizeLabels(labels, label_size)] if label_size else []
+    optional += [RandomFlip(labels, flip)] if flip else []
+    return Compose((ResizeImage(labels, size), *optional, Normalise(), ToTensor(labels, label_size)))
 
 
 def build_transform(image_size: tuple[int, int], fixed_label_size: tuple[int, int] | None, training: bool,
-                    labels: Labels, resize: str = "none", **augmentation) -> Compose:
+                    labels: Labels, resize: str = "none", fixed_flip: float = 0.0, **augmentation) -> Compose:
     """The transform of a split; `augmentation` goes to `train_transform`, `resize` is the data set's rule.
 
-    A data set whose labels have a size of their own (`fixed_label_size`, Cityscapes) is resized and never augmented.
+    A data set whose labels have a size of their own (Cityscapes) is resized, and in training at most mirrored.
     """
     if fixed_label_size is not None:
-        return fixed_transform(image_size, labels, fixed_label_size)
+        return fixed_transform(image_size, labels, fixed_label_size, fixed_flip if training else 0.0)
     after = train_transform(image_size, labels, **augmentation) if training else eval_transform(image_size, labels)
     return after if resize == "none" else Compose((ResizeAll(labels, image_size, resize), *after.steps))

@@ -252,8 +252,8 @@ def test_a_label_that_is_no_map(rooms, tmp_path, monkeypatch, scope):
     from data.spec import Source
     view = View(picture=lambda points, context, rgb: rgb, legend=lambda points, context: [],
                 write=lambda path, points, context: path, raw_format=lambda context: "none")
-    task = Task(num_channels=1, label=PointLabel(), loss=lambda context: PointLoss(), decode=lambda output: output,
-                evaluators=(CountEvaluator,), view=view)
+    task = Task(num_channels=1, label=PointLabel(), loss=lambda context: PointLoss(),
+                decode=lambda output, meta: output, evaluators=(CountEvaluator,), view=view)
     monkeypatch.setitem(TASKS, "points", task)
     config = load(rooms("points", 1, Source(("points/{id}.npy",), np.load)), f"loss_kwargs.loss_scope={scope}",
                   "loss_kwargs.loss_scheme=weighted_sum")

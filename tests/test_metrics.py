@@ -36,7 +36,7 @@ def meter_of(task: str):
 def batch(task: str, seed: int, size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """A decoded prediction and a partly void label."""
     gen = torch.Generator().manual_seed(seed)
-    pred = TASKS.load(task).decode(torch.randn(size, CHANNELS[task], 6, 8, generator=gen))
+    pred = TASKS.load(task).decode(torch.randn(size, CHANNELS[task], 6, 8, generator=gen), [])
     shape = (size, 3 if task == "normals" else 1, 6, 8)
     if task == "normals":
         label = torch.nn.functional.normalize(torch.randn(shape, generator=gen), dim=1)
@@ -231,7 +231,7 @@ def test_edge_maps_are_cropped_and_truncated(tmp_path):
 
 def test_saved_edges_match_the_reference(tmp_path):
     with np.load(golden("metrics") / "save_edge.npz") as data:
-        prob = TASKS.load("edge").decode(torch.from_numpy(data["logits"]))
+        prob = TASKS.load("edge").decode(torch.from_numpy(data["logits"]), [])
         sizes = map(tuple, data["sizes"].tolist())
         meta = [{"name": name, "size": size} for name, size in zip("abc", sizes, strict=True)]
         for path in save_edge_maps(prob, meta, tmp_path):

@@ -100,7 +100,7 @@ def test_panels_show_every_task(tasks):
     generator = torch.Generator().manual_seed(0)
     channels = {"semseg": 21, "human_parts": 7, "sal": 2, "depth": 1, "normals": 3, "edge": 1}
     contexts = {t: TaskContext(channels[t], class_names=tuple("abcdefghijklmnopqrstu"[:channels[t]])) for t in tasks}
-    decoded = {t: TASKS.load(t).decode(torch.randn(1, channels[t], 20, 30, generator=generator)) for t in tasks}
+    decoded = {t: TASKS.load(t).decode(torch.randn(1, channels[t], 20, 30, generator=generator), []) for t in tasks}
     rgb = np.zeros((20, 30, 3), np.uint8)
     panel = prediction_panel(rgb, {t: p[0].permute(1, 2, 0).numpy() for t, p in decoded.items()}, contexts)
     assert panel.dtype == np.uint8 and panel.std() > 0

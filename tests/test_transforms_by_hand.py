@@ -258,7 +258,7 @@ def test_tensors_are_channel_first():
 
 
 def test_resizing_without_augmentation():
-    small = T.ResizeImage((1, 2))({"image": image(10, 20, 30, 50)}, None)["image"]
+    small = T.ResizeImage({}, (1, 2))({"image": image(10, 20, 30, 50)}, None)["image"]
     assert small[0, :, 0].tolist() == pytest.approx([17, 37.5], abs=1)     # weighs neighbours too: not 15 and 40
     resized = T.ResizeLabels(rules("semseg"), (2, 2))({"semseg": label(1, 2, 3, 4), "other": 5}, None)
     assert resized["semseg"][..., 0].tolist() == [[1, 3], [1, 3]] and resized["other"] == 5

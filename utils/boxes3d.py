@@ -20,27 +20,21 @@ from torch import Tensor
 
 CLASSES = ("car", "truck", "bus", "train", "motorcycle", "bicycle")        # labels 0..5
 Reading = Literal["correct", "original"]
+OF_VEHICLES = ("labels", "centers", "projected", "sizes", "angles", "modal", "amodal")      # one row for each
 NEAREST_M = 0.01            # what lies nearer to the camera's plane than this is not projected
 CORNERS = ((-1, 1, -1), (-1, -1, -1), (1, -1, -1), (1, 1, -1), (-1, 1, 1), (-1, -1, 1), (1, -1, 1), (1, 1, 1))
 EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7))
 VIEW_AXES = ((0.0, -1.0, 0.0), (0.0, 0.0, -1.0), (1.0, 0.0, 0.0))          # rows: the axes of S in C
 
 
-class Camera(NamedTuple):
-    """intrinsics (3, 3): K, of the pixels of an image of `image_size` (2,): (H, W). sensor (3, 4): T."""
-
-    intrinsics: Tensor
-    sensor: Tensor
-    image_size: Tensor
-
-
 class Boxes3D(NamedTuple):
-    """The vehicles of one image, n of them (also 0), and its camera.
+    """The vehicles of one image, n of them (also 0), and its camera: a label, or with `scores` a prediction.
 
     labels (n,) long, 0..5 of `CLASSES`. centers (n, 3): x, y, z in S. projected (n, 3): u, v, z. sizes (n, 3): length,
     width, height. angles (n, 3): a, b, c of the rotation in S. modal, amodal (n, 4): xmin, ymin, xmax, ymax of the
-    visible part and of the whole vehicle. intrinsics, sensor, image_size: as in `Camera`. All pixels are those of an
-    image of `image_size`, whatever size the network sees it at.
+    visible part and of the whole vehicle. intrinsics (3, 3): K; sensor (3, 4): T, NaN where nobody knows whether there
+    are vehicles; image_size (2,) long: H, W. All pixels are those of an image of this size. ignore (m, 4): regions in
+    which vehicles are not told apart. reading: what the angles are. Labels are float64.
     """
 
     labels: Tensor
@@ -53,15 +47,41 @@ class Boxes3D(NamedTuple):
     intrinsics: Tensor
     sensor: Tensor
     image_size: Tensor
+    ignore: Tensor | None = None
+    scores: Tensor | None = None
+    reading: Reading = "correct"
+
+    def __reduce__(self) -> tuple:
+        """Between processes by value: sent as tensors, every field of every image would hold a file open."""
+        return _from_arrays, tuple(value.cpu().numpy() if isinstance(value, Tensor) else value for value in self)
 
     @property
-    def camera(self) -> Camera:
-        """Of the image."""
-        return Camera(self.intrinsics, self.sensor, self.image_size)
+    def is_known(self) -> bool:
+        """Whether somebody has looked for vehicles in this image."""
+        return not self.sensor.isnan().any()
 
-    def to(self, device: torch.device | str) -> "Boxes3D":
-        """On another device."""
-        return Boxes3D(*(field.to(device, non_blocking=True) for field in self))
+    def select(self, index: Tensor) -> "Boxes3D":
+        """Some of the vehicles: by index, or by a mask."""
+        chosen = {name: getattr(self, name)[index] for name in OF_VEHICLES}
+        return self._replace(**chosen, scores=None if self.scores is None else self.scores[index])
+
+    def rotations(self) -> Tensor:
+        """Matrices in S, (n, 3, 3)."""
+        return quaternion_to_matrix(angles_to_quaternion(self.angles, self.reading))
+
+    def corners(self) -> Tensor:
+        """In S, (n, 8, 3), in the order of `CORNERS`."""
+        return corners_in_view(self.centers, self.sizes, self.rotations())
+
+    def in_vehicle(self) -> tuple[Tensor, Tensor]:
+        """Centres (n, 3) and quaternions (n, 4) in V."""
+        rotations = view_to_vehicle_rotation(self.rotations(), self.sensor)
+        return camera_to_vehicle(view_to_camera(self.centers), self.sensor), matrix_to_quaternion(rotations)
+
+
+def _from_arrays(*values: object) -> Boxes3D:
+    return Boxes3D(*(value if value is None or isinstance(value, str) else torch.from_numpy(value)
+                     for value in values))
 
 
 class Detections3D(NamedTuple):

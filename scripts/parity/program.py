@@ -94,7 +94,7 @@ def meter(task: str, channels: int, **options) -> Evaluator:
 
 def decode(task: str, logits: Tensor) -> Tensor:
     """What a meter takes, from a model's raw output."""
-    return TASKS.load(task).decode(logits)
+    return TASKS.load(task).decode(logits, [])
 
 
 def parameters(module: nn.Module) -> int:

@@ -135,10 +135,10 @@ def _build_part(config: Config, spec: DatasetSpec, split: str, labels: Mapping[s
     fixed_label_size = None if spec.label_size is None else config.output_size or spec.label_size
     settings = config.augmentation
     transform = build_transform(config.input_size, fixed_label_size, training, labels, spec.resize,
-                                scale_range=settings.scale_range, flip=settings.flip_prob,
-                                photometric=settings.photometric)
+                                fixed_flip=settings.fixed_flip_prob, scale_range=settings.scale_range,
+                                flip=settings.flip_prob, photometric=settings.photometric)
     cache = config.data_cache
     decoded = DecodedCache(cache.folder, cache.max_gb * 1e9) if cache.folder else None
-    partial = config.partial_labels if training else replace(config.partial_labels, subset="all")
+    partial = config.partial_labels if training else replace(config.partial_labels, subset="all", empty="keep")
     return MultiTaskDataset(spec, config.db_root, split, labels, transform, decoded, partial,
                             elsewhere=labels.keys() - spec.labels.keys())

@@ -108,10 +108,12 @@ class Augmentation(Options):
 
     scale_range: tuple[float, float] = (0.5, 2.0)
     flip_prob: float = 0.5
+    fixed_flip_prob: float = 0.0                 # the same for data sets that are not augmented otherwise (Cityscapes)
     photometric: bool = True
     always_guide_crop: bool = False              # read the label that guides crops even where it is no task of the run
 
     def __post_init__(self):
         self.require(0.01 <= self.scale_range[0] <= self.scale_range[1] <= 100, "scale_range",
                      "two growing numbers in [0.01, 100]")
-        self.require(0 <= self.flip_prob <= 1, "flip_prob", "a probability")
+        for name in ("flip_prob", "fixed_flip_prob"):
+            self.require(0 <= getattr(self, name) <= 1, name, "a probability")

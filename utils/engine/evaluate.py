@@ -52,7 +52,7 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators
                 label, output, row = to_device(batch[task], device), outputs[task], TASKS.load(task)
                 if isinstance(output, Tensor) and isinstance(label, Tensor):      # maps (B, n, h, w), others stay
                     output = resize(output.float(), label.shape[-2:])
-                predictions[task] = row.decode(output)
+                predictions[task] = row.decode(output, batch["meta"])
                 for evaluator in of_task:
                     evaluator.update(predictions[task], label, batch["meta"])
                 if export_dir is not None and row.export is not None:

@@ -111,7 +111,7 @@ def predict_image(forward: Callable[[Tensor], dict], rgb: np.ndarray, config: Co
     for task, full in forward(image.to(device)).items():
         full = resize(full.float(), config.input_size)                       # data sets may ask for other label sizes
         cut = full[..., top:top + h, left:left + w]
-        maps[task] = to_array(TASKS.load(task).decode(resize(cut, (height, width)))[0])
+        maps[task] = to_array(TASKS.load(task).decode(resize(cut, (height, width)), [{}])[0])
     return maps
 
 

@@ -1,5 +1,7 @@
 """Depth in metres (on Cityscapes: disparity in pixels)."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from data.labels import DepthLabel
@@ -14,7 +16,7 @@ def _loss(context: TaskContext) -> L1Loss:
     return L1Loss(context.ignore_index)
 
 
-def _decode(logits: Tensor) -> Tensor:
+def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
     return logits.clamp_min(0)
 
 

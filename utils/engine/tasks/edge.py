@@ -4,7 +4,9 @@ The score is odsF where an evaluation asks for it (`boundary_infer`, `boundary_e
 boundary loss always.
 """
 
-import torch
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from data.labels import EdgeLabel
 from evaluation.boundary.edge_loss import EdgeLossMeter
@@ -20,11 +22,15 @@ def _loss(context: TaskContext) -> BalancedBCELoss:
     return BalancedBCELoss(context.edge_w, context.ignore_index)
 
 
+def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
+    return logits.sigmoid()
+
+
 EDGE = Task(
     num_channels=1,
     label=EdgeLabel(),
     loss=_loss,
-    decode=torch.sigmoid,
+    decode=_decode,
     evaluators=(BoundaryEvaluator, EdgeLossMeter),
     view=PROBABILITY,
     export=save_edge_maps,

@@ -1,5 +1,7 @@
 """Surface normals: unit vectors."""
 
+from collections.abc import Mapping, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def _loss(context: TaskContext) -> NormalsLoss:
     return NormalsLoss(context.ignore_index)
 
 
-def _decode(logits: Tensor) -> Tensor:
+def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
     return F.normalize(logits, dim=1, eps=1e-12)
 
 

@@ -1,5 +1,7 @@
 """Saliency: the probability that a pixel belongs to what one looks at first."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from data.labels import MapLabel
@@ -14,7 +16,7 @@ def _loss(context: TaskContext) -> BalancedCrossEntropyLoss:
     return BalancedCrossEntropyLoss(context.ignore_index)
 
 
-def _decode(logits: Tensor) -> Tensor:
+def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
     return logits.softmax(dim=1)[:, 1:2]                       # (B, 2, H, W) -> (B, 1, H, W)
 
 

@@ -1,5 +1,7 @@
 """Semantic segmentation and human part segmentation: a class for every pixel."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from data.labels import MapLabel, PartsLabel
@@ -14,7 +16,7 @@ def _loss(context: TaskContext) -> CrossEntropyLoss:
     return CrossEntropyLoss(context.ignore_index)
 
 
-def _decode(logits: Tensor) -> Tensor:
+def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
     return logits.argmax(dim=1, keepdim=True)                  # (B, n, H, W) -> (B, 1, H, W)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from data.labels import LabelRules
 from evaluation.evaluator import Evaluator, Score, TaskContext
@@ -22,7 +22,9 @@ class Task:
     num_channels: of the network's output; None where the data set counts classes.
     label: what the data floor sees of the task.
     loss(context): a module, (raw output, label) -> 0-dim loss.
-    decode: raw output of a batch, maps (B, n, H, W) -> prediction, maps (B, C, H, W), as evaluators and views take it.
+    decode(output, meta): raw output of a batch, maps (B, n, H, W) -> prediction, maps (B, C, H, W), as evaluators and
+    views take it. meta: of each image what evaluators know of it, with `frame`, what is known of it as the network saw
+    it (`data.labels.LabelRules.known`).
     evaluators: classes; the first one that runs gives the task's score.
     view: pictures and files for people.
     export(prediction, meta, folder): files that `infer` writes for other programs, if any, into the task's folder.
@@ -31,10 +33,10 @@ class Task:
     num_channels: int | None
     label: LabelRules
     loss: Callable[[TaskContext], nn.Module]
-    decode: Callable[[Any], Any]
+    decode: Callable[[Any, Sequence[Mapping]], Any]
     evaluators: Sequence[type[Evaluator]]
     view: View
-    export: Callable[[Tensor, Sequence[Mapping], Path], object] | None = None
+    export: Callable[[Any, Sequence[Mapping], Path], object] | None = None
 
     @property
     def scores(self) -> list[Score]:
