@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.boundary.settings import BoundarySettings, BoundaryTruth, Mode
+from losses.detection3d.options import Detection3DOptions
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class TaskContext:
     """What a loss, an evaluator or a view of a task may depend on besides its inputs.
 
     num_channels: of the network's output. edge_w: weight of the edge class in its loss. valid_range: values are scored
-    strictly between these. unit: of the values, "m" or "px". The fields from `split` on matter in an evaluation only;
-    without a split nothing can be evaluated that needs more than the labels of a batch.
+    strictly between these. unit: of the values, "m" or "px". detection: the key `det3d_kwargs`. The fields from `split`
+    on matter in an evaluation only; without a split nothing can be evaluated that needs more than the labels of a
+    batch.
     """
 
     num_channels: int
@@ -62,6 +64,7 @@ class TaskContext:
     valid_range: tuple[float, float] | None = None
     colours: tuple[tuple[int, int, int], ...] = ()
     unit: str = ""
+    detection: Detection3DOptions = Detection3DOptions()
     split: Split | None = None
     boundary: BoundarySettings = BoundarySettings()
     boundary_mode: Mode = "off"

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from models.backbones import BACKBONES, PROMPTED
 from models.decoder import BuildContext
 from models.decoders import DECODERS
+from models.heads import FeatureLevels, HeadMaker
 from models.model import MultiTaskModel
 from models.necks import NECKS
 from utils.options import Options, parse
@@ -19,6 +20,7 @@ from utils.table import Table
 
 def build_model(model: str, backbone: str, tasks: Mapping[str, int], image_size: tuple[int, int], *,
                 label_size: tuple[int, int] | None = None, neck: str = "none",
+                heads: Mapping[str, HeadMaker] | None = None,
                 model_kwargs: Mapping[str, Any] | Options | None = None,
                 backbone_kwargs: Mapping[str, Any] | Options | None = None,
                 neck_kwargs: Mapping[str, Any] | Options | None = None) -> MultiTaskModel:
@@ -26,10 +28,12 @@ def build_model(model: str, backbone: str, tasks: Mapping[str, int], image_size:
 
     `model`, `backbone` and `neck` are names of DECODERS, BACKBONES and NECKS; the options of each are a plain mapping
     or have been parsed already. `tasks` maps each task to its number of output channels, in the order of the task
-    table (the order is part of the model). `image_size` is (height, width) of the input, `label_size` that of the
-    predictions: by default that of the image, and the decoder's options may ask for another. Parts that do not fit
-    raise a ValueError that says what the decoder needs and what the backbone gives.
+    table (the order is part of the model); `heads` has what makes the heads of those that are no maps. `image_size` is
+    (height, width) of the input, `label_size` that of the predictions: by default that of the image, and the decoder's
+    options may ask for another. Parts that do not fit raise a ValueError that says what the decoder needs and what the
+    backbone gives.
     """
+    makers = heads or {}
     decoder_class, config = DECODERS.load(model), _options(DECODERS, model, model_kwargs, "model_kwargs.")
     neck_class, neck_config = NECKS.load(neck), _options(NECKS, neck, neck_kwargs, "neck_kwargs.")
     backbone_config = _options(BACKBONES, backbone, backbone_kwargs, "backbone_kwargs.")
@@ -41,7 +45,8 @@ def build_model(model: str, backbone: str, tasks: Mapping[str, int], image_size:
         between = neck_class(encoder.channels, encoder.strides, neck_config)
         num_heads = encoder.num_heads if "prompting" in wanted else ()
         decoder = decoder_class(
-            BuildContext(dict(tasks), between.channels, between.strides, tuple(image_size), num_heads), config)
+            BuildContext(dict(tasks), between.channels, between.strides, tuple(image_size), num_heads,
+                         frozenset(makers)), config)
     except ValueError as error:
         raise ValueError(f"model '{model}' on backbone '{backbone}': {error}") from error
     multiple = decoder.input_multiple or max(between.strides)
@@ -50,8 +55,10 @@ def build_model(model: str, backbone: str, tasks: Mapping[str, int], image_size:
                          f"on backbone '{backbone}'")
     if decoder.unread_maps:
         _freeze_unread(nn.Sequential(encoder, between), image_size, decoder.unread_maps)
-    heads = {task: decoder.make_head(num_outputs) for task, num_outputs in tasks.items()}
-    return MultiTaskModel(encoder, between, decoder, heads, config.label_size or label_size)
+    levels = _feature_levels(nn.Sequential(encoder, between, decoder), image_size) if makers else {}
+    made = {task: makers[task](levels[task], num_outputs) if task in makers else decoder.make_head(num_outputs)
+            for task, num_outputs in tasks.items()}
+    return MultiTaskModel(encoder, between, decoder, made, config.label_size or label_size)
 
 
 def build_backbone(name: str, image_size: tuple[int, int], options: Mapping[str, Any] | Options | None = None,
@@ -77,6 +84,19 @@ def build_backbone(name: str, image_size: tuple[int, int], options: Mapping[str,
     for name in ("pretrained_tag", "pretrained_file", "pretrained_package"):
         setattr(backbone, name, getattr(entry, name))
     return backbone
+
+
+@torch.no_grad()
+def _feature_levels(parts: nn.Sequential, image_size: tuple[int, int]) -> dict[str, FeatureLevels]:
+    """What backbone, neck and decoder give for every task. A pass on the meta device finds out."""
+    state = {name: value.to("meta") for name, value in (*parts.named_parameters(), *parts.named_buffers())}
+    parts.eval()
+    feats = functional_call(parts, state, torch.empty(1, 3, *image_size, device="meta")).feats
+    parts.train()
+    levels = {task: feat if isinstance(feat, list) else [feat] for task, feat in feats.items()}
+    return {task: FeatureLevels(tuple(feat.shape[1] for feat in maps),
+                                tuple(image_size[1] / feat.shape[-1] for feat in maps), image_size[1])
+            for task, maps in levels.items()}
 
 
 @torch.inference_mode(False)

@@ -17,6 +17,7 @@ class BuildContext:
     channels, strides: of the maps that the decoder receives, finest first.
     image_size: (height, width) in pixels.
     num_heads: attention heads of every level of a backbone that carries prompts, else ().
+    leveled: the tasks whose head also takes a list of maps, finest first (`models.heads`).
     """
 
     tasks: Mapping[str, int]
@@ -24,6 +25,7 @@ class BuildContext:
     strides: tuple[int, ...]
     image_size: tuple[int, int]
     num_heads: tuple[int, ...] = ()
+    leveled: frozenset[str] = frozenset()
 
     def __post_init__(self):
         if not self.tasks:
@@ -44,11 +46,13 @@ class BuildContext:
 class DecoderOutput(NamedTuple):
     """What every decoder returns. The dictionaries are never modified.
 
-    feats: task -> (B, C, h, w), the input of that task's head. intermediate: task -> raw preliminary predictions
-    (B, n_t, h', w'), for intermediate supervision. extra: named 0-dim losses of the decoder itself, already weighted.
+    feats: task -> (B, C, h, w), the input of that task's head; for a task of `BuildContext.leveled` it may be a list of
+    four such maps, finest first. intermediate: task -> raw preliminary predictions (B, n_t, h', w'), for intermediate
+    supervision; those of tasks that are no maps are not supervised. extra: named 0-dim losses of the decoder itself,
+    already weighted.
     """
 
-    feats: dict[str, Tensor]
+    feats: dict[str, Tensor | list[Tensor]]
     intermediate: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
 
@@ -81,7 +85,10 @@ class Decoder(nn.Module):
         return {}
 
     def make_head(self, num_outputs: int) -> nn.Module:
-        """A task's head, from its feats to raw outputs of any size: one linear layer per pixel, on `self.channels`."""
+        """The head of a task that is a map, from its feats to raw outputs of any size.
+
+        One linear layer per pixel, on `self.channels`.
+        """
         head = nn.Conv2d(self.channels, num_outputs, kernel_size=1)
         if self.logit_std is not None:
             nn.init.normal_(head.weight, std=self.logit_std)

@@ -12,9 +12,12 @@ from models.decoder import Decoder
 
 
 class Predictions(NamedTuple):
-    """Raw outputs of a model (no softmax, no sigmoid): task -> (B, n_t, H, W), and the decoder's extras."""
+    """Raw outputs of a model (no softmax, no sigmoid): task -> (B, n_t, H, W), and the decoder's extras.
 
-    final: dict[str, Tensor]
+    In `final` a task that is no map has what its head returns.
+    """
+
+    final: dict[str, Any]
     intermediate: dict[str, Tensor]
     extra: dict[str, Tensor]
 
@@ -50,9 +53,8 @@ class MultiTaskModel(nn.Module):
         # Heads run in float32: bfloat16 has 8 significant bits, too few for a depth in metres; the losses would differ
         # from those of float32 (docs/training_speed.md).
         with without_autocast(image):
-            feats = {task: feat.to(torch.promote_types(feat.dtype, torch.float32)) for task, feat in out.feats.items()}
-            final = {task: _fit(head(feats[task]), size) for task, head in self.heads.items()}
-        intermediate = {task: _fit(logits, size) for task, logits in out.intermediate.items()}
+            final = {task: _fit(head(_at_least_float32(out.feats[task])), size) for task, head in self.heads.items()}
+        intermediate = {task: _fit(logits, size) for task, logits in out.intermediate.items() if _is_map(final[task])}
         return Predictions(final, intermediate, out.extra)
 
     def prepare_for_inference(self) -> "MultiTaskModel":
@@ -62,6 +64,15 @@ class MultiTaskModel(nn.Module):
         return self
 
 
+def _at_least_float32(feat: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    if isinstance(feat, Tensor):
+        return feat.to(torch.promote_types(feat.dtype, torch.float32))
+    return [_at_least_float32(level) for level in feat]
+
+
+def _is_map(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.ndim == 4
+
+
 def _fit(output: Any, size: tuple[int, int]) -> Any:
-    is_map = isinstance(output, Tensor) and output.ndim == 4
-    return resize(output, size) if is_map else output
+    return resize(output, size) if _is_map(output) else output

@@ -130,7 +130,7 @@ class TaskPrompterDecoder(Decoder):
     """Levels of a prompted backbone to one map per task.
 
     The order of the tasks is that of the prompts. Levels of one stride (ViT) are summed and enlarged four times, a
-    pyramid (Swin) is summed at twice its finest grid.
+    pyramid (Swin) is summed at twice its finest grid; tasks whose head takes levels get the pyramid's as they are.
     """
 
     Config = TaskPrompterConfig
@@ -145,13 +145,16 @@ class TaskPrompterDecoder(Decoder):
         self.channels, self.head = config.final_embed_dim, config.head
         embed, kernel, upscale = (config.level_embed_dim, 3, 2) if pyramid else (config.embed_dim, 1, 1)
         self.upscale = 1 if pyramid else 4
+        self.leveled = context.leveled if pyramid else frozenset()
+        factors = {task: 1 if task in self.leveled else upscale for task in tasks}
         self.levels = nn.ModuleList(
-            nn.ModuleDict({task: TaskFeature(width, embed, self.channels, kernel, upscale) for task in tasks})
+            nn.ModuleDict({task: TaskFeature(width, embed, self.channels, kernel, factors[task]) for task in tasks})
             for width in context.channels)
         self.reweighting = nn.ModuleList(
             Reweighting(tasks, heads) for heads in context.num_heads if config.use_ctr)
         self.merge = nn.ModuleDict({
-            task: nn.Conv2d(self.channels, self.channels, kernel_size=3, padding=1) for task in tasks if pyramid})
+            task: nn.Conv2d(self.channels, self.channels, kernel_size=3, padding=1)
+            for task in tasks if pyramid and task not in self.leveled})
 
     @classmethod
     def backbone_options(cls, tasks: Mapping[str, int], config: TaskPrompterConfig) -> dict[str, Any]:
@@ -160,12 +163,15 @@ class TaskPrompterDecoder(Decoder):
 
     def forward(self, maps: Sequence[PromptedMap]) -> DecoderOutput:
         outputs = [self.run_level(index, level) for index, level in enumerate(maps)]
-        height, width = next(iter(outputs[0].values())).shape[-2:]
-        total = {task: sum(resize(feats[task], (height, width)) for feats in outputs) for task in outputs[0]}
-        if self.merge:
-            total = {task: self.merge[task](feat) for task, feat in total.items()}
-        size = (self.upscale * height, self.upscale * width)
-        return DecoderOutput({task: resize(feat, size) for task, feat in total.items()})
+        return DecoderOutput({task: [feats[task] for feats in outputs] if task in self.leveled else
+                              self.sum_levels(task, [feats[task] for feats in outputs]) for task in outputs[0]})
+
+    def sum_levels(self, task: str, feats: Sequence[Tensor]) -> Tensor:
+        """The task's levels (B, F, h_i, w_i), finest first -> one map (B, F, h, w)."""
+        height, width = feats[0].shape[-2:]
+        total = sum(resize(feat, (height, width)) for feat in feats)
+        total = self.merge[task](total) if self.merge else total
+        return resize(total, (self.upscale * height, self.upscale * width))
 
     def run_level(self, index: int, level: PromptedMap) -> dict[str, Tensor]:
         """One level's features, {task: (B, F, h, w)}."""

@@ -15,14 +15,14 @@ class Released:
     rows: (old, new), what a key begins with and what that becomes; the first row that fits counts. `{name}` is one part
         of a key, without dots, and `<a|b>` stands in both columns for a and for b; apart from that `old` is a regular
         expression whose dots are dots. Some originals number their tasks: `{task}` is that with the number `{index}`.
-    tails: what may follow such a beginning, as a whole -> ours.
+    tails: what may follow such a beginning, as a whole -> ours. tasks: names of tasks that differ -> ours.
     dead: beginnings of layers that no output of the original depends on; ours has none of them.
     A key that is neither known nor dead keeps its name, and the strict load reports it.
     """
 
     def __init__(self, marks: Sequence[str], rows: Iterable[tuple[str, str]], dead: str = "(?!)",
-                 tails: Mapping[str, str] | None = None):
-        self.marks, self.tails, self.dead = tuple(marks), tails or {}, _pattern(dead)
+                 tails: Mapping[str, str] | None = None, tasks: Mapping[str, str] | None = None):
+        self.marks, self.tails, self.dead, self.tasks = tuple(marks), tails or {}, _pattern(dead), tasks or {}
         self.rows = [(_pattern(old), new) for row in rows for old, new in _alternatives(*row)]
 
     def recognises(self, keys: Iterable[str]) -> bool:
@@ -45,6 +45,8 @@ class Released:
                     if int(parts["index"]) >= len(tasks):
                         break
                     parts["task"] = tasks[int(parts["index"])]
+                if "task" in parts:
+                    parts["task"] = self.tasks.get(parts["task"], parts["task"])
                 return new.format(**parts) + self.tails.get(rest, rest), parts
         return key, {}
 

@@ -6,24 +6,37 @@ from collections.abc import Collection
 from models.backbones.swin import DERIVED_BUFFERS
 from models.released.kind import Released
 
-DETECTION = "3ddet"  # a task that this program does not have
 BLOCK, OURS = "backbone.layers.{stage}.blocks.{block}.", "encoder.prompting.{stage}.{block}."  # of a Swin
 LEVEL, DECODER_LEVEL = "{level}.{task}.", "decoder.levels.{level}.{task}."
+HEAD, UNIT = "heads.{task}.", "<conv.conv_offset|conv|gn>."
+OUR_UNIT = "<conv.offset|conv|norm>."
+# 3-D detection; the class branch has two units before its last layer, the others one.
+DETECTION = (
+    (HEAD + "neck.<lateral_convs|fpn_convs>.{level}.conv.", HEAD + "pyramid.<lateral|output>.{level}."),
+    (HEAD + "<cls_convs|reg_convs>.{number}." + UNIT, HEAD + "<class_tower|box_tower>.{number}." + OUR_UNIT),
+    (HEAD + "conv_cls_prev.{number}." + UNIT, HEAD + "classes.{number}." + OUR_UNIT),
+    (HEAD + "conv_reg_prevs.<0|1|2|3|4>.0." + UNIT, HEAD + "branches.<offset|depth|size|rotation|box>.0." + OUR_UNIT),
+    (HEAD + "conv_regs.<0|1|2|3|4>.", HEAD + "branches.<offset|depth|size|rotation|box>.1."),
+    (HEAD + "<conv_dir_cls_prev|conv_centerness_prev>.0." + UNIT,
+     HEAD + "branches.<direction|centerness>.0." + OUR_UNIT),
+    (HEAD + "<conv_dir_cls|conv_centerness>.", HEAD + "branches.<direction|centerness>.1."),
+    (HEAD + "conv_cls.", HEAD + "classes.2."),
+    (HEAD + "scales.{level}.<0|1|2|3>.scale", HEAD + "scales.{level}.<offset|depth|size|box>"),
+)
 
 
 class ReleasedTaskPrompter(Released):
     """Which layers of a ViT are dead, the number of its blocks decides."""
 
     def dead_keys(self, keys: Collection[str]) -> set[str]:
-        """Those of layers without influence on any output here.
+        """Those without influence on any output.
 
-        In the last block of a ViT the update of the prompts; of a Swin the task of 3D detection, except its prompt,
-        and buffers that follow from the sizes.
+        In the last block of a ViT the update of the prompts, of a Swin the buffers that follow from the sizes, and 3-D
+        detection except its prompt.
         """
         blocks = {int(match[1]) for key in keys if (match := re.match(r"backbone\.blocks\.(\d+)\.", key))}
         last = f"backbone.blocks.{max(blocks, default=0)}.attn.token_trans1."
-        return {key for key in keys
-                if key.startswith(last) or f".{DETECTION}." in key or key.endswith(DERIVED_BUFFERS)}
+        return {key for key in keys if key.startswith(last) or ".3ddet." in key or key.endswith(DERIVED_BUFFERS)}
 
 
 TASKPROMPTER = ReleasedTaskPrompter(("backbone.fea_decode_spa.",), (
@@ -38,6 +51,7 @@ TASKPROMPTER = ReleasedTaskPrompter(("backbone.fea_decode_spa.",), (
     ("backbone.fea_fuse." + LEVEL, DECODER_LEVEL + "fuse."),
     ("backbone.ctr_attn_conv." + LEVEL, "decoder.reweighting.{level}.gates.{task}."),
     ("backbone.", "encoder."),
-    ("heads.{task}.mt_proj.<0|1|3|4>.", "heads.{task}.<conv|norm|refine|refine_norm>."),
-    ("heads.{task}.linear_pred.", "heads.{task}.proj."),
-))
+    (HEAD + "mt_proj.<0|1|3|4>.", HEAD + "<conv|norm|refine|refine_norm>."),
+    (HEAD + "linear_pred.", HEAD + "proj."),
+    *DETECTION,
+), tasks={"3ddet": "det3d"})

@@ -29,6 +29,7 @@ FAMILIES = Table("family of references", {
     "demt": "scripts.parity.demt:checks",
     "demt_scores": "scripts.parity.scores:demt_checks",
     "taskprompter": "scripts.parity.taskprompter:checks",
+    "detection3d": "scripts.parity.detection3d:checks",
     "taskdiffusion": "scripts.parity.taskdiffusion:checks",
     "bridgenet": "scripts.parity.bridgenet:checks",
 })

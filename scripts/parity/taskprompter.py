@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from models.model import MultiTaskModel
-from models.released.taskprompter import DETECTION, TASKPROMPTER
+from models.released.taskprompter import TASKPROMPTER
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, stored_error
 from scripts.parity.case import MODEL, NO_EFFECT, Bounds, Case, System
 from scripts.parity.program import build, flops, shipped
 
+DETECTION = "3ddet"
 OPTIONS = ("final_embed_dim", "prompt_len", "chan_nheads", "head", "embed_dim", "use_ctr", "level_embed_dim",
            "chan_embed_dim", "img_ds_ratio")
 SWIN_BLOCK = ("x", "prompts", "spatial_attn", "channel_attn")    # what a block of the Swin gives

@@ -38,7 +38,7 @@ def task_contexts(config: Config) -> dict[str, TaskContext]:
         if row.num_channels not in (None, spec.tasks[task]):
             raise ValueError(f"{spec.name} gives task {task} {spec.tasks[task]} channels, it has {row.num_channels}")
     return {task: TaskContext(label.channels, config.ignore_index, config.task_dictionary.edge_w, label.classes,
-                              label.valid_range, label.colours, label.unit)
+                              label.valid_range, label.colours, label.unit, config.det3d_kwargs)
             for task, label in ((task, spec.labels[task]) for task in config.tasks)}
 
 
@@ -56,9 +56,11 @@ def model_from_config(config: Config) -> MultiTaskModel:
     set_float32_arithmetic(config.precision)
     set_determinism(config.deterministic)
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
+    rows, contexts = tasks_named(config.tasks), task_contexts(config)
+    heads = {task: row.head(contexts[task]) for task, row in rows.items() if row.head is not None}
     return build_model(config.model, config.backbone, outputs, config.input_size, label_size=config.output_size,
-                       neck=config.neck, backbone_kwargs=config.backbone_kwargs, neck_kwargs=config.neck_kwargs,
-                       model_kwargs=config.model_kwargs)
+                       neck=config.neck, heads=heads, backbone_kwargs=config.backbone_kwargs,
+                       neck_kwargs=config.neck_kwargs, model_kwargs=config.model_kwargs)
 
 
 def prepare_for_training(model: MultiTaskModel, config: Config) -> None:

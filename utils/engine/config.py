@@ -23,6 +23,7 @@ from data.labels import VOID
 from data.partial import PartialLabels
 from data.spec import DatasetSpec
 from evaluation.boundary.settings import BoundarySettings, Mode
+from losses.detection3d.options import Detection3DOptions
 from models.backbones import BACKBONES
 from models.decoders import DECODERS
 from models.necks import NECKS
@@ -67,6 +68,7 @@ class Config:
     init_from: str = ""                          # a checkpoint, ours or released: what fits of it, the rest is listed
     image_size: tuple[int, int] | None = None    # (height, width) of the network's input; default: the data set's
     label_size: tuple[int, int] | None = None    # (height, width) of labels and predictions; default: the data set's
+    det3d_kwargs: Detection3DOptions = field(default_factory=Detection3DOptions)   # head and targets of 3-D detection
     intermediate_supervision: bool = False
     ignore_index: int = 255
     # data

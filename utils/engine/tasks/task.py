@@ -12,6 +12,7 @@ from torch import nn
 
 from data.labels import LabelRules
 from evaluation.evaluator import Evaluator, Score, TaskContext
+from models.heads import HeadMaker
 from utils.engine.views import View
 
 
@@ -25,6 +26,7 @@ class Task:
     decode(output, meta): raw output of a batch, maps (B, n, H, W) -> prediction, maps (B, C, H, W), as evaluators and
     views take it. meta: of each image what evaluators know of it, with `frame`, what is known of it as the network saw
     it (`data.labels.LabelRules.known`).
+    head(context): what makes the head of a task that is no map (`models.heads`); None: the decoder makes it.
     evaluators: classes; the first one that runs gives the task's score.
     view: pictures and files for people.
     export(prediction, meta, folder): files that `infer` writes for other programs, if any, into the task's folder.
@@ -37,6 +39,7 @@ class Task:
     evaluators: Sequence[type[Evaluator]]
     view: View
     export: Callable[[Any, Sequence[Mapping], Path], object] | None = None
+    head: Callable[[TaskContext], HeadMaker] | None = None
 
     @property
     def scores(self) -> list[Score]:
