@@ -72,6 +72,7 @@ class Decoder(nn.Module):
     needs_labels: ClassVar[bool] = False  # whether forward(feats, labels) takes the labels, None but in training
     recomputed: ClassVar[Sequence[type[nn.Module] | str]] = ()  # see `models.blocks.recompute`
     input_multiple: int | None = None  # of the image's sides; None: the stride of the coarsest map
+    takes_task_maps: ClassVar[bool] = False  # whether forward also takes `TaskMaps`, every task's own
     unread_maps: ClassVar[Sequence[int]] = ()  # of those it is given, counted from the finest
     logit_std: ClassVar[float | None] = None  # of the usual head's initial weights, beside zero biases; None: PyTorch's
 

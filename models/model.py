@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.blocks.layers import without_autocast
 from models.blocks.resize import resize
+from models.blocks.task_maps import of_maps
 from models.decoder import Decoder
 
 
@@ -48,7 +49,7 @@ class MultiTaskModel(nn.Module):
         without grid, such as scores of a list of boxes) passes as it is.
         """
         size = self.label_size or image.shape[-2:]
-        feats = self.neck(self.encoder(image))  # finest first, (B, C_i, H / s_i, W / s_i)
+        feats = of_maps(self.neck, self.encoder(image))  # finest first, (B, C_i, H / s_i, W / s_i)
         out = self.decoder(feats, labels) if self.decoder.needs_labels else self.decoder(feats)
         # Heads run in float32: bfloat16 has 8 significant bits, too few for a depth in metres; the losses would differ
         # from those of float32 (docs/training_speed.md).

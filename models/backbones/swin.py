@@ -22,6 +22,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
 from models.blocks.layers import init_linear
+from models.blocks.task_maps import TaskMaps
 from utils.options import Options
 
 logger = logging.getLogger(__name__)
@@ -136,16 +137,32 @@ class SwinBackbone(nn.Module):
         init_linear(self)  # the paper's setting; position tables are initialised by timm
         for stage, dim in enumerate(self.channels):
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=1e-5))
+        self.tasks: tuple[str, ...] = ()  # that have maps of their own
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor] | TaskMaps:
         """Normalised image (B, 3, H, W) -> four maps (B, C_i, ceil(H/s_i), ceil(W/s_i)), finest first."""
         tokens = self.patch_embed(image)  # (B, H/4, W/4, C)
         maps = []
         for stage, layer in enumerate(self.layers):
-            tokens = layer(tokens)  # the next merging sees these, not the normalised ones
+            tokens = layer(tokens)  # the next merging sees these, not the normalised ones; behind `fan_out` (1 + T) B
             normed = getattr(self, f"norm{stage}")(tokens)
             maps.append(rearrange(normed, "b h w c -> b c h w"))  # channels last in memory
-        return maps
+            tokens = tokens[:len(image)]
+        if not self.tasks:
+            return maps
+        of_tasks = [feat.unflatten(0, (1 + len(self.tasks), -1))[1:] for feat in maps]
+        return TaskMaps({task: [feat[index] for feat in of_tasks] for index, task in enumerate(self.tasks)})
+
+    def fan_out(self, tasks: Sequence[str]) -> list[str]:
+        """From now on the last block of every stage runs for each task, too, and every task has maps of its own.
+
+        Returns the names of these blocks: their rows are those of no task, which go on to the next stage, and then of
+        one task after the other.
+        """
+        self.tasks = tuple(tasks)
+        for stage in self.layers:
+            stage.blocks[-1].register_forward_pre_hook(partial(_copy_for_tasks, 1 + len(tasks)))
+        return [f"layers.{index}.blocks.{len(stage.blocks) - 1}" for index, stage in enumerate(self.layers)]
 
     def convert_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights in any of the three layouts -> this module's keys, position tables fitted to its window."""
@@ -159,6 +176,10 @@ class SwinBackbone(nn.Module):
         if resized:
             logger.info(f"relative position tables resized to another window (bicubic): {len(resized)}")
         return state
+
+
+def _copy_for_tasks(copies: int, block: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0].repeat(copies, 1, 1, 1)
 
 
 def to_timm_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

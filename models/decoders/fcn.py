@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.blocks.layers import conv_bn_relu
 from models.blocks.resize import concat_at_finest
+from models.blocks.task_maps import TaskMaps, for_task, of_maps
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
 
@@ -34,6 +35,7 @@ class FCNDecoder(Decoder):
 
     Config = FCNConfig
     input_multiple = 1  # every size the backbone takes
+    takes_task_maps = True
     logit_std = 0.01
 
     def __init__(self, context: BuildContext, config: FCNConfig):
@@ -44,6 +46,6 @@ class FCNDecoder(Decoder):
         self.channels = width // config.reduction
         self.project = nn.ModuleDict({task: conv_bn_relu(width, self.channels) for task in context.tasks})
 
-    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
-        feat = concat_at_finest(feats)  # (B, K, h, w)
-        return DecoderOutput({task: project(feat) for task, project in self.project.items()})
+    def forward(self, feats: Sequence[Tensor] | TaskMaps) -> DecoderOutput:
+        joined = of_maps(concat_at_finest, feats)  # (B, K, h, w)
+        return DecoderOutput({task: project(for_task(joined, task)) for task, project in self.project.items()})

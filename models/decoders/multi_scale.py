@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.blocks.layers import conv_bn_relu
 from models.blocks.resize import resize
+from models.blocks.task_maps import TaskMaps, for_task
 from models.decoder import BuildContext, Decoder, DecoderOutput
 from models.decoders.options import DecoderOptions
 
@@ -52,6 +53,7 @@ class MultiScaleDecoder(Decoder):
 
     Config = MultiScaleConfig
     input_multiple = 1  # every size the backbone takes
+    takes_task_maps = True
     logit_std = 0.01
 
     def __init__(self, context: BuildContext, config: MultiScaleConfig):
@@ -59,5 +61,5 @@ class MultiScaleDecoder(Decoder):
         self.channels = config.channels
         self.pyramid = nn.ModuleDict({task: TaskPyramid(context.channels, config.channels) for task in context.tasks})
 
-    def forward(self, feats: Sequence[Tensor]) -> DecoderOutput:
-        return DecoderOutput({task: pyramid(feats) for task, pyramid in self.pyramid.items()})
+    def forward(self, feats: Sequence[Tensor] | TaskMaps) -> DecoderOutput:
+        return DecoderOutput({task: pyramid(for_task(feats, task)) for task, pyramid in self.pyramid.items()})

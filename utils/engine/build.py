@@ -20,11 +20,13 @@ from losses.balancing import BALANCING
 from losses.multi_task import MultiTaskLoss
 from models.blocks.recompute import recompute_blocks
 from models.build import build_model
+from models.lora.layers import merge_adapters
 from models.model import MultiTaskModel
 from models.ops.scan_choice import set_scan_backend
 from utils.engine import selection
 from utils.engine.checkpoint import load_model, read_checkpoint
 from utils.engine.config import Config
+from utils.engine.first_weights import begin, require_whole
 from utils.engine.tasks import TASKS, label_rules, tasks_named
 from utils.precision import set_determinism, set_float32_arithmetic
 
@@ -99,11 +101,15 @@ def trained_model(config: Config, path: Path, device: torch.device) -> tuple[Mul
 
     Beside it, how these weights were chosen (`selection`).
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, model = read_checkpoint(path), model_from_config(config)
+    if config.lora.rank:
+        checkpoint = begin(model, config, resumed=True).completed(checkpoint, model, path)
+    else:
+        require_whole(checkpoint, path)
     state = checkpoint.get("ema") or checkpoint["model"]
     state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
-    model = model_from_config(config)
     load_model(model, state, path, file_config=checkpoint.get("config"), yaml_config=config.to_dict())
+    merge_adapters(model)
     return model.to(device).prepare_for_inference(), selection.of_checkpoint(path, checkpoint)
 
 

@@ -26,6 +26,7 @@ from evaluation.boundary.settings import BoundarySettings, Mode
 from losses.detection3d.options import Detection3DOptions
 from models.backbones import BACKBONES
 from models.decoders import DECODERS
+from models.lora.settings import LoraSettings
 from models.necks import NECKS
 from models.ops import SCAN_BACKENDS
 from utils.engine.config_groups import (
@@ -66,6 +67,7 @@ class Config:
     pretrained: bool | str = False               # true: the backbone's usual weights; a timm tag; or a file
     pretrained_allow_missing: tuple[str, ...] = ()
     init_from: str = ""                          # a checkpoint, ours or released: what fits of it, the rest is listed
+    lora: LoraSettings = field(default_factory=LoraSettings)     # adapters of low rank on weights that stay
     image_size: tuple[int, int] | None = None    # (height, width) of the network's input; default: the data set's
     label_size: tuple[int, int] | None = None    # (height, width) of labels and predictions; default: the data set's
     det3d_kwargs: Detection3DOptions = field(default_factory=Detection3DOptions)   # head and targets of 3-D detection
@@ -224,6 +226,12 @@ def _check_relations(c: Config, where: Where) -> None:
     if c.augmentation.always_guide_crop and c.partial_labels != PartialLabels():
         refuse("augmentation.always_guide_crop", "augmentation.always_guide_crop reads a label that partial_labels may "
                                                  "hide; set one of them to its default")
+    if c.lora.rank and not (c.pretrained or c.init_from or c.lora.base):
+        refuse("lora.rank", "lora adapts weights that exist: set pretrained, init_from or lora.base")
+    stopped = [part for part in c.lora.parts if any(f"{part}.".startswith(f"{frozen}.") for frozen in c.freeze)]
+    if c.lora.rank and stopped:
+        refuse("freeze", f"freeze stops {', '.join(stopped)} whole, adapters too; lora keeps the weights of its parts "
+                         "as they are by itself")
     if not all(0 < factor < math.inf for factor in c.lr_scale.values()):
         refuse("lr_scale", f"'lr_scale' must hold positive finite factors, got {c.lr_scale}; `freeze` stops a part")
     weights = c.loss_kwargs.loss_weights

@@ -18,9 +18,11 @@ logger = logging.getLogger(__name__)
 MOST_SHOWN = 12
 
 
-def init_from(model: nn.Module, path: Path) -> bool:
-    """Fills what fits; whether that is the whole backbone. A file of which nothing fits is a ValueError."""
+def init_from(model: nn.Module, path: Path) -> set[str]:
+    """Fills what fits and returns its keys. A file of which nothing fits is a ValueError."""
     checkpoint = read_checkpoint(path)
+    if checkpoint.get("base"):
+        raise ValueError(f"init_from {path}: it holds adapters for {checkpoint['base']['source']} and no whole model")
     state = checkpoint.get("ema") or checkpoint["model"]
     state = strip_wrappers({key: value for key, value in state.items() if key != "n_averaged"})
     if recognise(state):
@@ -35,7 +37,7 @@ def init_from(model: nn.Module, path: Path) -> bool:
     logger.info("init_from %s: %d of the model's %d tensors start from it\n  starting fresh: %s\n"
                 "  of another shape: %s\n  in the file only: %s", path, len(fitting), len(own), _grouped(fresh),
                 _grouped(key for key in fresh if key in state), _grouped(key for key in state if key not in own))
-    return not any(key.startswith("encoder.") for key in fresh)
+    return set(fitting)
 
 
 def _with_fitted_tables(model: nn.Module, state: dict, own: dict) -> dict:

@@ -146,13 +146,21 @@ class Keeper:
 def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """All that a run is made of; `ranks`: what each process has of its own."""
     return {
-        "model": run.model.state_dict(), "ema": None if run.ema is None else run.ema.state_dict(),
+        **_weights(run),
         "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "rng": [one["rng"] for one in ranks],
         "sums": [one["sums"] for one in ranks], "step": run.step, "epoch": run.step // run.steps_per_epoch,
         "scored": run.scored, "best": run.best, "metrics": run.metrics,
         "images_per_update": run.images_per_update, "config": run.config.to_dict(), "git": _git_hash(),
     }
+
+
+def _weights(run: Run) -> dict[str, Any]:
+    """The model's and the average's; with adapters without what is not trained."""
+    model, ema, base = run.model.state_dict(), None if run.ema is None else run.ema.state_dict(), run.base
+    if base is None:
+        return {"model": model, "ema": ema}
+    return {"model": base.left_out(model), "ema": ema and base.left_out(ema, "module."), "base": base.about()}
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

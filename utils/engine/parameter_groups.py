@@ -27,14 +27,13 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
 
     ValueError: a part that the model does not have, or nothing left to train.
     """
-    _require_parts(model, parts, "freeze")
+    require_parts(model, parts, "freeze")
     for name, parameter in model.named_parameters():
-        if _longest(name, parts) is not None:
+        if holding_part(name, parts) is not None:
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
         if name in parts:
-            module.train = types.MethodType(_stay_in_eval, module)
-            module.eval()
+            stay_in_eval(module)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze: {', '.join(parts)} leaves nothing to train")
 
@@ -46,13 +45,13 @@ def parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
     last, have d, d^2, ... and its embeddings one more; what follows the blocks has 1 (Bao et al., "BEiT", ICLR 2022).
     weight_decay_on: weights, not norms, biases, position tables, tokens or the A and D of scans.
     """
-    _require_parts(model, config.lr_scale, "lr_scale")
+    require_parts(model, config.lr_scale, "lr_scale")
     exempt = _without_decay(model) if config.weight_decay_on == "weights" else set()
     depths = _depths(model) if config.layer_decay != 1 else {}
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = _longest(name, config.lr_scale)
+            part = holding_part(name, config.lr_scale)
             scale = (1.0 if part is None else config.lr_scale[part]) * config.layer_decay ** depths.get(name, 0)
             group = groups.setdefault((scale, name in exempt), {"params": []})
             group["params"].append(parameter)
@@ -61,17 +60,29 @@ def parameter_groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:
+def stay_in_eval(module: nn.Module) -> None:
+    """From now on `train()` leaves it, and what is in it, in eval mode."""
+    module.train = types.MethodType(_eval_only, module)
+    module.eval()
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalisation of any kind, by the name of its class."""
+    return "Norm" in type(module).__name__
+
+
+def _eval_only(self: nn.Module, mode: bool = True) -> nn.Module:
     return type(self).train(self, False)
 
 
-def _longest(name: str, parts: Iterable[str]) -> str | None:
+def holding_part(name: str, parts: Iterable[str]) -> str | None:
     """The longest of these parts that holds the parameter, or None."""
     holding = [part for part in parts if f"{name}.".startswith(f"{part}.")]
     return max(holding, key=len, default=None)
 
 
-def _require_parts(model: nn.Module, parts: Iterable[str], key: str) -> None:
+def require_parts(model: nn.Module, parts: Iterable[str], key: str) -> None:
+    """ValueError, which names the key of the experiment, for a part that holds no parameter."""
     names = [name for name, _ in model.named_parameters()]
     known = dict.fromkeys(name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1))
     for part in parts:
@@ -80,7 +91,7 @@ def _require_parts(model: nn.Module, parts: Iterable[str], key: str) -> None:
 
 
 def _without_decay(model: nn.Module) -> set[str]:
-    norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    norms = {name for name, module in model.named_modules() if is_norm(module)}
     return {name for name, parameter in model.named_parameters()
             if parameter.ndim <= 1 or name.rpartition(".")[0] in norms
             or name.rpartition(".")[2] in WITHOUT_DECAY or name.endswith(WITHOUT_DECAY[-1])}

@@ -64,9 +64,11 @@ def _open(run: Run) -> None:
     setup_logging(True, run_dir)
     save_config(config, run_dir / "config.yaml")
     run.writer = RunWriter(run_dir, config.tensorboard, run.step, run.scored == run.step)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    logger.info("run %s: model %s on %s, %s parameters, tasks %s", run_dir, config.model, config.backbone,
-                f"{parameters:,}", ", ".join(config.tasks))
+    parameters = list(run.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    whole = sum(p.numel() for p in parameters)
+    logger.info("run %s: model %s on %s, %s parameters, %s of them trained (%.3g %%), tasks %s", run_dir, config.model,
+                config.backbone, f"{whole:,}", f"{trained:,}", 100 * trained / whole, ", ".join(config.tasks))
     logger.info("%d updates of %d images (trBatch %d x %d process(es) x %d accumulation) on %s, %s", run.total_steps,
                 run.images_per_update, config.trBatch, distributed.world_size(), run.accumulate, run.device,
                 config.precision)

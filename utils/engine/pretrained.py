@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_pretrained(backbone: nn.Module, source: bool | str | Path,
-                    allow_missing: Collection[str] = ()) -> None:
+                    allow_missing: Collection[str] = ()) -> set[str]:
     """Fills a backbone with published weights and logs `loaded 327 / missing 0 / unexpected 2 (head.*)`.
+
+    Returns the keys it has filled.
 
     Args:
         backbone: see the contract in `models.backbones`.
@@ -65,6 +67,7 @@ def load_pretrained(backbone: nn.Module, source: bool | str | Path,
     backbone.load_state_dict(fitting, strict=False)
     line = f"{origin}: loaded {len(fitting)} / missing 0 / unexpected " + _grouped(unexpected + outside)
     logger.info(line + (f" / starting fresh {_grouped(new)}" if new else ""))
+    return set(fitting)
 
 
 def download_weights(tag: str) -> dict[str, Tensor]:

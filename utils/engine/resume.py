@@ -13,6 +13,7 @@ import torch
 from utils import distributed
 from utils.engine.checkpoint import load_model
 from utils.engine.config import Config, config_from_dict
+from utils.engine.first_weights import require_whole
 from utils.engine.run import Run
 
 logger = logging.getLogger(__name__)
@@ -39,16 +40,18 @@ RULES: Mapping[str, Rule] = {
     **_rules("refused", "the state in the file is that of another one", "optimizer loss_kwargs.loss_scheme"),
     **_rules("refused", "the optimizer's state is ordered by these groups",
              "freeze lr_scale layer_decay weight_decay_on"),
+    **_rules("refused", "the adapters in the file are others", "lora"),
     **_rules("refused", "the labels would mean something else", "ignore_index"),
     **_rules("applied", "the images of an update must stay as many: accumulation makes up for other numbers",
              "trBatch global_batch"),
     **_rules("applied", "another decay; switching the average on or off is refused", "ema_decay"),
     **_rules("applied", "from the next update on", "max_iter epochs optimizer_kwargs scheduler scheduler_kwargs "
              "loss_kwargs grad_clip_param augmentation intermediate_supervision precision task_dictionary.edge_w "
-             "on_nonfinite nonfinite_limit watchdog loader_timeout"),
+             "lora.dropout on_nonfinite nonfinite_limit watchdog loader_timeout"),
     **_rules("applied", "from the next time on", "val_interval checkpoint_interval save_interval log_interval "
              "boundary_eval boundary_infer boundary_kwargs"),
     **_rules("harmless", "the weights come from the checkpoint", "pretrained pretrained_allow_missing init_from"),
+    **_rules("harmless", "the weights must be the same, wherever they lie", "lora.base"),
     **_rules("harmless", "where things lie",
              "out_dir version_name db_root resume train_db_name.folder val_db_name.folder data_cache skip_data_check"),
     **_rules("harmless", "how it is computed, up to rounding", "nworkers valBatch device compile "
@@ -78,6 +81,11 @@ def restore(run: Run, checkpoint: Mapping[str, Any], path: Path) -> None:
     if lacking := [key for key in NEEDED if key not in checkpoint]:
         raise ValueError(f"{path} holds no {', '.join(lacking)}: a run cannot go on from it; its weights serve for "
                          "--trained_model")
+    _tell_changes(run.config, checkpoint["config"], path)
+    if run.base is None:
+        require_whole(checkpoint, path)
+    else:
+        checkpoint = run.base.completed(checkpoint, run.model, path)
     load_model(run.model, checkpoint["model"], path, file_config=checkpoint["config"], yaml_config=run.config.to_dict())
     if (run.ema is None) != (checkpoint["ema"] is None):
         raise ValueError(f"{path} was trained {'without' if checkpoint['ema'] is None else 'with'} a moving average; "
@@ -87,7 +95,6 @@ def restore(run: Run, checkpoint: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path} holds the state of another loss balancing ({', '.join(balancing) or 'none'}) than "
                          f"loss_kwargs asks for ({', '.join(asked) or 'none'}); resume with the loss_scheme it was "
                          "trained with")
-    _tell_changes(run.config, checkpoint["config"], path)
     if run.ema is not None:
         run.ema.load_state_dict(checkpoint["ema"])
     run.criterion.load_state_dict(balancing)

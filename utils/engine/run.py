@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from utils import distributed
 from utils.engine.averages import MovingAverage
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config
-from utils.engine.init_from import init_from
+from utils.engine.first_weights import Base, begin
 from utils.engine.optimizers import OPTIMIZERS
-from utils.engine.parameter_groups import freeze, parameter_groups
-from utils.engine.pretrained import load_pretrained
+from utils.engine.parameter_groups import parameter_groups
 from utils.logging import RunWriter
 from utils.recording import recording_stream
 
@@ -49,6 +47,7 @@ class Run:
     accumulate: int
     total_steps: int
     steps_per_epoch: int
+    base: Base | None = None              # of adapters: what checkpoints leave out
     step: int = 0                         # finished updates
     best: float = -math.inf
     metrics: dict | None = None
@@ -99,31 +98,16 @@ def build_run(config: Config, device: torch.device, train_set: MultiTaskDataset,
     steps_per_epoch = train_loader.batch_sampler.updates_per_epoch
     torch.manual_seed(config.seed)                        # the same weights on every rank
     model = model_from_config(config)
-    if checkpoint is None:
-        _first_weights(model, config)
-    freeze(model, config.freeze)
+    base = begin(model, config, resumed=checkpoint is not None)
     prepare_for_training(model.to(device), config)
     criterion = build_criterion(config, model).to(device)
     wrapped = _wrap(model, config, device)
     ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
     return Run(
-        config, device, model, wrapped, ema, criterion, optimizer=build_optimizer(config, model, criterion),
+        config, device, model, wrapped, ema, criterion, base=base, optimizer=build_optimizer(config, model, criterion),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), writer=RunWriter(None, False),
         train_loader=train_loader, val_loader=val_loader, accumulate=accumulate,
         total_steps=min(config.max_iter, config.epochs * steps_per_epoch), steps_per_epoch=steps_per_epoch)
-
-
-def _first_weights(model: nn.Module, config: Config) -> None:
-    """Those of `init_from`, and where they do not fill the backbone those of `pretrained` below them."""
-    if config.init_from and init_from(model, Path(config.init_from)):
-        return
-    if config.pretrained:
-        with distributed.main_first():                     # one download, which the others then find
-            load_pretrained(model.encoder, config.pretrained, allow_missing=config.pretrained_allow_missing)
-        if config.init_from:
-            init_from(model, Path(config.init_from))
-    elif not config.init_from and distributed.is_main():
-        logger.warning("pretrained is false: the backbone starts from random weights")
 
 
 def build_optimizer(config: Config, model: nn.Module, criterion: nn.Module) -> torch.optim.Optimizer:
