@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 # Before anything loads OpenMP: threads that wait for each other must sleep. By default they spin, and where they have
 # fewer cores than expected (data loader workers, other programs) every operation then costs a scheduler's time slice.
@@ -13,32 +14,32 @@ from utils.engine.arguments import parse_arguments  # noqa: E402
 from utils.logging import setup_logging  # noqa: E402
 
 
-def read_config(args: argparse.Namespace):
-    """The `utils.engine.config.Config` of the experiment file, else the checkpoint's."""
-    from utils.engine.config import config_from_dict, load_config
-    if args.config_exp is not None:
-        return load_config(args.config_exp, args.overrides)
-    from utils.engine.checkpoint import stored_config
-    return config_from_dict(stored_config(args.trained_model), str(args.trained_model), args.overrides)
-
-
 def run(args: argparse.Namespace) -> None:
-    """Imports what the mode needs once the experiment has been read: a mistake is told before PyTorch is loaded."""
-    config = read_config(args)
+    # Each mode imports what it needs once the experiment has been read: a mistake is told before PyTorch is loaded.
+    if args.config_exp is not None:
+        from utils.engine.config import load_config
+        config = load_config(args.config_exp, args.overrides)
     if args.dry_run:
         from utils.engine.dry_run import dry_run
         dry_run(config)
-        return
-    if args.run_mode == "train":
+    elif args.run_mode == "train":
         from utils.engine.train import train
         train(config, args.resume)
-        return
-    from utils.engine.predict import infer, predict
-    output = args.output or args.trained_model.parent / args.run_mode
-    if args.run_mode == "infer":
-        infer(config, args.trained_model, output)
     else:
-        predict(config, args.trained_model, args.input, output)
+        from utils.engine.predict import infer, predict
+        from utils.engine.stored_model import find_checkpoint, own_config
+        checkpoint = find_checkpoint(args.trained_model)
+        config = own_config(checkpoint, args.overrides) if args.config_exp is None else config
+        output = args.output or output_of(args.trained_model, checkpoint, args.run_mode)
+        if args.run_mode == "infer":
+            infer(config, checkpoint, output)
+        else:
+            predict(config, checkpoint, args.input, output, args.overwrite)
+
+
+def output_of(named: str, checkpoint: Path, mode: str) -> Path:
+    # beside the checkpoint, but never in the copy that is kept of a model of the hub
+    return (checkpoint.parent if Path(named).exists() else Path()) / mode
 
 
 def main() -> None:

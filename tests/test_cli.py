@@ -11,7 +11,7 @@ import torch
 import main
 from tests.shared import ROOT, real_data
 from utils.engine.config import load_config
-from utils.engine.predict import list_images
+from utils.engine.inputs import find_inputs
 from utils.engine.train import train
 
 NYUD = str(ROOT / "configs" / "bim_nyud.yml")
@@ -95,13 +95,13 @@ def test_predict_names_the_pictures_it_could_not_read(monkeypatch, trained, tmp_
     cv2.imwrite(str(source / "small.png"), np.zeros((20, 64, 3), np.uint8))
     message = refused(monkeypatch, "--run_mode", "predict", "--trained_model", trained / "best.pt",
                       "--input", source, "--output", tmp_path / "out")
-    assert "2 of 3 image(s) could not be predicted: broken.jpg, small.png" in message
+    assert "2 of 3 input(s) could not be predicted: broken.jpg, small.png" in message
     assert (tmp_path / "out" / "panels" / "good.png").is_file()
-    assert list_images(source / "good.png") == [source / "good.png"]
-    assert "no such image or folder" in refused(monkeypatch, "--run_mode", "predict", "--trained_model",
+    assert find_inputs(source / "good.png") == [source / "good.png"]
+    assert "no such image, video, folder or list" in refused(monkeypatch, "--run_mode", "predict", "--trained_model",
                                                 trained / "best.pt", "--input", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "holds no image" in refused(monkeypatch, "--run_mode", "predict", "--trained_model", trained / "best.pt",
+    assert "holds no picture" in refused(monkeypatch, "--run_mode", "predict", "--trained_model", trained / "best.pt",
                                        "--input", tmp_path / "empty")
 
 

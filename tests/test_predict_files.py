@@ -1,10 +1,11 @@
 """The files that `predict` writes, read by Pillow, for a network whose answers are known."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from tests.watched_run import MEAN, STD, answers, experiment, voc
 from utils.engine.build import model_from_config
-from utils.engine.predict import output_names, predict
+from utils.engine.inputs import output_names
+from utils.engine.predict import predict
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 NYUD = ["task_dictionary.include_normals=true", "task_dictionary.include_edge=true"]
@@ -206,9 +208,9 @@ def test_no_picture_overwrites_another(tmp_path):
     """The whole file name where two pictures differ in their suffix alone."""
     red, blue = (np.full((40, 60, 3), colour, np.uint8) for colour in (RED, BLUE))
     panels = run(tmp_path, {"a.png": red, "a.bmp": blue, "b.c.png": red}, [])
-    assert sorted(path.stem for path in panels) == ["a_bmp", "a_png", "b_c"]
+    assert sorted(path.stem for path in panels) == ["a.bmp", "a.png", "b.c"]
     kinds = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "out" / "raw" / "semseg").iterdir()}
-    assert {name: int(np.median(ids)) for name, ids in kinds.items()} == {"a_png": 1, "a_bmp": 4, "b_c": 1}
+    assert {name: int(np.median(ids)) for name, ids in kinds.items()} == {"a.png": 1, "a.bmp": 4, "b.c": 1}
 
 
 def test_other_files_of_the_folder_are_left_alone(tmp_path):
@@ -217,18 +219,24 @@ def test_other_files_of_the_folder_are_left_alone(tmp_path):
     run(tmp_path, {"a.png": stripes(40, 60), "b.TIFF": stripes(40, 60)}, [])
     assert sorted(path.name for path in (tmp_path / "out" / "panels").iterdir()) == ["a.png", "b.png"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"mine.txt", "panels", "colour", "raw",
-                                                                  "formats.json"}
+                                                                  "formats.json", "predictions.jsonl"}
     assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
 
 
 @pytest.mark.parametrize("kind", ["raw", "colour", "panels"])
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, kind):
-    """OpenCV says false where it cannot write; that must not pass for success."""
-    monkeypatch.setattr(cv2, "imwrite", lambda path, _: f"/out/{kind}/" not in path)
-    with pytest.raises(OSError, match=r"could not write .*a\.png"):
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if f"/out/{kind}/" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot write .*a\.png: No space left"):
         run(tmp_path, {"a.png": stripes(40, 60)}, [])
 
 
 def test_no_two_images_share_the_name_of_their_outputs():
     paths = [Path(name) for name in ("a.b.png", "a_b.png", "c.jpg", "c.png", "c_jpg.png", "a.b.tif")]
-    assert list(output_names(paths).values()) == ["a_b_png", "a_b", "c_jpg", "c_png", "c_jpg_2", "a_b_tif"]
+    assert list(output_names(paths).values()) == ["a.b.png", "a_b", "c.jpg", "c.png", "c_jpg", "a.b.tif"]

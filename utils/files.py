@@ -6,6 +6,7 @@ NaN in the table marks values that must not occur.
 """
 
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from PIL import Image, ImageOps
 
 DEPTH_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 MAX_DEPTH_M = 255.0      # 255 marks void in every label, so a measured depth must stay below it
+MAX_PIXELS = 178_956_970  # of a picture; what declares more, Pillow does not open
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # of half as many; those are read
 
 
-def _decode(path: Path, apply_exif: bool = False, as_stored: bool = False) -> tuple[np.ndarray, str]:
+def _decode(path: Path, apply_exif: bool = False, as_stored: bool = False,
+            mode: str = "") -> tuple[np.ndarray, str]:
     """Pixels of a picture (palette indices stay indices), and its Pillow mode.
 
     Grey of 1, 2 or 4 bits comes spread over 0..255 (1 bit: False, True); `as_stored` undoes that, for class indices.
+    mode: the Pillow mode to convert to; empty: the file's own.
     """
     try:
         with Image.open(path) as image:
@@ -29,11 +34,13 @@ def _decode(path: Path, apply_exif: bool = False, as_stored: bool = False) -> tu
                 raise ValueError(reason)
             step = _spread(image) if as_stored else 1
             image.load()
-            picture = ImageOps.exif_transpose(image) if apply_exif else image
+            if apply_exif:
+                ImageOps.exif_transpose(image, in_place=True)
+            picture = image.convert(mode) if mode else image
             return np.asarray(picture) // step if step > 1 else np.asarray(picture), picture.mode
     except FileNotFoundError:
         raise FileNotFoundError(f"file not found: {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # SyntaxError: a broken PNG
+    except Exception as error:      # decoders raise whatever their parsing of a damaged file comes upon
         raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a picture") from error
 
 
@@ -43,6 +50,29 @@ def _blurs(image: Image.Image) -> str:
         return "class indices stored as JPEG are not those that were saved: its compression mixes neighbours"
     frames = getattr(image, "n_frames", 1)
     return f"it holds {frames} pictures, a label is one" if frames > 1 else ""
+
+
+def declared_size(path: Path) -> tuple[int, int]:
+    """(height, width) that the header of a photograph declares, as stored; no pixel is decoded.
+
+    ValueError for what is no picture, has more than MAX_PIXELS, or holds several pictures, such as an animation. A
+    JPEG's further pictures (previews, the other eye's view) do not count.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"file not found: {path}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} declares more than {MAX_PIXELS / 1e6:.0f} megapixels, the most that are read; "
+                         "make it smaller") from error
+    except Exception as error:      # as in `_decode`
+        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a picture") from error
+    if frames > 1:
+        raise ValueError(f"{path} holds {frames} pictures (an animation, or pages); save the one you mean as a file of "
+                         "its own, or all as a video")
+    return height, width
 
 
 def exif_orientation(path: Path) -> int:
@@ -80,9 +110,7 @@ def read_rgb(path: str | Path, apply_exif: bool = True) -> np.ndarray:
         return np.repeat(grey[..., None], 3, axis=2)                   # (H, W) -> (H, W, 3)
     if mode == "F":
         raise ValueError(f"{path}: floating-point pictures have no defined white; store it with 8 or 16 bits")
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image) if apply_exif else image
-        return np.asarray(upright.convert("RGB"))
+    return _decode(path, apply_exif, mode="RGB")[0]
 
 
 def read_depth(path: str | Path, unit: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a run tells: one line per interval on the terminal and in log.txt, metrics.jsonl, TensorBoard. Rank 0 only."""
 
+import io
 import json
 import logging
 import math
@@ -51,9 +52,12 @@ class _LogFile(logging.FileHandler):
 
 def setup_logging(main_process: bool, run_dir: Path | None = None) -> None:
     """Sends log lines of rank 0 to the terminal and, with `run_dir`, to run_dir/log.txt (appended)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):            # a character that it does not know is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     handlers: list[logging.Handler] = [_TqdmHandler()] if main_process else [logging.NullHandler()]
     if main_process and run_dir is not None:
-        handlers.append(_LogFile(run_dir / "log.txt", encoding="utf-8"))
+        handlers.append(_LogFile(run_dir / "log.txt", encoding="utf-8", errors="backslashreplace"))
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, handlers=handlers,
                         force=True)
     for noisy in ("PIL", "matplotlib", "timm", "httpx", "huggingface_hub"):

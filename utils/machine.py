@@ -1,5 +1,6 @@
 """What the machine says of itself, as far as it says it."""
 
+import ctypes
 import sys
 
 import torch
@@ -17,6 +18,12 @@ def peak_memory(device: torch.device) -> int | None:
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def release_freed_memory() -> None:
+    """Gives memory that this process has freed back to the system, where the C library (glibc) would keep it."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        trim(0)
 
 
 def in_words(size: int | float | None) -> str:

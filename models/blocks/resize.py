@@ -14,6 +14,23 @@ def resize(feat: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(feat, size, mode="bilinear", align_corners=False)
 
 
+def resized_rows(feat: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
+    """Rows top to bottom of `resize(feat, size)`, but for rounding, without the others: (B, C, bottom - top, W).
+
+    Vertically by hand, then horizontally; channels lie innermost, because what comes next compares them.
+    """
+    (h, w), (height, width) = feat.shape[-2:], size
+    if (h, w) == (height, width):
+        return feat[..., top:bottom, :]
+    place = (torch.arange(top, bottom, device=feat.device, dtype=torch.float32) + 0.5) * (h / height) - 0.5
+    place = place.clamp_min(0)
+    above = place.floor().long()
+    below = (above + 1).clamp_max(h - 1)
+    rows = torch.lerp(feat[..., above, :], feat[..., below, :], (place - above).to(feat.dtype)[:, None])
+    rows = rows.contiguous(memory_format=torch.channels_last)
+    return resize(rows, (bottom - top, width))
+
+
 def concat_at_finest(feats: Sequence[Tensor]) -> Tensor:
     """Maps (B, C_i, h_i, w_i), finest first -> (B, sum C_i, h_0, w_0); the coarser ones bilinearly."""
     size = feats[0].shape[-2:]

@@ -1,6 +1,7 @@
 """The arguments of the command line, and which of them each run mode reads."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,14 @@ TRAINING_KEYS = (
      "activation_checkpointing", "find_unused_parameters", "tensorboard",
     "val_from_train", "on_nonfinite", "nonfinite_limit", "watchdog",
     "eval_at_start", "boundary_eval", "out_dir", "resume", "skip_data_check")
+OVERRIDE = re.compile(r"[A-Za-z_][\w.@]*=")
 FLAGS = {       # flag -> (run modes that read it, options of argparse's add_argument)
-    "--trained_model": (("infer", "predict"), dict(type=Path, metavar="CKPT", help="checkpoint for infer and predict")),
-    "--input": (("predict",), dict(type=Path, metavar="PATH", help="predict: an image, or a folder of images")),
+    "--trained_model": (("infer", "predict"), dict(metavar="CKPT", help="for infer and predict: a checkpoint, the "
+                                               "folder of a run, or a name on the Hugging Face Hub")),
+    "--input": (("predict",), dict(nargs="+", metavar="PATH", help="predict: images, folders, patterns, lists (.txt)")),
     "--output": (("infer", "predict"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
                                                                            "checkpoint")),
+    "--overwrite": (("predict",), dict(action="store_true", help="predict: make anew what is there already")),
     "--skip_data_check": (("train",), dict(action="store_true", help="train: start without reading every file first; a "
                                            "damaged one then ends the run when it is met")),
     "--dry_run": (("train",), dict(action="store_true", help="train: rehearse everything once and say what it needs")),
@@ -43,6 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None, description: str | None) ->
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trBatch=2 optimizer_kwargs.lr=1e-4")
     args = parser.parse_intermixed_args(arguments)
+    _part_input(args)
     if args.seed is not None:
         args.overrides.append(f"seed={args.seed}")
     if args.skip_data_check:
@@ -52,6 +57,13 @@ def parse_arguments(arguments: Sequence[str] | None, description: str | None) ->
             parser.error(f"--run_mode {args.run_mode} needs --{name} (README, \"The commands of the field\")")
     _refuse_unread(parser, args)
     return args
+
+
+def _part_input(args: argparse.Namespace) -> None:
+    """`--input a.jpg b.jpg key=value`: what has the form of an override, and is no file, is one."""
+    given = args.input or []
+    args.overrides += [word for word in given if OVERRIDE.match(word) and not Path(word).exists()]
+    args.input = [word for word in given if word not in args.overrides] or None
 
 
 def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

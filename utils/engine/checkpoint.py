@@ -58,14 +58,6 @@ def read_checkpoint(path: str | Path) -> dict:
     return {**(content if is_wrapper else {}), "model": model}
 
 
-def stored_config(path: str | Path) -> Mapping:
-    """The configuration that a checkpoint holds (`Config.to_dict()`); a ValueError where there is none."""
-    stored = read_checkpoint(path).get("config")
-    if stored is None:
-        raise ValueError(f"{path} does not hold its configuration; name it with --config_exp")
-    return stored
-
-
 def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path,
                file_config: Mapping | None = None, yaml_config: Mapping | None = None) -> None:
     """Strict load that logs its counts; a state dict of another model is a ValueError that says which.

@@ -1,6 +1,6 @@
 """Pictures for people: one panel per image with the input, every task's prediction and a legend."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -14,6 +14,7 @@ from utils.engine.tasks import TASKS
 from utils.engine.views import Legend
 
 TILE_WIDTH = 320
+TALLEST = 1280              # what is higher gets a narrower picture
 TITLE_HEIGHT = 22
 LEGEND_LINE = 16
 INK, PAPER = (30, 30, 30), (255, 255, 255)
@@ -40,31 +41,37 @@ def batch_panel(batch: Mapping, predictions: Mapping[str, Any], contexts: Mappin
 def prediction_panel(rgb: np.ndarray, predictions: Mapping[str, Any],
                      contexts: Mapping[str, TaskContext]) -> np.ndarray:
     """Input (H, W, 3) uint8 and decoded predictions of one image -> titled tiles with legends, RGB uint8."""
-    height = max(1, round(TILE_WIDTH * rgb.shape[0] / rgb.shape[1]))
-    tiles = [_tile("input", rgb, height, [])]
+    tiles = [tile("input", rgb, [])]
     for task, prediction in predictions.items():
         view, context = TASKS.load(task).view, contexts[task]
-        tiles.append(_tile(task, view.picture(prediction, context, rgb), height, view.legend(prediction, context)))
+        tiles.append(tile(task, view.picture(prediction, context, rgb), view.legend(prediction, context)))
+    return sheet(tiles)
+
+
+def sheet(tiles: Sequence[Image.Image]) -> np.ndarray:
+    """Tiles in rows of three, RGB uint8."""
     columns = min(3, len(tiles))
-    tallest = max(tile.height for tile in tiles)
+    tallest = max(one.height for one in tiles)
     rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (TILE_WIDTH + 8) + 8, rows * (tallest + 8) + 8), PAPER)
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (8 + i % columns * (TILE_WIDTH + 8), 8 + i // columns * (tallest + 8)))
-    return np.asarray(sheet)
+    paper = Image.new("RGB", (columns * (TILE_WIDTH + 8) + 8, rows * (tallest + 8) + 8), PAPER)
+    for i, one in enumerate(tiles):
+        paper.paste(one, (8 + i % columns * (TILE_WIDTH + 8), 8 + i // columns * (tallest + 8)))
+    return np.asarray(paper)
 
 
-def _tile(title: str, picture: np.ndarray, height: int, legend: Legend) -> Image.Image:
+def tile(title: str, picture: np.ndarray, legend: Legend) -> Image.Image:
     """One picture with its title above and its legend below, `TILE_WIDTH` wide."""
+    height = min(TALLEST, max(1, round(TILE_WIDTH * picture.shape[0] / picture.shape[1])))
+    width = min(TILE_WIDTH, max(1, round(height * picture.shape[1] / picture.shape[0])))
     lines = -(-len(legend) // 2)
-    tile = Image.new("RGB", (TILE_WIDTH, TITLE_HEIGHT + height + 4 + lines * LEGEND_LINE), PAPER)
-    draw = ImageDraw.Draw(tile)
+    framed = Image.new("RGB", (TILE_WIDTH, TITLE_HEIGHT + height + 4 + lines * LEGEND_LINE), PAPER)
+    draw = ImageDraw.Draw(framed)
     draw.text((2, 3), title, INK, ImageFont.load_default(15))
-    resized = cv2.resize(picture, (TILE_WIDTH, height), interpolation=cv2.INTER_AREA)
-    tile.paste(Image.fromarray(resized), (0, TITLE_HEIGHT))
+    resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    framed.paste(Image.fromarray(resized), (0, TITLE_HEIGHT))
     font = ImageFont.load_default(11)
     for i, (colour, text) in enumerate(legend):
         x, y = i % 2 * (TILE_WIDTH // 2), TITLE_HEIGHT + height + 4 + i // 2 * LEGEND_LINE
         draw.rectangle((x + 2, y + 2, x + 14, y + 13), fill=colour, outline=INK)
         draw.text((x + 19, y + 1), text, INK, font)
-    return tile
+    return framed

@@ -1,36 +1,30 @@
 """Predictions on any photographs, and the evaluation of a checkpoint: what `predict` and `infer` run."""
 
-import itertools
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+import os
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import cv2
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from data.loader import build_eval_loader
-from data.transforms import MEAN, STD
-from evaluation.evaluator import TaskContext
-from models.blocks.resize import resize
 from utils import distributed
-from utils.engine.build import build_split, evaluation_contexts, task_contexts, trained_model
+from utils.durable import write_text
+from utils.engine.build import build_split, evaluation_contexts, trained_model
 from utils.engine.config import Config
-from utils.engine.evaluate import build_evaluators, evaluate, forward_pass, log_reports
-from utils.engine.panel import prediction_panel, to_array
+from utils.engine.evaluate import build_evaluators, evaluate, log_reports
+from utils.engine.inputs import Journal, Source, find_inputs, output_names
+from utils.engine.prediction import Answer, write_prediction
+from utils.engine.predictor import Framed, Predictor
 from utils.engine.results import Results, check_reference, format_table, save_results, unscored
 from utils.engine.tasks import TASKS
-from utils.engine.views import save_rgb
-from utils.files import read_rgb
+from utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MIN_SIDE = 32      # one cell of the coarsest feature map
+# Keys that change how fast predictions come, not what they are.
+OF_THE_MACHINE = ("device", "nworkers", "valBatch", "progress", "loader_timeout", "worker_start", "scan_backend",
+                  "cuda_graph", "tensorboard", "db_root", "out_dir")
 
 
 def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
@@ -63,107 +57,64 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
     return results
 
 
-def predict(config: Config, checkpoint: Path, source: Path, output_dir: Path) -> list[Path]:
-    """Writes panels, colour pictures and raw arrays for an image or all images of a folder; returns the panels.
+def predict(config: Config, checkpoint: Path, sources: Source | Sequence[Source], output_dir: Path,
+            overwrite: bool = False) -> list[Path]:
+    """Predicts pictures and writes panels, colour pictures and raw arrays; returns the panels.
 
-    `output_dir` receives panels/<name>.png, colour/<task>/<name>.png, raw/<task>/<name>.<png|npy> at the image's own
-    size, and formats.json with the units of the raw files; for <name> see `output_names`. An unreadable image is
-    reported and skipped; at the end it makes the call a ValueError that names every such image. Under a launcher every
-    rank takes its share.
+    `sources`: see `find_inputs`. `output_dir` receives panels/<name>.png, colour/<task>/<name>.png and
+    raw/<task>/<name>.<png|npy> at the picture's own size, and formats.json with the units of the raw files; for <name>
+    see `output_names`. What predictions.jsonl says to be there, made by the same checkpoint and settings of the same
+    file, is left as it is unless `overwrite`. A picture that cannot be read is reported and skipped; at the end that
+    makes the call a ValueError that names every such input. Under a launcher every rank takes its share.
     """
-    paths = list_images(source)
+    inputs = find_inputs(sources)
     device = distributed.pick_device(config.device)
-    names, contexts, panels, failed = output_names(paths), task_contexts(config), [], []
     with distributed.process_group(device):
-        model, _ = trained_model(config, checkpoint, device)
-        forward = forward_pass(model, device, config.precision, config.cuda_graph)
-        paths = paths[distributed.rank()::distributed.world_size()]
-        for path in tqdm(paths, desc="predict", unit="image", leave=False, disable=None if config.progress else True):
-            try:
-                rgb = _read(path)
-            except (ValueError, OSError) as error:
-                logger.error("%s", error)
-                failed.append(path.name)
-                continue
-            maps = predict_image(forward, rgb, config, device)
-            panels.append(_write(output_dir, names[path], rgb, maps, contexts))
-    if panels:
-        formats = {task: TASKS.load(task).view.raw_format(contexts[task]) for task in config.tasks}
-        (output_dir / "formats.json").write_text(json.dumps(formats, indent=1) + "\n", encoding="ascii")
-        logger.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
+        predictor = Predictor(config, checkpoint, device)
+        journal = Journal(output_dir, _fingerprint(config, checkpoint))
+        names = distributed.from_main(lambda: output_names(inputs, journal.names()))
+        if distributed.is_main():
+            _write_formats(predictor, output_dir)
+        share = inputs[distributed.rank()::distributed.world_size()]
+        left = [path for path in share if overwrite or not journal.has(path, names[path])]
+        if len(left) < len(share):
+            logger.info("%d of %d are there already; --overwrite makes them anew", len(share) - len(left), len(share))
+        failed = _predict_pictures(predictor, left, names, output_dir, journal)
+    panels = [output_dir / "panels" / f"{names[path]}.png" for path in share if path not in failed]
+    logger.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
     if failed:
-        raise ValueError(f"{len(failed)} of {len(paths)} image(s) could not be predicted: {', '.join(failed[:10])}")
+        raise ValueError(f"{len(failed)} of {len(share)} input(s) could not be predicted: "
+                         f"{', '.join(path.name for path in failed[:10])}{', ...' if len(failed) > 10 else ''}; all "
+                         "others are done")
     return panels
 
 
-@torch.inference_mode()
-def predict_image(forward: Callable[[Tensor], dict], rgb: np.ndarray, config: Config,
-                  device: torch.device) -> dict[str, np.ndarray]:
-    """Decoded predictions {task: (H, W, C)} of an image (H, W, 3) uint8 of any size, at that size.
+def _predict_pictures(predictor: Predictor, paths: Sequence[Path], names: Mapping[Path, str], output_dir: Path,
+                      journal: Journal) -> list[Path]:
+    """Writes the files of these pictures; returns those that could not be read."""
+    def write(path: Path, framed: Framed, answer: Answer) -> None:
+        write_prediction(answer.results(framed.image), framed.image, output_dir, names[path])
 
-    `forward` is a `forward_pass` of the model. The image is scaled to fit the network's frame with its aspect ratio
-    kept, and padded centrally with the mean colour, as images of the data set are; the logits are cut out, scaled back
-    and decoded.
-    """
-    height, width = rgb.shape[:2]
-    image, (top, left, h, w) = _frame(rgb, config.input_size)
-    maps = {}
-    for task, full in forward(image.to(device)).items():
-        full = resize(full.float(), config.input_size)                       # data sets may ask for other label sizes
-        cut = full[..., top:top + h, left:left + w]
-        maps[task] = to_array(TASKS.load(task).decode(resize(cut, (height, width)), [{}])[0])
-    return maps
-
-
-def _read(path: Path) -> np.ndarray:
-    rgb = read_rgb(path)
-    if min(rgb.shape[:2]) < MIN_SIDE:
-        raise ValueError(f"{path} has {rgb.shape[0]} x {rgb.shape[1]} pixels; every side must have at least {MIN_SIDE}")
-    return rgb
+    failed = []
+    with Progress(len(paths), "predict", "image", predictor.config.progress) as progress:
+        for path, _, error in predictor.steps(paths, predictor.read, write):
+            if error is None:
+                journal.add(path, names[path])
+            else:
+                logger.error("%s", error)
+                failed.append(path)
+            progress.step()
+    return failed
 
 
-def output_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """What the files of each image are called: its stem, the whole file name where two share a stem.
-
-    Dots become underscores, and a name that is taken by then gets a number.
-    """
-    stems = Counter(path.stem for path in paths)
-    names: dict[str, Path] = {}
-    for path in paths:
-        base = (path.stem if stems[path.stem] == 1 else path.name).replace(".", "_")
-        numbered = (f"{base}_{number}" for number in itertools.count(2))
-        names[next(name for name in itertools.chain([base], numbered) if name not in names)] = path
-    return {path: name for name, path in names.items()}
+def _write_formats(predictor: Predictor, output_dir: Path) -> None:
+    formats = {task: TASKS.load(task).view.raw_format(context) for task, context in predictor.contexts.items()}
+    write_text(output_dir / "formats.json", json.dumps(formats, indent=1) + "\n")
 
 
-def list_images(source: Path) -> list[Path]:
-    """The image itself, or the images of a folder by name; none is a FileNotFoundError."""
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise FileNotFoundError(f"--input {source}: no such image or folder")
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"--input {source}: the folder holds no image ({' '.join(IMAGE_SUFFIXES)})")
-    return paths
-
-
-def _frame(rgb: np.ndarray, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """(1, 3, *size) normalised and padded, and where the image lies in it: top, left, height, width."""
-    scale = min(size[0] / rgb.shape[0], size[1] / rgb.shape[1])
-    h = min(size[0], max(1, round(rgb.shape[0] * scale)))
-    w = min(size[1], max(1, round(rgb.shape[1] * scale)))
-    inside = cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    top, left = (size[0] - h) // 2, (size[1] - w) // 2
-    frame = np.zeros((*size, 3), np.float32)
-    frame[top:top + h, left:left + w] = (inside.astype(np.float32) / 255 - MEAN) / STD
-    return torch.from_numpy(frame).permute(2, 0, 1)[None], (top, left, h, w)  # (H, W, 3) -> (1, 3, H, W)
-
-
-def _write(output_dir: Path, name: str, rgb: np.ndarray, maps: dict[str, np.ndarray],
-           contexts: dict[str, TaskContext]) -> Path:
-    for task, prediction in maps.items():
-        view = TASKS.load(task).view
-        view.write(output_dir / "raw" / task / name, prediction, contexts[task])
-        save_rgb(output_dir / "colour" / task / f"{name}.png", view.picture(prediction, contexts[task], rgb))
-    return save_rgb(output_dir / "panels" / f"{name}.png", prediction_panel(rgb, maps, contexts))
+def _fingerprint(config: Config, checkpoint: Path) -> str:
+    """Stands for a checkpoint and all settings that may change what it predicts."""
+    stamp = checkpoint.stat() if checkpoint.is_file() else None
+    settings = {key: value for key, value in config.to_dict().items() if key not in OF_THE_MACHINE}
+    about = (os.path.abspath(checkpoint), stamp and (stamp.st_size, stamp.st_mtime_ns), settings)
+    return f"{zlib.crc32(json.dumps(about, sort_keys=True, default=str).encode()):08x}"

@@ -1,6 +1,6 @@
 """Predictions and labels for people: colours, legends, files. Everything here takes and gives NumPy arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,12 @@ import cv2
 import numpy as np
 
 from evaluation.evaluator import TaskContext
+from utils.durable import names_the_file
 
 Colour = tuple[int, int, int]
 Legend = list[tuple[Colour, str]]
+SAMPLED = 4e6               # pixels of a map from which the range of its colours is taken
+PIECE = 2**18               # pixels of a map that are worked on at a time, where that takes more than the result
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,20 @@ class View:
     task's decoding gives.
 
     picture(prediction, context, rgb) -> RGB uint8 (H, W, 3), where rgb (H, W, 3) uint8 is the image to draw on, if need
-    be. legend(prediction, context): (colour, text) entries. write(path, prediction, context): writes the raw values
-    beside `path`, with a suffix of its own, and returns the file. raw_format(context): what it holds, with units.
+    be. legend(prediction, context): (colour, text) entries. write(path, prediction, context): writes the raw values and
+    returns the file; `path` has no ending yet, the view appends one (`with_ending`). raw_format(context): what that
+    file holds, with units. unit: of the values of a prediction; empty: that of the data set's labels.
     """
 
     picture: Callable[[Any, TaskContext, np.ndarray], np.ndarray]
     legend: Callable[[Any, TaskContext], Legend]
     write: Callable[[Path, Any, TaskContext], Path]
     raw_format: Callable[[TaskContext], str]
+    unit: str = ""
+
+    def unit_of(self, context: TaskContext) -> str:
+        """What the values of a prediction are measured in; empty where the data set does not say."""
+        return self.unit or context.unit
 
 
 # ------------------------------------------------------------ classes
@@ -53,35 +62,53 @@ def palette(context: TaskContext) -> np.ndarray:
 
 def colour_classes(class_id: np.ndarray, colours: np.ndarray = VOC) -> np.ndarray:
     """Class ids (H, W) -> RGB uint8 (H, W, 3); `colours` (n, 3) holds the colour of each class, void (255) is white."""
-    ids = class_id.astype(np.int64)
-    return np.where((ids == 255)[..., None], np.uint8(255), colours[ids % len(colours)])
+    table = colours[np.arange(256) % len(colours)]
+    table[255] = 255
+    return cv2.applyColorMap(np.ascontiguousarray(class_id, np.uint8), table[:, None])      # (256, 1, 3): as it is
 
 
 def _classes_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
     """The eight classes with the largest area."""
-    ids, counts = np.unique(prediction, return_counts=True)
+    area = cv2.calcHist([np.ascontiguousarray(prediction, np.uint8)], [0], None, [256], [0, 256])[:, 0]
     names, colours = context.class_names, palette(context)
-    return [(tuple(map(int, colours[i])), names[i] if i < len(names) else str(i))
-            for i in ids[np.argsort(-counts)][:8].astype(int)]
+    return [(tuple(map(int, colours[i % len(colours)])), names[i] if i < len(names) else str(i))
+            for i in np.argsort(-area, kind="stable")[:8].tolist() if area[i]]
 
 
 # ------------------------------------------------------------ depth, normals, probabilities
 
 
+def _pieces(values: np.ndarray) -> Iterator[slice]:
+    """Rows of `values` (H, W, ..) that are `PIECE` pixels or a little more."""
+    step = 1 + PIECE // values.shape[1]
+    return (slice(top, top + step) for top in range(0, len(values), step))
+
+
+def _by_rows(colour: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """`colour` of some rows after the others, as RGB uint8: what it needs besides its result stays small."""
+    rgb = np.empty((*values.shape[:2], 3), np.uint8)
+    for rows in _pieces(values):
+        rgb[rows] = colour(values[rows])
+    return rgb
+
+
 def colour_depth(depth_m: np.ndarray) -> np.ndarray:
     """Metres (H, W) -> RGB uint8 (H, W, 3), near = red, far = blue, stretched between the 2nd and 98th percentile."""
-    valid = (depth_m > 0) & (depth_m < 255)
-    if not valid.any():
-        return np.zeros((*depth_m.shape, 3), np.uint8)
     near, far = depth_range(depth_m)
-    grey = 255 - np.clip((depth_m - near) / max(far - near, 1e-6), 0, 1) * 255
-    rgb = cv2.cvtColor(cv2.applyColorMap(grey.astype(np.uint8), cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
-    return np.where(valid[..., None], rgb, np.uint8(0))
+
+    def colour(rows: np.ndarray) -> np.ndarray:
+        grey = 255 - np.clip((rows - near) / max(far - near, 1e-6), 0, 1) * 255
+        rgb = cv2.applyColorMap(grey.astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]      # BGR -> RGB
+        return np.where(((rows > 0) & (rows < 255))[..., None], rgb, 0)
+
+    return _by_rows(colour, depth_m)
 
 
 def depth_range(depth_m: np.ndarray) -> tuple[float, float]:
-    """The nearest and farthest depth that `colour_depth` tells apart, in metres."""
-    valid = depth_m[(depth_m > 0) & (depth_m < 255)]
+    """The nearest and farthest depth that `colour_depth` tells apart, in metres; of large maps by a part of them."""
+    step = 1 + int(np.sqrt(depth_m.size / SAMPLED))
+    sample = depth_m[::step, ::step]
+    valid = sample[(sample > 0) & (sample < 255)]
     return (float(np.percentile(valid, 2)), float(np.percentile(valid, 98))) if valid.size else (0.0, 0.0)
 
 
@@ -94,15 +121,16 @@ def _depth_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
 
 def colour_normals(normals: np.ndarray) -> np.ndarray:
     """Unit vectors (H, W, 3) -> RGB uint8, component c as (c + 1) / 2 * 255; zero and void vectors are black."""
-    void = (np.abs(normals).sum(axis=-1) == 0) | (normals > 1.5).any(axis=-1)
-    rgb = np.clip((normals + 1) * 127.5, 0, 255).astype(np.uint8)
-    return np.where(void[..., None], np.uint8(0), rgb)
+    def colour(rows: np.ndarray) -> np.ndarray:
+        void = (np.abs(rows).sum(axis=-1) == 0) | (rows > 1.5).any(axis=-1)
+        return np.where(void[..., None], 0, np.clip((rows + 1) * 127.5, 0, 255))
+
+    return _by_rows(colour, normals)
 
 
 def colour_probability(probability: np.ndarray) -> np.ndarray:
     """Probabilities (H, W) in [0, 1] -> grey RGB uint8 (H, W, 3); void (255) is mid-grey."""
-    grey = np.where(probability > 1.5, 127, np.clip(probability, 0, 1) * 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
+    return _by_rows(lambda rows: np.where(rows > 1.5, 127, np.clip(rows, 0, 1) * 255)[..., None], probability)
 
 
 # ------------------------------------------------------------ files
@@ -113,21 +141,34 @@ def save_rgb(path: Path, rgb: np.ndarray) -> Path:
     return _write_png(path, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
 
 
+def with_ending(path: Path, ending: str) -> Path:
+    """The ending behind the whole name, dots and all: "a.b" -> "a.b.png"; the folder is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}{ending}")
+
+
 def _write_png(path: Path, image: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), image):
-        raise OSError(f"could not write {path}: is the disk full or the folder read-only?")
+    whole, data = cv2.imencode(".png", image)               # and not imwrite, which knows no names beyond a code page
+    if not whole:
+        raise ValueError(f"{path}: a picture of {image.shape} {image.dtype} cannot be a PNG")
+    with names_the_file(path):
+        path.write_bytes(data)
     return path
 
 
-def _write_16_bits(path: Path, values: np.ndarray) -> Path:
-    return _write_png(path.with_suffix(".png"), np.clip(values + 0.5, 0, 65535).astype(np.uint16))
+def _write_16_bits(path: Path, values: np.ndarray, steps: float) -> Path:
+    """values (H, W) * steps, rounded."""
+    stored = np.empty(values.shape, np.uint16)
+    for rows in _pieces(values):
+        stored[rows] = np.clip(values[rows] * steps + 0.5, 0, 65535)
+    return _write_png(with_ending(path, ".png"), stored)
 
 
 def _write_vectors(path: Path, vectors: np.ndarray, context: TaskContext) -> Path:
-    path = path.with_suffix(".npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, vectors.astype(np.float32))
+    path = with_ending(path, ".npy")
+    with names_the_file(path), path.open("wb") as file:
+        np.save(file, vectors.astype(np.float32, copy=False))
     return path
 
 
@@ -163,7 +204,7 @@ def _vectors_format(context: TaskContext) -> str:
 
 
 def _write_classes(path: Path, classes: np.ndarray, context: TaskContext) -> Path:
-    return _write_png(path.with_suffix(".png"), classes[..., 0].astype(np.uint8))
+    return _write_png(with_ending(path, ".png"), classes[..., 0].astype(np.uint8))
 
 
 def _classes_format(context: TaskContext) -> str:
@@ -177,7 +218,7 @@ def _depth_steps(context: TaskContext) -> int:
 
 
 def _write_depth(path: Path, depth: np.ndarray, context: TaskContext) -> Path:
-    return _write_16_bits(path, depth[..., 0] * _depth_steps(context))
+    return _write_16_bits(path, depth[..., 0], _depth_steps(context))
 
 
 def _depth_format(context: TaskContext) -> str:
@@ -187,14 +228,15 @@ def _depth_format(context: TaskContext) -> str:
 
 
 def _write_probability(path: Path, probability: np.ndarray, context: TaskContext) -> Path:
-    return _write_16_bits(path, probability[..., 0] * 65535)
+    return _write_16_bits(path, probability[..., 0], 65535)
 
 
 def _probability_format(context: TaskContext) -> str:
     return "16-bit PNG, probability * 65535"
 
 
-CLASSES = View(_picture_classes, _classes_legend, _write_classes, _classes_format)
+CLASSES = View(_picture_classes, _classes_legend, _write_classes, _classes_format, unit="class")
 DEPTH_MAP = View(_picture_depth, _depth_legend, _write_depth, _depth_format)
-VECTORS = View(_picture_normals, _normals_legend, _write_vectors, _vectors_format)
-PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, _probability_format)
+VECTORS = View(_picture_normals, _normals_legend, _write_vectors, _vectors_format, unit="unit vector")
+PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, _probability_format,
+                   unit="probability")

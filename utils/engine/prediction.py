@@ -1,0 +1,168 @@
+"""What a network says of a picture: decoded task by task, by strips, typed, coloured, written."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.evaluator import TaskContext
+from models.blocks.resize import resized_rows
+from utils.engine.panel import prediction_panel, sheet, tile
+from utils.engine.tasks import TASKS
+from utils.engine.views import Legend, save_rgb
+from utils.machine import release_freed_memory
+
+STRIP = 2**20               # logits that are upsampled at a time
+LARGE = 24e6                # values of a picture beside which it counts what the network has used before
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The prediction of one task for one picture.
+
+    prediction: as evaluators and views take it, maps (H, W, C); context: what is known of the task in this experiment.
+    """
+
+    task: str
+    prediction: Any
+    context: TaskContext = field(repr=False)
+    image: np.ndarray = field(repr=False)
+
+    @property
+    def array(self) -> Any:
+        """Classes (H, W) uint8; depth (H, W), probabilities (H, W) or unit vectors (H, W, 3) float32.
+
+        What is no map (boxes) is what the task's decoding gives.
+        """
+        is_plane = isinstance(self.prediction, np.ndarray) and self.prediction.shape[2:] == (1,)
+        return self.prediction[..., 0] if is_plane else self.prediction
+
+    @property
+    def unit(self) -> str:
+        """What the values of `array` are: "m", "px", "class", "probability", "unit vector"; empty where not known."""
+        return TASKS.load(self.task).view.unit_of(self.context)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class, empty for other tasks."""
+        return self.context.class_names
+
+    def colour(self) -> np.ndarray:
+        """The prediction as people see it, (H, W, 3) uint8 RGB."""
+        return TASKS.load(self.task).view.picture(self.prediction, self.context, self.image)
+
+    def legend(self) -> Legend:
+        """What the colours mean: ((r, g, b), words) entries."""
+        return TASKS.load(self.task).view.legend(self.prediction, self.context)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the raw values and returns the file: with the ending .npy `array` itself, else the task's own format.
+
+        The task's format (`format`) has an ending of its own, which is appended unless the path has it.
+        """
+        path = Path(path)
+        if path.suffix == ".npy" and isinstance(self.prediction, np.ndarray):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, self.array)
+            return path
+        stem = path.with_suffix("") if path.suffix in (".png", ".json") else path
+        return TASKS.load(self.task).view.write(stem, self.prediction, self.context)
+
+    @property
+    def format(self) -> str:
+        """What a file of `save` holds, with units."""
+        return TASKS.load(self.task).view.raw_format(self.context)
+
+    def _repr_png_(self) -> bytes:
+        return cv2.imencode(".png", cv2.cvtColor(self.colour(), cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+class Prediction(Mapping[str, TaskResult]):
+    """The results of one picture by task; `image` is the picture, (H, W, 3) uint8 RGB."""
+
+    def __init__(self, image: np.ndarray, results: Iterable[TaskResult]) -> None:
+        self.image = image
+        self._results = {result.task: result for result in results}
+
+    def __getitem__(self, task: str) -> TaskResult:
+        if task not in self._results:
+            raise KeyError(f"{task}: this network predicts {', '.join(self._results)}")
+        return self._results[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __repr__(self) -> str:
+        return f"Prediction of {self.image.shape[1]} x {self.image.shape[0]} pixels: {', '.join(self)}"
+
+    def panel(self) -> np.ndarray:
+        """The picture and every task's colours with a legend, on one sheet: RGB uint8."""
+        return prediction_panel(self.image, {task: result.prediction for task, result in self.items()},
+                                {task: result.context for task, result in self.items()})
+
+    def save(self, folder: str | Path, name: str) -> Path:
+        """Writes panels/<name>.png, colour/<task>/<name>.png and raw/<task>/<name>.*; returns the panel."""
+        return write_prediction(self.values(), self.image, Path(folder), name)
+
+
+def write_prediction(results: Iterable[TaskResult], image: np.ndarray, folder: Path, name: str) -> Path:
+    """As `Prediction.save`. One result at a time is held, where they are made as they are asked for."""
+    if image.size > LARGE:
+        release_freed_memory()
+    tiles = [tile("input", image, [])]
+    for result in results:
+        result.save(folder / "raw" / result.task / f"{name}.png")
+        task, picture, legend = result.task, result.colour(), result.legend()
+        del result                                          # it may be larger than all else together
+        save_rgb(folder / "colour" / task / f"{name}.png", picture)
+        tiles.append(tile(task, picture, legend))
+        del picture
+    return save_rgb(folder / "panels" / f"{name}.png", sheet(tiles))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of one picture: raw maps (1, n, h, w) of the picture's part of the frame; of tasks that are
+    no maps the predictions."""
+
+    outputs: dict[str, Any]
+    contexts: Mapping[str, TaskContext]
+
+    def results(self, image: np.ndarray) -> Iterator[TaskResult]:
+        """Task by task, at the size of `image` (H, W, 3), which shows what the network saw; only once.
+
+        What has been decoded is let go of.
+        """
+        return (self._result(task, image) for task in tuple(self.outputs))
+
+    def _result(self, task: str, image: np.ndarray) -> TaskResult:
+        output = self.outputs.pop(task)
+        if isinstance(output, Tensor) and output.ndim == 4:
+            output = decode_by_strips(output, image.shape[:2], TASKS.load(task).decode)
+        return TaskResult(task, output, self.contexts[task], image)
+
+
+@torch.inference_mode()
+def decode_by_strips(logits: Tensor, size: tuple[int, int], decode: Callable[[Tensor, list], Tensor]) -> np.ndarray:
+    """`decode(resize(logits, size))` of maps (1, n, h, w) as (H, W, C): uint8 for classes, float32 else.
+
+    Strips of so many rows are decoded that `STRIP` logits are held at a time, whatever n and the size.
+    """
+    rows = max(1, STRIP // (logits.shape[1] * size[1]))
+    found = None
+    for top in range(0, size[0], rows):
+        strip = decode(resized_rows(logits, size, top, min(top + rows, size[0])), [{}])[0]
+        part = strip.permute(1, 2, 0)                                   # (C, rows, W) -> (rows, W, C)
+        if found is None:
+            dtype = torch.float32 if part.is_floating_point() else torch.uint8 if logits.shape[1] <= 256 else part.dtype
+            found = torch.empty((*size, part.shape[2]), dtype=dtype)
+        found[top:top + rows] = part
+    return found.numpy()
