@@ -260,6 +260,7 @@ def test_a_label_that_is_no_map(rooms, tmp_path, monkeypatch, scope):
     results = train(config, resume=False)
     assert results["points"]["count"] == sum(i % 3 for i in range(6))
     assert infer(config, config.run_dir / "last.pt", tmp_path / "infer")["points"] == results["points"]
+    assert predict(config, config.run_dir / "last.pt", tmp_path / "MyRooms" / "rgb" / "val0.jpg", tmp_path / "out")
 
 
 def test_every_task_has_its_switch():

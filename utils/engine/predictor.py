@@ -41,7 +41,7 @@ _one_at_a_time = threading.Lock()       # scan backend and arithmetic are settin
 class Framed:
     """A picture (H, W, 3) uint8, the network's input (3, h, w), and where the picture lies in it: top, left, h, w.
 
-    known: task -> what a task that is no map knows of the picture as it is and, under "frame", as the network sees it.
+    known: task -> what its rules know of the picture as it is and, under "frame", as the network sees it (a camera).
     """
 
     image: np.ndarray
@@ -60,8 +60,8 @@ class Predictor:
         self.config, self.device, self.checkpoint = config, device, checkpoint
         self.tasks, self.contexts = config.tasks, task_contexts(config)
         self.batch = batch or (config.valBatch if device.type == "cuda" else 1)
-        rules = {task: config.dataset.labels[task].rules or row.label for task, row in tasks_named(self.tasks).items()}
-        self._no_maps = {task: one for task, one in rules.items() if not one.is_map}
+        self._rules = {task: config.dataset.labels[task].rules or row.label
+                       for task, row in tasks_named(self.tasks).items()}
         model, self.selection = trained_model(config, checkpoint, device)
         self._forward = forward_pass(model, device, config.precision, config.cuda_graph)
 
@@ -133,10 +133,11 @@ class Predictor:
         frame = np.zeros((*size, 3), np.float32)
         frame[top:top + h, left:left + w] = (inside.astype(np.float32) / 255 - MEAN) / STD
         known = {}
-        for task, rules in self._no_maps.items():
-            photograph = rules.of_photograph(image.shape[:2])
-            framed = rules.pad(rules.resize(photograph, (h, w)), size)
-            known[task] = rules.known(photograph) | {"frame": rules.known(framed)}
+        for task, rules in self._rules.items():
+            known[task] = {"frame": {}}
+            if (photograph := rules.of_photograph(image.shape[:2])) is not None:
+                framed = rules.pad(rules.resize(photograph, (h, w)), size)
+                known[task] = rules.known(photograph) | {"frame": rules.known(framed)}
         tensor = torch.from_numpy(frame).permute(2, 0, 1)                                # (H, W, 3) -> (3, H, W)
         return Framed(image, tensor, (top, left, h, w), known)
 
@@ -154,7 +155,7 @@ class Predictor:
             if not is_map:
                 decoded = TASKS.load(task).decode(output, [one.known[task] for one in framed])
                 for found, one, prediction in zip(outputs, framed, decoded, strict=True):
-                    found[task] = self._no_maps[task].onto(prediction, one.known[task])
+                    found[task] = self._rules[task].onto(prediction, one.known[task])
                 continue
             whole = resize(output.float(), self.config.input_size)           # data sets may ask for other label sizes
             for i, (top, left, h, w) in enumerate(one.box for one in framed):
