@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.boundary.settings import BoundarySettings, BoundaryTruth, Mode
+from evaluation.figures import Figure
 from losses.detection3d.options import Detection3DOptions
 
 
@@ -75,6 +76,7 @@ class Evaluator(ABC):
     """`update` per batch, `reduce` once at the end, `compute`; `close` in any case."""
 
     scores: ClassVar[tuple[Score, ...]]         # those of `compute` that tables print, the most important first
+    of_image: ClassVar[Score | None] = None     # the one of them that tells a good image from a bad one, if any does
     on_request: ClassVar[bool] = False          # whether `for_task` may return None
     valid_pixels: int | None = None             # what the scores rest on; None where the evaluator does not count it
 
@@ -98,6 +100,10 @@ class Evaluator(ABC):
     def report(self) -> str:
         """One line for the log that the scores do not tell, or nothing."""
         return ""
+
+    def figures(self) -> list[Figure]:
+        """What is behind the scores, for a report; after `reduce`."""
+        return []
 
     def close(self) -> None:        # noqa: B027 (most have none)
         """Ends worker processes, if any."""

@@ -18,9 +18,9 @@ from utils import distributed
 class Meter(Evaluator):
     """Streaming evaluator: update(pred, target) per batch, reduce() once at the end, compute() -> figures.
 
-    `state` holds int64 counts and float64 sums, on the device of the data. pred is decoded (see each meter),
-    target the label (B, C, H, W) float with void = ignore. Figures that need a valid pixel are NaN where
-    there was none.
+    `state` holds int64 counts and float64 sums, on the device of the data; `update` never waits for it. pred is decoded
+    (see each meter), target the label (B, C, H, W) float with void = ignore. Figures that need a valid pixel are NaN
+    where there was none.
     """
 
     SUMS: ClassVar[Mapping[str, tuple[int, ...]]] = {}         # names of the state -> shapes
@@ -69,6 +69,17 @@ class Meter(Evaluator):
         parts = flat.split([value.numel() for value in self.state.values()])
         self.state = {name: part.reshape(value.shape).to(value.dtype)
                       for (name, value), part in zip(self.state.items(), parts, strict=True)}
+
+
+def tally(bins: Tensor, mask: Tensor, num_bins: int) -> Tensor:
+    """How many of `bins` under `mask` are 0, 1, ...: (num_bins,) int64.
+
+    bins: int64 of any shape, in 0..num_bins - 1 under the mask. Unlike with torch.bincount and with indexing by a mask
+    the host does not wait for the device.
+    """
+    index = torch.where(mask, bins, num_bins).flatten()
+    return torch.zeros(num_bins + 1, dtype=torch.int64, device=bins.device).scatter_add_(
+        0, index, torch.ones_like(index))[:num_bins]
 
 
 def ratio(numerator: float, denominator: float) -> float:

@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.evaluator import Score
-from evaluation.meter import Meter, ratio
+from evaluation.figures import Figure, Histogram
+from evaluation.meter import Meter, ratio, tally
 
 CONVENTIONS = ("atan2", "arccos")
 SHARES_DEG = (11.25, 22.5, 30.0)
@@ -27,6 +29,7 @@ class NormalsMeter(Meter):
     """
 
     scores: ClassVar = (Score("mean", "mErr", False, unit="deg"),)
+    of_image: ClassVar = scores[0]
     SUMS: ClassVar = {"sum_deg": (), "sum_squared_deg": ()}
     COUNTS: ClassVar = {"num_valid": (), "num_below": (len(SHARES_DEG),), "histogram": (NUM_BINS,)}
 
@@ -38,18 +41,19 @@ class NormalsMeter(Meter):
 
     def update(self, pred: Tensor, target: Tensor, meta: Sequence[Mapping] = ()) -> None:
         valid = (target != self.ignore).all(dim=1)                     # (B, H, W)
-        p, g = (maps.movedim(1, -1)[valid].double() for maps in (pred, target))    # (num_valid, 3)
+        p, g = (maps.movedim(1, -1).double() for maps in (pred, target))           # (B, H, W, 3)
+        p, g = (torch.where(valid[..., None], vectors, 1) for vectors in (p, g))   # no angle where not valid
         p = F.normalize(p, dim=-1, eps=1e-12)
         if self.convention == "atan2":
             g = F.normalize(g, dim=-1, eps=1e-12)
             angle = 2 * torch.atan2((p - g).norm(dim=-1), (p + g).norm(dim=-1))
         else:
             angle = torch.arccos((p * g).sum(-1).clamp(-1, 1))
-        deg = angle * (180 / math.pi)                                  # (num_valid,)
-        bins = (deg / BIN_DEG).long().clamp_max(NUM_BINS - 1)          # 180 itself belongs to the last bin
+        deg = torch.where(valid, angle * (180 / math.pi), 0)           # (B, H, W)
+        bins = (deg / BIN_DEG).long().clamp(0, NUM_BINS - 1)          # 180 itself belongs to the last bin
         self.add(sum_deg=deg.sum(), sum_squared_deg=deg.square().sum(), num_valid=valid.sum(),
-                 num_below=torch.stack([(deg < limit).sum() for limit in SHARES_DEG]),
-                 histogram=torch.bincount(bins, minlength=NUM_BINS))
+                 num_below=torch.stack([((deg < limit) & valid).sum() for limit in SHARES_DEG]),
+                 histogram=tally(bins, valid, NUM_BINS))
 
     def compute(self) -> dict[str, float]:
         num = self.state["num_valid"].item()
@@ -65,3 +69,8 @@ class NormalsMeter(Meter):
         ranks = torch.tensor([(num + 1) // 2, num // 2 + 1])           # 1-based
         bins = torch.searchsorted(self.state["histogram"].cpu().cumsum(0), ranks)
         return (bins.double() + 0.5).mean().item() * BIN_DEG
+
+    def figures(self) -> list[Figure]:
+        per_degree = self.state["histogram"].cpu().numpy().reshape(-1, round(1 / BIN_DEG)).sum(axis=1)     # (180,)
+        counts = np.append(per_degree[:90], per_degree[90:].sum())
+        return [Histogram("angle between prediction and label", "deg", np.arange(92.0), counts)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evaluation.evaluator import Score
-from evaluation.meter import Meter, ratio
+from evaluation.meter import Meter, ratio, tally
 
 BETA_SQUARED = 0.3
 # float32 and torch.arange on purpose: 0.6 becomes 0.59999996, and counts at the threshold depend on it
@@ -31,6 +31,7 @@ class SaliencyMeter(Meter):
     """
 
     scores: ClassVar = (Score("maxF", "maxF", True, scale=100, unit="%"),)
+    of_image: ClassVar = scores[0]
     SUMS: ClassVar = dict.fromkeys(("sum_iou", "sum_precision", "sum_recall"), (len(IMAGE_THRESHOLDS),))
     COUNTS: ClassVar = {"positives": (), "num_images": (), **dict.fromkeys(
         ("tp", "predicted", "tp_exact", "predicted_exact"), (len(THRESHOLDS),))}
@@ -52,7 +53,7 @@ class SaliencyMeter(Meter):
         union = predicted + labelled - tp
         counted = valid.any(1)                                         # (B,)
         iou = torch.where(union > 0, tp.double() / union.clamp_min(1), 1.0)
-        return {"sum_iou": iou[counted].sum(0), "num_images": counted.sum(),
+        return {"sum_iou": torch.where(counted[:, None], iou, 0.0).sum(0), "num_images": counted.sum(),
                 "sum_precision": (tp.double() / predicted.clamp_min(1)).sum(0),
                 "sum_recall": (tp.double() / labelled.clamp_min(1)).sum(0)}
 
@@ -92,7 +93,7 @@ def _counts_above(prob: Tensor, positive: Tensor, valid: Tensor, thresholds: Ten
     passed += num_bins * torch.arange(len(prob), device=prob.device)[:, None]
 
     def tails(mask: Tensor) -> Tensor:
-        histogram = torch.bincount(passed[mask], minlength=num_bins * len(prob)).view(len(prob), num_bins)
+        histogram = tally(passed, mask, num_bins * len(prob)).view(len(prob), num_bins)
         return histogram.flip(1).cumsum(1).flip(1)[:, 1:]              # (B, num_thresholds)
 
     return tails(positive & valid), tails(valid)

@@ -59,7 +59,9 @@ def test_segmentation_by_hand():
 
 def test_segmentation_names_a_wrong_class():
     with pytest.raises(ValueError, match="label 3 does not exist: there are 3 classes"):
-        SegmentationMeter(3).update(column(0).long(), column(3))
+        meter = SegmentationMeter(3)
+        meter.update(column(0).long(), column(3))
+        meter.compute()
 
 
 def test_depth_by_hand():

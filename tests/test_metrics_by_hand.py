@@ -39,7 +39,7 @@ def scores(meter: Meter, *updates: tuple[Tensor, Tensor]) -> dict[str, float]:
 def test_segmentation_counts():
     meter = SegmentationMeter(5)
     result = scores(meter, (row(0, 0, 1, 1, 2, 0, 4), row(0, 1, 1, 1, 1, 0, 255)), (row(0, 2), row(1, 255)))
-    assert {name: count.tolist() for name, count in meter.state.items()} == {
+    assert {name: count.tolist() for name, count in meter.per_class().items()} == {
         "tp": [2, 2, 0, 0, 0], "fp": [2, 0, 1, 0, 0], "fn": [0, 3, 0, 0, 0]}
     assert meter.valid_pixels == 7
     assert result == pytest.approx({
@@ -60,11 +60,16 @@ def test_segmentation_ignores_the_given_index_only():
     assert scores(SegmentationMeter(3, -1), (row(0, 0, 2), row(0, -1, 2)))["pixel_accuracy"] == 1
 
 
-@pytest.mark.parametrize(("pred", "target", "what"), [(row(3), row(0), "prediction 3"), (row(0), row(4), "label 4")])
+@pytest.mark.parametrize(("pred", "target", "what"), [(row(3), row(0), "prediction 3"), (row(0), row(4), "label 4"),
+                                                     (row(0), row(-1), "label -1")])
 def test_a_class_that_does_not_exist_is_named(pred, target, what):
-    with pytest.raises(ValueError, match=rf"{what} does not exist: there are 3 classes \(0..2, 255 = void\)"):
-        SegmentationMeter(3).update(pred, target)
-    SegmentationMeter(3).update(row(2), row(2))
+    for read in (SegmentationMeter.compute, SegmentationMeter.reduce):
+        meter = SegmentationMeter(3)
+        meter.update(pred, target)
+        meter.update(row(1), row(1))
+        with pytest.raises(ValueError, match=rf"{what} does not exist: there are 3 classes \(0..2, 255 = void\)"):
+            read(meter)
+    assert scores(SegmentationMeter(3), (row(2), row(2)))["pixel_accuracy"] == 1
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
@@ -261,6 +266,17 @@ def test_boundary_loss_options():
 METERS = {"segmentation": (SegmentationMeter(2), row(1), row(1)), "depth": (DepthMeter(), row(1), row(1)),
           "normals": (NormalsMeter(), x_axis(1), x_axis(1)), "saliency": (SaliencyMeter(), row(0.9), row(1)),
           "edge": (EdgeLossMeter(), row(0.9), row(1))}
+
+
+@pytest.mark.parametrize("name", METERS)
+def test_an_update_reads_nothing_back_from_the_device(name):
+    """On the meta device there is nothing to read: whatever waits for a value fails."""
+    meter, pred, target = METERS[name]
+    meter.reset()
+    batch = (maps.expand(2, -1, 3, 4).to("meta") for maps in (pred, target))
+    meter.update(*batch)
+    assert {value.device.type for value in meter.state.values()} == {"meta"}
+    meter.reset()
 
 
 @pytest.mark.parametrize("name", METERS)

@@ -21,6 +21,7 @@ class EdgeLossMeter(Meter):
     """
 
     scores: ClassVar = (Score("loss", "boundary loss", False, decimals=4),)
+    of_image: ClassVar = scores[0]
     SUMS: ClassVar = {"sum_loss": ()}
     COUNTS: ClassVar = {"num_valid": ()}
 

@@ -13,11 +13,12 @@ from evaluation.boundary.edge_maps import edge_maps
 from evaluation.boundary.matching import pick_backend
 from evaluation.boundary.pool import CountingPool, default_workers
 from evaluation.boundary.protocol import Protocol, image_counts
-from evaluation.boundary.scores import COUNT_NAMES, BoundaryTotals
+from evaluation.boundary.scores import COUNT_NAMES, BoundaryTotals, precision_recall_f
 from evaluation.boundary.settings import BoundarySettings
 from evaluation.boundary.source import TruthSource, truth_source
 from evaluation.boundary.truth import truth_boundary
 from evaluation.evaluator import Evaluator, Score, TaskContext
+from evaluation.figures import Figure, PrecisionRecall
 from utils import distributed
 
 SMALL_SET = 32       # so few images are counted before workers have started
@@ -76,6 +77,15 @@ class BoundaryEvaluator(Evaluator):
     def compute(self) -> dict[str, float]:
         """odsF, oisF, ap (fractions), threshold, images."""
         return self.totals.scores(self.protocol.thresholds)
+
+    def figures(self) -> list[Figure]:
+        precision, recall, _ = precision_recall_f(self.totals.counts)
+        measured = self.totals.counts[:, 3] > 0                        # P = 1 by definition elsewhere
+        if not measured.any():
+            return []
+        best = int(measured[:self.totals.optimum].sum())
+        return [PrecisionRecall("boundaries at all thresholds", precision[measured], recall[measured],
+                                self.protocol.thresholds[measured], best)]
 
     def report(self) -> str:
         """One line: what was scored, how, and the counts behind the score."""

@@ -134,10 +134,10 @@ def _observed(task: str, meter: Meter, family: str) -> dict:
     figures, state = meter.compute(), meter.state
     if task == "sal":
         return _saliency(figures, state, family)
-    own = {**state, **figures}
+    own = {**state, **figures, **(meter.per_class() if NAMES[task] is SEGMENTATION else {})}
     got = own | {theirs: own[ours] for theirs, ours in NAMES[task].items()}
     if NAMES[task] is SEGMENTATION:
-        got |= {"union": state["tp"] + state["fp"] + state["fn"],
+        got |= {"union": sum(meter.per_class().values()),
                 "jaccards_all_categs": [figures[f"IoU/{k}"] for k in range(meter.num_classes)]}
     if task == "normals" and family == OLD:            # the old code base returns its mean under the name rmse
         got["rmse"] = figures["mean"]
