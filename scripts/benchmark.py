@@ -14,18 +14,14 @@ memory is the peak beyond the weights. With --against DIR the other side is anot
 """
 
 import gc
-import math
 import sys
 from pathlib import Path
 
 import torch
-import torchvision  # noqa: F401  torch knows its operators from the import on
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.ops.selective_scan import count_scan_flops
 from scripts import measuring
 from scripts.command_line import Command
 from scripts.kernel_count import kernel_rows
@@ -33,34 +29,13 @@ from scripts.side_by_side import compared_with
 from utils.distributed import pick_device
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config, load_config
+from utils.engine.cost import count
 from utils.engine.evaluate import forward_pass
 from utils.engine.run import build_optimizer
 from utils.engine.tasks import TASKS
 from utils.engine.update import WARM_UPS, Outcome, build_update
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-
-
-def count(config: Config) -> list[tuple[str, str]]:
-    """Parameters and multiply-adds of one image, part by part, without allocating anything."""
-    with torch.device("meta"):
-        model = model_from_config(config).eval()
-        image = torch.empty(1, 3, *config.input_size)
-    parts = {name: getattr(model, name) for name in ("encoder", "neck", "decoder", "heads")} | {"total": model}
-    rows = [(f"parameters, {name}", f"{sum(p.numel() for p in part.parameters()):,}")
-            for name, part in parts.items() if part is not None]
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
-    with torch.no_grad(), counter as products, count_scan_flops() as scans:
-        model(image)
-    encoder = products.get_flop_counts().get("MultiTaskModel.encoder", {})
-    return [*rows, ("GMACs, encoder", f"{sum(encoder.values()) / 2e9:.1f}"),
-            ("GMACs, scans", f"{scans.flops / 1e9:.1f} ({scans.calls} calls)"),
-            ("GMACs, total", f"{products.get_total_flops() / 2e9:.1f}")]
-
-
-def _deform_conv_flops(feat: tuple, weight: tuple, *_, out_shape: tuple, **__) -> int:
-    """Those of a convolution of this shape; sampling is not counted."""
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 class Step:

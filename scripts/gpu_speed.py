@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scripts.benchmark import Step, count, random_batch
+from scripts.benchmark import Step, random_batch
 from scripts.gpu_report import Report
 from scripts.measuring import measure
 from utils.engine.config import Config, load_config
+from utils.engine.cost import count
 from utils.engine.update import WARM_UPS, Update
 from utils.recording import Recorded
 

@@ -24,7 +24,7 @@ TINY = [
     "backbone=swin", "backbone_kwargs={embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2], window_size: 4}",
     "model_kwargs={msst_depth: 1, d_state: 2}", "pretrained=false", "image_size=[64, 96]", "global_batch=0",
     "trBatch=2", "valBatch=2", "nworkers=0", "max_iter=6", "val_interval=3", "log_interval=1", "device=cpu",
-    "optimizer_kwargs.lr=1e-3", "tensorboard=false", "progress=false",
+    "optimizer_kwargs.lr=1e-3", "tensorboard=false", "progress=false", "report=false",
 ]
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmark import count, main
+from scripts.benchmark import main
 from scripts.side_by_side import compared_with
 from tests.conftest import TINY
 from tests.shared import ROOT
 from utils.engine.config import load_config
+from utils.engine.cost import count
 
 
 @pytest.mark.parametrize(("name", "parameters", "gmacs", "encoder_gmacs"), [

@@ -15,7 +15,6 @@ from data.transforms import build_transform
 from models.backbones import BACKBONES, BackboneEntry
 from models.build import build_backbone, build_model
 from models.decoders.taskprompter import TaskPrompterConfig
-from scripts.benchmark import count
 from scripts.check_parity import main as check_parity
 from scripts.parity.compare import BUFFERS
 from tests.shared import ROOT, golden
@@ -23,6 +22,7 @@ from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import convert_released
 from utils.engine.config import load_config
+from utils.engine.cost import count
 from utils.engine.pretrained import load_pretrained
 from utils.engine.tasks import label_rules
 from utils.engine.train import train

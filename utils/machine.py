@@ -1,7 +1,9 @@
 """What the machine says of itself, as far as it says it."""
 
 import ctypes
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,6 +26,16 @@ def release_freed_memory() -> None:
     """Gives memory that this process has freed back to the system, where the C library (glibc) would keep it."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
         trim(0)
+
+
+def git_hash() -> str | None:
+    """The commit of this code, or None outside a git checkout."""
+    where = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
 
 
 def in_words(size: int | float | None) -> str:

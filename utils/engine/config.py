@@ -119,6 +119,7 @@ class Config:
     worker_start: Literal["default", "fork", "forkserver", "spawn"] = "default"   # of data loader workers
     tensorboard: bool = True
     progress: bool = True                        # progress bars
+    report: bool = True                          # a page about the last evaluation, and about that of `infer`
     deterministic: bool = False                  # the same numbers again on the same machine, at some cost on a GPU
     eval_at_start: bool = False                  # also score the untrained model
     # boundary score

@@ -1,10 +1,8 @@
 """Keeps a run from being lost: when to save, when to leave, what to save when something breaks."""
 
 import logging
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +13,7 @@ from utils.engine.manifest import BEST, LAST, step_name
 from utils.engine.run import Run
 from utils.engine.saving import Clock, Saver
 from utils.exits import ToBeContinued, ToldElsewhere
+from utils.machine import git_hash
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "scaler": run.scaler.state_dict(), "rng": [one["rng"] for one in ranks],
         "sums": [one["sums"] for one in ranks], "step": run.step, "epoch": run.step // run.steps_per_epoch,
         "scored": run.scored, "best": run.best, "metrics": run.metrics,
-        "images_per_update": run.images_per_update, "config": run.config.to_dict(), "git": _git_hash(),
+        "images_per_update": run.images_per_update, "config": run.config.to_dict(), "git": git_hash(),
     }
 
 
@@ -168,13 +167,3 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
-
-
-def _git_hash() -> str | None:
-    """The commit of this code, or None outside a git checkout."""
-    where = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None

@@ -10,12 +10,15 @@ from pathlib import Path
 from data.loader import build_eval_loader
 from utils import distributed
 from utils.durable import write_text
+from utils.engine import selection
 from utils.engine.build import build_split, evaluation_contexts, trained_model
 from utils.engine.config import Config
 from utils.engine.evaluate import build_evaluators, evaluate, log_reports
 from utils.engine.inputs import Journal, Source, find_inputs, output_names
 from utils.engine.prediction import Answer, write_prediction
 from utils.engine.predictor import Framed, Predictor
+from utils.engine.report.review import Review
+from utils.engine.report.write import report_on
 from utils.engine.results import Results, check_reference, format_table, save_results, unscored
 from utils.engine.tasks import TASKS
 from utils.progress import Progress
@@ -24,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Keys that change how fast predictions come, not what they are.
 OF_THE_MACHINE = ("device", "nworkers", "valBatch", "progress", "loader_timeout", "worker_start", "scan_backend",
-                  "cuda_graph", "tensorboard", "db_root", "out_dir")
+                  "cuda_graph", "tensorboard", "report", "db_root", "out_dir")
 
 
 def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
@@ -40,17 +43,21 @@ def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
         dataset, progress = build_split(config, "val"), distributed.is_main() and config.progress
         loader = build_eval_loader(dataset, config.valBatch, config.nworkers, distributed.rank(),
                                    distributed.world_size(), **config.loading)
-        evaluators = build_evaluators(evaluation_contexts(config, dataset, config.boundary_infer, progress))
-        results = evaluate(model, loader, evaluators, device, precision=config.precision,
-                           cuda_graph=config.cuda_graph, export_dir=output_dir, progress=progress)
+        contexts = evaluation_contexts(config, dataset, config.boundary_infer, progress)
+        evaluators, review = build_evaluators(contexts), Review(contexts, output_dir) if config.report else None
+        results = evaluate(model, loader, evaluators, device, precision=config.precision, cuda_graph=config.cuda_graph,
+                           export_dir=output_dir, progress=progress, on_batch=review)
         if distributed.is_main():
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint),
-                         dataset=str(config.val_db_name), selection=chosen)
+                         dataset=str(config.val_db_name), selection=chosen, units=config.dataset.units)
             logger.info("%s (%s) on %s\n%s", checkpoint, chosen, config.val_db_name,
                      format_table({config.version_name: results}, config.single_task_scores,
                                   config.dataset.units))
             log_reports(evaluators)
             logger.info("scores: %s", output_dir / "results.json")
+        if review is not None:
+            split = selection.evaluated_split(str(config.train_db_name), str(config.val_db_name), 0.0)
+            report_on(review, model, device, config, results, evaluators, split, chosen, checkpoint)
         if empty := unscored(results):
             raise ValueError(f"the {config.val_db_name} test split has no valid pixel for {', '.join(empty)}: "
                              "the score is undefined (check the label files)")

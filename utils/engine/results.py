@@ -61,29 +61,57 @@ def delta_m_against(results: Results, reference: Mapping[str, float]) -> float |
                    {task: score.higher_is_better for task, (_, score) in compared.items()})
 
 
-def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None,
-                 units: Mapping[str, str] | None = None) -> str:
-    """Markdown table: one row per named result, the scores of each task as papers print them, and delta_m.
+def column_title(task: str, score: Score, units: Mapping[str, str] | None = None) -> str:
+    """A column's name, with ^ or v for its direction."""
+    arrow = "^" if score.higher_is_better else "v"
+    return " ".join(filter(None, (task, score.label, unit_of(task, score, units or {}), arrow)))
 
-    A score has a column where any of the rows has it. units: by task, what the labels are measured in where that is not
-    the metre of the task (disparities in "px").
-    """
-    columns = [(task, score) for task in TASKS.in_order({t for results in rows.values() for t in results})
-               for score in TASKS.load(task).scores
-               if any(score.key in results.get(task, {}) for results in rows.values())]
-    with_gain = bool(reference)
-    named = [(units or {}).get(task) or score.unit if score.unit == "m" else score.unit for task, score in columns]
-    titles = [" ".join(filter(None, (task, score.label, unit, "^" if score.higher_is_better else "v")))
-              for (task, score), unit in zip(columns, named, strict=True)]
-    header = ["", *titles, *(["delta_m %"] if with_gain else [])]
-    lines = [header, ["---"] * len(header)]
+
+def unit_of(task: str, score: Score, units: Mapping[str, str]) -> str:
+    """What a score is measured in. units: by task, that of the labels where it is not the task's metre (disparities in
+    "px")."""
+    return units.get(task) or score.unit if score.unit == "m" else score.unit
+
+
+def columns_of(rows: Iterable[Results]) -> list[tuple[str, Score]]:
+    """The scores that tables print, where any of the rows has them, in the order of the tasks."""
+    rows = list(rows)
+    return [(task, score) for task in TASKS.in_order({task for results in rows for task in results})
+            for score in TASKS.load(task).scores if any(score.key in results.get(task, {}) for results in rows)]
+
+
+def table_rows(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None,
+               units: Mapping[str, str] | None = None) -> list[list[str]]:
+    """Cells of a table, its titles first: one row per named result, the scores as papers print them, and delta_m."""
+    columns = columns_of(rows.values())
+    titles = [column_title(task, score, units) for task, score in columns]
+    lines = [["", *titles, *(["delta_m %"] if reference else [])]]
     for name, results in rows.items():
         cells = [s.format(results[t][s.key]) if s.key in results.get(t, {}) else "-" for t, s in columns]
         gain = delta_m_against(results, reference or {})
-        lines.append([name, *cells, *(["-" if gain is None else f"{gain:+.2f}"] if with_gain else [])])
+        lines.append([name, *cells, *(["-" if gain is None else f"{gain:+.2f}"] if reference else [])])
+    return lines
+
+
+def format_table(rows: Mapping[str, Results], reference: Mapping[str, float] | None = None,
+                 units: Mapping[str, str] | None = None) -> str:
+    """`table_rows` in Markdown."""
+    header, *lines = table_rows(rows, reference, units)
+    lines = [header, ["---"] * len(header), *lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def common_units(abouts: Iterable[Mapping]) -> dict[str, str]:
+    """Units of labels by task, as result files say them; one table cannot hold a task in two of them."""
+    units: dict[str, str] = {}
+    for about in abouts:
+        for task, unit in about.get("units", {}).items():
+            if units.setdefault(task, unit) != unit:
+                raise ValueError(f"{task} is measured in {units[task]} in one result and in {unit} in another: they do "
+                                 "not belong in one table")
+    return units
 
 
 def save_results(path: Path, results: Results, **about: object) -> None:

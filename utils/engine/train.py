@@ -24,8 +24,11 @@ from utils.engine.folder import RunFolder
 from utils.engine.guard import Guard
 from utils.engine.keeper import Keeper
 from utils.engine.leaving import Departure
+from utils.engine.manifest import LAST
 from utils.engine.panel import batch_panel
 from utils.engine.prepare import prepare
+from utils.engine.report.review import Review
+from utils.engine.report.write import report_on
 from utils.engine.results import format_table, save_results, selection_score, unscored
 from utils.engine.resume import restore_rng
 from utils.engine.rollback import roll_back
@@ -100,20 +103,25 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
     progress = distributed.is_main() and config.progress
     contexts = evaluation_contexts(config, run.val_loader.dataset, config.boundary_eval, progress)
 
-    def keep_first(batch: dict, predictions: dict) -> None:
+    review = Review(contexts, config.run_dir) if config.report and run.finished else None
+
+    def look(batch: dict, predictions: dict) -> None:
         if distributed.is_main() and not panels:
             panels.append(batch_panel(batch, predictions, contexts))
+        if review is not None:
+            review(batch, predictions)
 
     evaluators = build_evaluators(contexts)
     # Running statistics differ from process to process where batch norm is not synchronised; rank 0's are saved.
     distributed.copy_from_main(run.evaluated.buffers())
     with keeper.evaluating():
         run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, run.device,
-                                         precision=config.precision, cuda_graph=config.cuda_graph, on_batch=keep_first,
+                                         precision=config.precision, cuda_graph=config.cuda_graph, on_batch=look,
                                          progress=progress)
+    split = selection.evaluated_split(str(config.train_db_name), str(config.val_db_name), config.val_from_train)
+    chosen = selection.of_update(run.step, run.total_steps)
     if distributed.is_main():
         table = format_table({f"step {run.step}": results}, config.single_task_scores, config.dataset.units)
-        split = selection.evaluated_split(config.train_db_name, config.val_db_name, config.val_from_train)
         logger.info("evaluation at step %d on %s\n%s", run.step, split, table)
         log_reports(evaluators)
         if empty := unscored(results):
@@ -121,7 +129,7 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
         run.writer.scalars("eval", run.step, {f"{t}/{k}": v for t, s in results.items() for k, v in s.items()})
         run.writer.image("predictions", run.step, panels[0])
         save_results(config.run_dir / "results" / f"step_{run.step}.json", results, step=run.step, split=split,
-                     selection=selection.of_update(run.step, run.total_steps))
+                     selection=chosen, units=config.dataset.units)
     score, run.scored = selection_score(results), run.step
     if run.step == 0:
         return                                            # an untrained model is never the best one
@@ -129,6 +137,8 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
     if better:
         run.best = score
     keeper.save(best=better, score=score if math.isfinite(score) else None)
+    if review is not None:
+        report_on(review, run.evaluated, run.device, config, results, evaluators, split, chosen, config.run_dir / LAST)
 
 
 class _Interval:

@@ -1,0 +1,57 @@
+"""What a configured model costs: parameters and multiply-adds, part by part, and the time of a forward pass."""
+
+import math
+import statistics
+import time
+
+import torch
+import torchvision  # noqa: F401  torch knows its operators from the import on
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.ops.selective_scan import count_scan_flops
+from utils.engine.build import model_from_config
+from utils.engine.config import Config
+from utils.precision import autocast
+
+REPEATS = 5
+
+
+def count(config: Config) -> list[tuple[str, str]]:
+    """Parameters and multiply-adds of one image, part by part, without allocating anything."""
+    with torch.device("meta"):
+        model = model_from_config(config).eval()
+        image = torch.empty(1, 3, *config.input_size)
+    parts = {name: getattr(model, name) for name in ("encoder", "neck", "decoder", "heads")} | {"total": model}
+    rows = [(f"parameters, {name}", f"{sum(p.numel() for p in part.parameters()):,}")
+            for name, part in parts.items() if part is not None]
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
+    with torch.no_grad(), counter as products, count_scan_flops() as scans:
+        model(image)
+    encoder = products.get_flop_counts().get("MultiTaskModel.encoder", {})
+    return [*rows, ("GMACs, encoder", f"{sum(encoder.values()) / 2e9:.1f}"),
+            ("GMACs, scans", f"{scans.flops / 1e9:.1f} ({scans.calls} calls)"),
+            ("GMACs, total", f"{products.get_total_flops() / 2e9:.1f}")]
+
+
+def _deform_conv_flops(feat: tuple, weight: tuple, *_, out_shape: tuple, **__) -> int:
+    """Those of a convolution of this shape; sampling is not counted."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+@torch.inference_mode()
+def forward_ms(model: nn.Module, config: Config, device: torch.device) -> float:
+    """Milliseconds of a forward pass of one image, the median of several after one that warms up."""
+    image, times = torch.zeros(1, 3, *config.input_size, device=device), []
+    training = model.training
+    model.eval()
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    for _ in range(1 + REPEATS):
+        wait()
+        start = time.perf_counter()
+        with autocast(device, config.precision):
+            model(image)
+        wait()
+        times.append(time.perf_counter() - start)
+    model.train(training)
+    return 1e3 * statistics.median(times[1:])

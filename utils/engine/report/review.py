@@ -1,0 +1,136 @@
+"""What an evaluation leaves behind of every image: its own score in each task, and small pictures of it.
+
+In the folder of the evaluation: images.json (`{"scores": {task: {...}}, "images": [{"name", "scores"}]}`) and
+thumbnails/<task>/<name>.jpg, thumbnails/<task>_label/<name>.jpg, thumbnails/input/<name>.jpg.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from data.transforms import MEAN, STD
+from evaluation.evaluator import Evaluator, Score, TaskContext
+from utils import distributed
+from utils.engine.panel import to_array
+from utils.engine.tasks import TASKS
+
+SIDE, QUALITY = 240, 80             # of a thumbnail: its longer side in pixels, and how well JPEG keeps it
+INDEX, PICTURES, INPUT = "images.json", "thumbnails", "input"
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """The scores of single images in the tasks that have one; NaN where no pixel of an image was valid."""
+
+    scores: dict[str, Score]
+    names: list[str]
+    values: dict[str, np.ndarray]           # task -> (images,)
+
+
+class Review:
+    """Sees every batch of an evaluation (`evaluate(on_batch=...)`); every process its own images."""
+
+    def __init__(self, contexts: Mapping[str, TaskContext], folder: Path) -> None:
+        self.contexts, self.folder, self.start = contexts, folder, time.perf_counter()
+        self.judges = {task: kind for task in contexts for kind in TASKS.load(task).evaluators
+                       if kind.of_image is not None}
+        self.rows: list[tuple[str, dict[str, float]]] = []
+
+    def __call__(self, batch: Mapping, predictions: Mapping[str, Any]) -> None:
+        labels = {task: _on_cpu(batch[task]) for task in predictions}
+        predictions = {task: _on_cpu(of_batch) for task, of_batch in predictions.items()}
+        for i, meta in enumerate(batch["meta"]):
+            scores = {task: self._score(task, kind, predictions[task][i:i + 1], labels[task][i:i + 1], meta)
+                      for task, kind in self.judges.items()}
+            self.rows.append((meta["name"], scores))
+            image = batch["image"][i].cpu().permute(1, 2, 0).numpy() * STD + MEAN          # (3, H, W) -> (H, W, 3)
+            rgb = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+            self._save(INPUT, rgb, rgb, meta)
+            for task, context in self.contexts.items():
+                for suffix, of_batch in (("", predictions), ("_label", labels)):
+                    picture = TASKS.load(task).view.picture(to_array(of_batch[task][i]), context, rgb)
+                    self._save(task + suffix, picture, rgb, meta)
+
+    def _score(self, task: str, kind: type[Evaluator], prediction: Any, label: Any, meta: Mapping) -> float:
+        judge = kind.for_task(self.contexts[task])
+        judge.update(prediction, label, [meta])
+        return judge.compute()[kind.of_image.key] if judge.valid_pixels != 0 else math.nan
+
+    def _save(self, kind: str, picture: np.ndarray, frame: np.ndarray, meta: Mapping) -> None:
+        inside = _without_padding(picture, frame.shape[:2], meta["size"])
+        scale = SIDE / max(inside.shape[:2])
+        size = [max(1, round(side * scale)) for side in inside.shape[1::-1]]
+        small = cv2.resize(inside, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+        path = thumbnail(self.folder, kind, meta["name"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY]):
+            raise OSError(f"could not write {path}: is the disk full or the folder read-only?")
+
+    def finish(self) -> tuple[ImageScores, float]:
+        """The scores of all processes' images, by name, and the seconds that the evaluation took; every process calls
+        it. Rank 0 writes images.json."""
+        rows = sorted((row for part in distributed.gather_objects(self.rows) for row in part), key=lambda row: row[0])
+        seconds = time.perf_counter() - self.start
+        found = ImageScores({task: kind.of_image for task, kind in self.judges.items()}, [name for name, _ in rows],
+                            {task: np.array([scores[task] for _, scores in rows]) for task in self.judges})
+        if distributed.is_main():
+            save_image_scores(self.folder / INDEX, found)
+        return found, seconds
+
+
+def thumbnail(folder: Path, kind: str, name: str) -> Path:
+    """Where a small picture lies. kind: "input", a task, or a task and "_label"."""
+    return folder / PICTURES / kind / f"{name}.jpg"
+
+
+def save_image_scores(path: Path, found: ImageScores) -> None:
+    """NaN becomes null."""
+    images = [{"name": name, "scores": {task: None if math.isnan(values[i]) else float(values[i])
+                                        for task, values in found.values.items()}}
+              for i, name in enumerate(found.names)]
+    about = {task: asdict(score) for task, score in found.scores.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"scores": about, "images": images}, indent=0) + "\n", encoding="ascii")
+
+
+def load_image_scores(path: Path) -> ImageScores:
+    """What `save_image_scores` wrote; null becomes NaN."""
+    try:
+        content = json.loads(path.read_text(encoding="ascii"))
+        scores = {task: Score(**about) for task, about in content["scores"].items()}
+        values = {task: np.array([image["scores"][task] for image in content["images"]], float) for task in scores}
+        return ImageScores(scores, [image["name"] for image in content["images"]], values)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no scores of images by this program ({type(error).__name__})") from error
+
+
+def chosen_images(values: np.ndarray, higher_is_better: bool, number: int) -> Iterator[tuple[str, list[int]]]:
+    """("best" | "median" | "worst", indices of that many images); no image twice, none without a score."""
+    order = np.argsort(-values if higher_is_better else values, kind="stable")
+    order = order[np.isfinite(values[order])]
+    number = min(number, -(-len(order) // 3))
+    middle = max(number, (len(order) - number) // 2)
+    worst = order[max(len(order) - number, middle + number):][::-1]
+    for name, part in (("best", order[:number]), ("median", order[middle:middle + number]), ("worst", worst)):
+        if len(part):
+            yield name, part.tolist()
+
+
+def _on_cpu(of_batch: Any) -> Any:
+    return of_batch.cpu() if isinstance(of_batch, Tensor) else of_batch
+
+
+def _without_padding(picture: np.ndarray, frame: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """The part of a padded picture that shows the image; the picture may be larger or smaller than the frame."""
+    scale = np.divide(picture.shape[:2], frame)
+    top_left = np.floor((np.subtract(frame, size) // 2) * scale).astype(int)
+    height, width = np.maximum(np.round(np.multiply(size, scale)), 1).astype(int)
+    return picture[top_left[0]:top_left[0] + height, top_left[1]:top_left[1] + width]
