@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         config = own_config(checkpoint, args.overrides) if args.config_exp is None else config
         output = args.output or output_of(args.trained_model, checkpoint, args.run_mode)
         if args.run_mode == "infer":
-            infer(config, checkpoint, output)
+            infer(config, checkpoint, output, args.split or "test")
         else:
             predict(config, checkpoint, args.input, output, args.overwrite)
 

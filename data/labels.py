@@ -23,6 +23,7 @@ class LabelRules(ABC):
 
     guides_crop: bool = False       # whether its classes tell a varied crop from a dull one (`transforms.RandomCrop`)
     is_map: ClassVar[bool] = False  # whether it is an array H x W x C, of which a data set may want another size
+    mirror_signs: tuple[int, ...] = ()      # of the channels once the image is mirrored left to right; (): all 1
 
     @abstractmethod
     def fit(self, label: Any, size: tuple[int, int]) -> Any:
@@ -48,9 +49,13 @@ class LabelRules(ABC):
         """At the size that a data set wants its labels to have, whatever the image's; of maps only."""
         return self.resize(label, size)
 
+    def nearer(self, values: Any, factor: float) -> Any:
+        """Values, of an array or a tensor, as they are once the camera has come nearer by `factor`."""
+        return values
+
     def scale(self, label: Any, size: tuple[int, int], factor: float) -> Any:
         """The image was enlarged by `factor` to `size`, as if the camera had come nearer."""
-        return self.resize(label, size)
+        return self.nearer(self.resize(label, size), factor)
 
     @abstractmethod
     def crop(self, label: Any, top: int, left: int, size: tuple[int, int]) -> Any:
@@ -139,7 +144,11 @@ class MapLabel(LabelRules):
         return crop_map(label, top, left, size)
 
     def flip(self, label: np.ndarray) -> np.ndarray:
-        return flip_map(label)
+        mirrored = flip_map(label)
+        for channel, sign in enumerate(self.mirror_signs):
+            if sign < 0:
+                np.negative(mirrored[..., channel], out=mirrored[..., channel])
+        return mirrored
 
     def pad(self, label: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
         return pad_map(label, frame, self.pad_value)
@@ -160,8 +169,8 @@ class DepthLabel(MapLabel):
 
     pad_value: float = 0.0
 
-    def scale(self, label: np.ndarray, size: tuple[int, int], factor: float) -> np.ndarray:
-        return self.resize(label, size) / np.float32(factor)
+    def nearer(self, values: Any, factor: float) -> Any:
+        return values / factor
 
     def mark_void(self, label: np.ndarray) -> np.ndarray:
         return _with_void(label, label[..., 0] == 0)
@@ -171,8 +180,8 @@ class DepthLabel(MapLabel):
 class DisparityLabel(DepthLabel):
     """Disparity in pixels: a nearer camera multiplies it; 0 means "not measured"."""
 
-    def scale(self, label: np.ndarray, size: tuple[int, int], factor: float) -> np.ndarray:
-        return self.resize(label, size) * np.float32(factor)
+    def nearer(self, values: Any, factor: float) -> Any:
+        return values * factor
 
 
 @dataclass(frozen=True)
@@ -182,6 +191,7 @@ class NormalsLabel(MapLabel):
     channels: int = 3
     interp: str = "cubic"
     pad_value: float = 0.0
+    mirror_signs: tuple[int, ...] = (-1, 1, 1)
 
     def doubts(self, label: np.ndarray) -> str:
         length = np.linalg.norm(label, axis=-1)
@@ -191,11 +201,6 @@ class NormalsLabel(MapLabel):
             return ""
         return (f"{off.mean():.0%} of its vectors are not of unit length (mean length {directed.mean():.2f}): stored "
                 "in another encoding, or no normals?")
-
-    def flip(self, label: np.ndarray) -> np.ndarray:
-        mirrored = flip_map(label)
-        np.negative(mirrored[..., 0], out=mirrored[..., 0])
-        return mirrored
 
     def mark_void(self, label: np.ndarray) -> np.ndarray:
         return _with_void(label, (label[..., 0] == 0) & (label[..., 1] == 0) & (label[..., 2] == 0))

@@ -17,13 +17,13 @@ import numpy as np
 from PIL import Image
 
 from data.labels import LabelRules, crop_map, flip_map, map_to_tensor, pad_map, resize_map
+from data.photometric import LEVELS, PhotometricDistortion
 
 Sample = dict
 Step = Callable[[Sample, random.Random], Sample]
 Labels = Mapping[str, LabelRules]                        # task -> rules of its label
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)       # ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-LEVELS = np.arange(256, dtype=np.float32)
 NORMALISE_TABLE = ((LEVELS[:, None] / 255 - MEAN) / STD)[None]         # (1, 256, 3)
 
 
@@ -120,57 +120,6 @@ class RandomFlip:
             sample, self.labels, lambda rules, label: rules.flip(label))
 
 
-def _linear_table(alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:
-    """v -> alpha * v + beta in float32, clipped to 0..255, truncated: (256,) uint8."""
-    return np.clip(LEVELS * np.float32(alpha) + np.float32(beta), 0, 255).astype(np.uint8)
-
-
-def brightness(image: np.ndarray, beta: float) -> np.ndarray:
-    """Adds `beta` grey levels; H x W x 3 uint8, like the three functions below."""
-    return cv2.LUT(image, _linear_table(beta=beta))
-
-
-def contrast(image: np.ndarray, alpha: float) -> np.ndarray:
-    """Multiplies by `alpha`."""
-    return cv2.LUT(image, _linear_table(alpha))
-
-
-def saturation(image: np.ndarray, alpha: float) -> np.ndarray:
-    """Multiplies the S channel of OpenCV's 8-bit HSV by `alpha`."""
-    return _change_hsv(image, 1, _linear_table(alpha))
-
-
-def hue(image: np.ndarray, delta: int) -> np.ndarray:
-    """Adds `delta` to the H channel (0..179, two degrees each), modulo 180."""
-    return _change_hsv(image, 0, ((np.arange(256) + delta) % 180).astype(np.uint8))
-
-
-def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, channel), table), hsv, channel)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-
-class PhotometricDistortion:
-    """Brightness, contrast (second or last), saturation, hue, each with probability 0.5; image to uint8."""
-
-    def __call__(self, sample: Sample, rng: random.Random) -> Sample:
-        image = np.ascontiguousarray(sample["image"], np.uint8)        # truncates, as the originals do
-        image = self._maybe(brightness, image, rng, lambda: rng.uniform(-32, 32))
-        contrast_first = rng.random() < 0.5
-        if contrast_first:
-            image = self._maybe(contrast, image, rng, lambda: rng.uniform(0.5, 1.5))
-        image = self._maybe(saturation, image, rng, lambda: rng.uniform(0.5, 1.5))
-        image = self._maybe(hue, image, rng, lambda: rng.randint(-18, 17))
-        if not contrast_first:
-            image = self._maybe(contrast, image, rng, lambda: rng.uniform(0.5, 1.5))
-        return sample | {"image": image}
-
-    @staticmethod
-    def _maybe(change: Callable, image: np.ndarray, rng: random.Random, draw: Callable) -> np.ndarray:
-        return change(image, draw()) if rng.random() < 0.5 else image
-
-
 class Normalise:
     """Image 0..255 -> (image / 255 - mean) / std, float32; same bits from uint8 (by table) and float32."""
 
@@ -192,7 +141,7 @@ class RequireFit:
             name = sample.get("meta", {}).get("name", "of this sample")
             raise ValueError(f"image {name} is {height} x {width} (height x width) and does not fit into the "
                              f"frame of {self.size[0]} x {self.size[1]}; set image_size to at least "
-                             f"[{height}, {width}]")
+                             f"[{height}, {width}], or let windows slide over it (test_time.windows=true)")
         return sample
 
 
@@ -293,9 +242,10 @@ def train_transform(size: tuple[int, int], labels: Labels, scale_range: tuple[fl
                     RandomFlip(labels, flip), *colours, *eval_transform(size, labels).steps))
 
 
-def eval_transform(size: tuple[int, int], labels: Labels) -> Compose:
-    """Nothing is resized: normalise, pad to `size` (padding is void), mark void, to tensors."""
-    return Compose((RequireFit(size), Normalise(), Pad(labels, size), MarkVoid(labels), ToTensor(labels)))
+def eval_transform(size: tuple[int, int], labels: Labels, must_fit: bool = True) -> Compose:
+    """Nothing is resized: normalise, pad to at least `size` (padding is void), mark void, to tensors."""
+    first = (RequireFit(size),) if must_fit else ()
+    return Compose((*first, Normalise(), Pad(labels, size), MarkVoid(labels), ToTensor(labels)))
 
 
 def fixed_transform(size: tuple[int, int], labels: Labels, label_size: tuple[int, int] | None = None,
@@ -309,12 +259,16 @@ def fixed_transform(size: tuple[int, int], labels: Labels, label_size: tuple[int
 
 
 def build_transform(image_size: tuple[int, int], fixed_label_size: tuple[int, int] | None, training: bool,
-                    labels: Labels, resize: str = "none", fixed_flip: float = 0.0, **augmentation) -> Compose:
+                    labels: Labels, resize: str = "none", largest: tuple[int, int] | None = None,
+                    fixed_flip: float = 0.0, **augmentation) -> Compose:
     """The transform of a split; `augmentation` goes to `train_transform`, `resize` is the data set's rule.
 
-    A data set whose labels have a size of their own (Cityscapes) is resized, and in training at most mirrored.
+    largest: what stands for `image_size` in that rule where windows slide over the images of an evaluation, which may
+    be larger than `image_size` then; None: they must fit. A data set whose labels have a size of their own (Cityscapes)
+    is resized, and in training at most mirrored.
     """
     if fixed_label_size is not None:
-        return fixed_transform(image_size, labels, fixed_label_size, fixed_flip if training else 0.0)
-    after = train_transform(image_size, labels, **augmentation) if training else eval_transform(image_size, labels)
-    return after if resize == "none" else Compose((ResizeAll(labels, image_size, resize), *after.steps))
+        return fixed_transform(largest or image_size, labels, fixed_label_size, fixed_flip if training else 0.0)
+    after = (train_transform(image_size, labels, **augmentation) if training
+             else eval_transform(image_size, labels, must_fit=largest is None))
+    return after if resize == "none" else Compose((ResizeAll(labels, largest or image_size, resize), *after.steps))

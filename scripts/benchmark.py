@@ -51,7 +51,7 @@ class Step:
         self.optimizer = build_optimizer(config, self.model, self.criterion)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.batch = random_batch(config, self.device)
-        self.predict = forward_pass(self.model, self.device, config.precision, config.cuda_graph)
+        self.predict = forward_pass(self.model, config, self.device)
         update, self.update = build_update(self)
         update.set_lr(config.optimizer_kwargs.lr)
 

@@ -233,7 +233,7 @@ def test_evaluate_leaves_the_mode_of_every_layer_as_it_was(example_root, tmp_pat
     loader = build_eval_loader(build_split(config, "val"), 2)
     for training in (True, False):
         model.train(training)
-        evaluate(model, loader, build_evaluators(task_contexts(config)), torch.device("cpu"))
+        evaluate(model, loader, build_evaluators(task_contexts(config)), config, torch.device("cpu"))
         assert all(module.training == training for module in model.modules())
 
 

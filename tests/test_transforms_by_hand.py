@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import photometric
 from data import transforms as T
 from data.datasets import DATASETS
 from data.labels import MapLabel
@@ -177,17 +178,17 @@ def test_the_limit_and_the_guiding_label_can_be_set():
 # Colours -------------------------------------------------------------------------------------------------------------
 
 def test_colour_changes_clip_and_truncate():
-    assert T.brightness(image(0, 100, 250), 7.9)[0, :, 0].tolist() == [7, 107, 255]
-    assert T.brightness(image(0, 100, 250), -20.5)[0, :, 0].tolist() == [0, 79, 229]
-    assert T.contrast(image(0, 101, 200), 1.5)[0, :, 0].tolist() == [0, 151, 255]
-    assert T.contrast(image(0, 101, 200), 0.5)[0, :, 0].tolist() == [0, 50, 100]
+    assert photometric.brightness(image(0, 100, 250), 7.9)[0, :, 0].tolist() == [7, 107, 255]
+    assert photometric.brightness(image(0, 100, 250), -20.5)[0, :, 0].tolist() == [0, 79, 229]
+    assert photometric.contrast(image(0, 101, 200), 1.5)[0, :, 0].tolist() == [0, 151, 255]
+    assert photometric.contrast(image(0, 101, 200), 0.5)[0, :, 0].tolist() == [0, 50, 100]
     red = np.array([[[255, 0, 0]]], np.uint8)
-    assert [T.hue(red, delta)[0, 0].tolist() for delta in (60, -60, 120, 0, 180)] == [
+    assert [photometric.hue(red, delta)[0, 0].tolist() for delta in (60, -60, 120, 0, 180)] == [
         [0, 255, 0], [0, 0, 255], [0, 0, 255], [255, 0, 0], [255, 0, 0]]
-    assert T.saturation(red, 0.0)[0, 0].tolist() == [255, 255, 255]
+    assert photometric.saturation(red, 0.0)[0, 0].tolist() == [255, 255, 255]
     pale = np.array([[[200, 100, 100]]], np.uint8)
-    assert T.saturation(pale, 1.5)[0, 0].tolist() == pytest.approx([200, 50, 50], abs=1)
-    assert T.saturation(red, 1.5)[0, 0].tolist() == [255, 0, 0]
+    assert photometric.saturation(pale, 1.5)[0, 0].tolist() == pytest.approx([200, 50, 50], abs=1)
+    assert photometric.saturation(red, 1.5)[0, 0].tolist() == [255, 0, 0]
 
 
 NO, YES = 0.5, 0.49
@@ -200,14 +201,14 @@ NO, YES = 0.5, 0.49
 def test_distortion_draws_in_its_published_order(values, expected):
     """Brightness, whether contrast comes second or last, saturation, hue; grey pixels show no colour change."""
     draws = Draws(*values)
-    result = T.PhotometricDistortion()({"image": image(100.9, 100, dtype=np.float32)}, draws)["image"]
+    result = photometric.PhotometricDistortion()({"image": image(100.9, 100, dtype=np.float32)}, draws)["image"]
     assert result[0, :, 0].tolist() == [expected, expected] and result.dtype == np.uint8
     assert draws.values == []
 
 
 def test_limits_of_the_distortion():
-    T.PhotometricDistortion()({"image": image(100)}, first := Draws(YES, 0, YES, YES, 1, YES, 1, YES, 0))
-    T.PhotometricDistortion()({"image": image(100)}, last := Draws(YES, 0, NO, YES, 1, YES, 0, YES, 1))
+    photometric.PhotometricDistortion()({"image": image(100)}, first := Draws(YES, 0, YES, YES, 1, YES, 1, YES, 0))
+    photometric.PhotometricDistortion()({"image": image(100)}, last := Draws(YES, 0, NO, YES, 1, YES, 0, YES, 1))
     coin, bright, around_one, turn = ("random",), ("uniform", -32, 32), ("uniform", 0.5, 1.5), ("randint", -18, 17)
     assert first.asked == [coin, bright, coin, coin, around_one, coin, around_one, coin, turn]
     assert last.asked == [coin, bright, coin, coin, around_one, coin, turn, coin, around_one]

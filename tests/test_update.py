@@ -262,7 +262,7 @@ def test_on_a_cpu_it_is_said_that_nothing_is_recorded(caplog):
     with caplog.at_level(logging.WARNING):
         evaluation._tell_there_is_no_cuda.cache_clear()
         step = a_step("cuda_graph=on")
-        evaluation.forward_pass(step.model, CPU, "fp32", True)
+        evaluation.forward_pass(step.model, step.config, CPU)
     assert isinstance(step.update, Update)
     assert "cuda_graph: updates run as without it: it needs CUDA, this run is on cpu" in caplog.text
     assert "cuda_graph: forward passes run as without it: it needs CUDA" in caplog.text

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.labels import DisparityLabel
 from data.spec import DatasetSpec, LabelSpec, Source, read_image
 from data.splits import SplitGlob
 from utils.files import class_table, read_classes, read_indices, read_uint16
@@ -55,7 +56,7 @@ Cityscapes = DatasetSpec(
         "semseg": LabelSpec((LABEL_IDS,), partial(read_classes, table=SEMSEG_TABLE), channels=19, classes=CLASS_NAMES,
                             colours=COLOURS),
         "depth": LabelSpec(("disparity/{id}_disparity.png", LABEL_IDS), read_disparity, unit="px",
-                           valid_range=(0.0, 80.0)),
+                           valid_range=(0.0, 80.0), rules=DisparityLabel()),
     },
     splits={split: SplitGlob(f"leftImg8bit/{split}/*/*_leftImg8bit.png") for split in ("train", "val")},
     image_size=(512, 1024),

@@ -11,7 +11,7 @@ TRAINING_KEYS = (
     "log_interval", "global_batch", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs",
     "grad_clip_param", "ema_decay",
     "pretrained", "pretrained_allow_missing", "init_from", "freeze", "lr_scale", "layer_decay", "weight_decay_on",
-     "activation_checkpointing", "find_unused_parameters", "tensorboard",
+    "activation_checkpointing", "compile", "find_unused_parameters", "tensorboard",
     "val_from_train", "on_nonfinite", "nonfinite_limit", "watchdog",
     "eval_at_start", "boundary_eval", "out_dir", "resume", "skip_data_check")
 OVERRIDE = re.compile(r"[A-Za-z_][\w.@]*=")
@@ -22,6 +22,8 @@ FLAGS = {       # flag -> (run modes that read it, options of argparse's add_arg
     "--output": (("infer", "predict"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
                                                                            "checkpoint")),
     "--overwrite": (("predict",), dict(action="store_true", help="predict: make anew what is there already")),
+    "--split": (("infer",), dict(choices=("test", "held_out"), help="infer: which images; held_out: those of "
+                                 "val_from_train, by which the training selected (default: test)")),
     "--skip_data_check": (("train",), dict(action="store_true", help="train: start without reading every file first; a "
                                            "damaged one then ends the run when it is met")),
     "--dry_run": (("train",), dict(action="store_true", help="train: rehearse everything once and say what it needs")),

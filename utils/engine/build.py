@@ -24,7 +24,7 @@ from models.lora.layers import merge_adapters
 from models.model import MultiTaskModel
 from models.ops.scan_choice import set_scan_backend
 from utils.engine import selection
-from utils.engine.checkpoint import load_model, read_checkpoint
+from utils.engine.checkpoint import load_model, read_checkpoint, weights_of
 from utils.engine.config import Config
 from utils.engine.first_weights import begin, require_whole
 from utils.engine.tasks import TASKS, label_rules, tasks_named
@@ -75,11 +75,16 @@ def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
             raise ValueError(f"activation_checkpointing {config.activation_checkpointing}: model '{config.model}' on "
                              f"backbone '{config.backbone}' names no blocks for it; set it to none")
         logger.info("activation checkpointing of %s", ", ".join(f"{n} blocks ({name})" for name, n in counts.items()))
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+    _lay_out(model, config)
     if config.compile:
         for part in parts.values():
             part.compile()
+
+
+def _lay_out(model: MultiTaskModel, config: Config) -> None:
+    """In memory; it decides about the last bits of what a convolution gives."""
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
 
 
 def build_criterion(config: Config, model: MultiTaskModel) -> MultiTaskLoss:
@@ -97,7 +102,9 @@ def build_criterion(config: Config, model: MultiTaskModel) -> MultiTaskLoss:
 
 
 def trained_model(config: Config, path: Path, device: torch.device) -> tuple[MultiTaskModel, str]:
-    """The configured model with a checkpoint's weights (its moving average where it has one), ready for inference.
+    """The configured model with a checkpoint's weights, ready for inference.
+
+    They are those of its moving average where it has one and `test_time.ema` does not say no.
 
     Beside it, how these weights were chosen (`selection`).
     """
@@ -106,11 +113,11 @@ def trained_model(config: Config, path: Path, device: torch.device) -> tuple[Mul
         checkpoint = begin(model, config, resumed=True).completed(checkpoint, model, path)
     else:
         require_whole(checkpoint, path)
-    state = checkpoint.get("ema") or checkpoint["model"]
-    state = {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
-    load_model(model, state, path, file_config=checkpoint.get("config"), yaml_config=config.to_dict())
+    load_model(model, weights_of(checkpoint, config.test_time.ema), path, file_config=checkpoint.get("config"),
+               yaml_config=config.to_dict())
     merge_adapters(model)
-    return model.to(device).prepare_for_inference(), selection.of_checkpoint(path, checkpoint)
+    _lay_out(model.to(device), config)
+    return model.prepare_for_inference(), selection.of_checkpoint(path, checkpoint)
 
 
 def build_split(config: Config, split: str) -> MultiTaskDataset | MixedDataset:
@@ -142,7 +149,9 @@ def _build_part(config: Config, spec: DatasetSpec, split: str, labels: Mapping[s
         spec = replace(spec, splits={**spec.splits, **parts})
     fixed_label_size = None if spec.label_size is None else config.output_size or spec.label_size
     settings = config.augmentation
-    transform = build_transform(config.input_size, fixed_label_size, training, labels, spec.resize,
+    windows = config.test_time.windows and not training
+    largest = tuple(map(max, config.input_size, spec.image_size)) if windows else None
+    transform = build_transform(config.input_size, fixed_label_size, training, labels, spec.resize, largest,
                                 fixed_flip=settings.fixed_flip_prob, scale_range=settings.scale_range,
                                 flip=settings.flip_prob, photometric=settings.photometric)
     cache = config.data_cache

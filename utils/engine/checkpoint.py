@@ -58,6 +58,12 @@ def read_checkpoint(path: str | Path) -> dict:
     return {**(content if is_wrapper else {}), "model": model}
 
 
+def weights_of(checkpoint: Mapping, ema: bool = True) -> dict[str, Tensor]:
+    """The state dict of the model in a checkpoint; with `ema` that of its moving average, where it has one."""
+    state = (checkpoint.get("ema") if ema else None) or checkpoint["model"]
+    return strip_wrappers({key: value for key, value in state.items() if key != "n_averaged"})
+
+
 def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path,
                file_config: Mapping | None = None, yaml_config: Mapping | None = None) -> None:
     """Strict load that logs its counts; a state dict of another model is a ValueError that says which.

@@ -30,6 +30,7 @@ from models.lora.settings import LoraSettings
 from models.necks import NECKS
 from models.ops import SCAN_BACKENDS
 from utils.engine.config_groups import (
+    AtTestTime,
     Augmentation,
     DataCache,
     GradClip,
@@ -122,6 +123,7 @@ class Config:
     report: bool = True                          # a page about the last evaluation, and about that of `infer`
     deterministic: bool = False                  # the same numbers again on the same machine, at some cost on a GPU
     eval_at_start: bool = False                  # also score the untrained model
+    test_time: AtTestTime = field(default_factory=AtTestTime)    # averages over views of an image (docs/test_time.md)
     # boundary score
     boundary_infer: Mode = "exact"               # in --run_mode infer
     boundary_eval: Mode = "off"                  # in the evaluations of a training

@@ -103,6 +103,27 @@ class DataCache:
 
 
 @dataclass(frozen=True)
+class AtTestTime(Options):
+    """What evaluations and predictions do beyond one look at an image (`utils.engine.test_time`)."""
+
+    flip: bool = False                           # also the mirrored image
+    scales: tuple[float, ...] = (1.0,)           # the image enlarged so many times
+    windows: bool = False                        # larger images are not shrunk or refused: windows slide over them
+    overlap: float = 0.5                         # of neighbouring windows, a share of their sides
+    ema: bool = True                             # with the moving average of the weights, where there is one
+
+    def __post_init__(self):
+        self.require(self.scales and all(0.1 <= scale <= 10 for scale in self.scales)
+                     and len(set(self.scales)) == len(self.scales), "scales", "different numbers in [0.1, 10]")
+        self.require(0 <= self.overlap <= 0.9, "overlap", "a share in [0, 0.9]")
+
+    @property
+    def averages(self) -> bool:
+        """Whether predictions of several looks are averaged."""
+        return self.flip or self.windows or self.scales != (1.0,)
+
+
+@dataclass(frozen=True)
 class Augmentation(Options):
     """Training augmentation (the published values by default)."""
 

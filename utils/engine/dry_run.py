@@ -106,8 +106,7 @@ def _rehearse(run: Run, departure: Departure) -> Needs:
 def _evaluate_one_batch(run: Run) -> None:
     config = run.config
     contexts = evaluation_contexts(config, run.val_loader.dataset, config.boundary_eval)
-    evaluate(run.evaluated, [next(iter(run.val_loader))], build_evaluators(contexts), run.device,
-             precision=config.precision, cuda_graph=config.cuda_graph)
+    evaluate(run.evaluated, [next(iter(run.val_loader))], build_evaluators(contexts), config, run.device)
 
 
 def _timed(work: Callable[[], object]) -> float:

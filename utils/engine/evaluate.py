@@ -14,8 +14,10 @@ from tqdm import tqdm
 from evaluation.evaluator import Evaluator, TaskContext
 from models.blocks.resize import resize
 from utils.batches import to_device
+from utils.engine.config import Config
 from utils.engine.results import VALID_PIXELS, Results
 from utils.engine.tasks import TASKS
+from utils.engine.test_time import averaged
 from utils.precision import autocast
 from utils.recording import CudaRecorder, Recorded
 
@@ -30,19 +32,18 @@ def build_evaluators(contexts: Mapping[str, TaskContext]) -> Evaluators:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators, device: torch.device, *,
-             precision: str = "fp32", cuda_graph: bool = False, export_dir: Path | None = None, progress: bool = False,
+def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators, config: Config,
+             device: torch.device, *, export_dir: Path | None = None, progress: bool = False,
              on_batch: Callable[[Mapping, Mapping[str, Any]], None] | None = None) -> Results:
     """{task: {score: value}} over the images of all ranks' loaders; the same on every rank.
 
-    Scores are computed on the padded frame, where padding is void, hence at original resolution. `precision` and
-    `cuda_graph` are the config keys. `export_dir` receives the files of the tasks that export any (boundary maps as
-    PNG); `on_batch(batch, predictions)` sees every batch. Where an evaluator counts its valid pixels, `valid_pixels` is
-    among the scores: a task without any is not scored.
+    Scores are computed on the padded frame, where padding is void, hence at original resolution. `export_dir` receives
+    the files of the tasks that export any (boundary maps as PNG); `on_batch(batch, predictions)` sees every batch.
+    Where an evaluator counts its valid pixels, `valid_pixels` is among the scores: a task without any is not scored.
     """
     was_training = model.training
     model.eval()
-    forward = forward_pass(model, device, precision, cuda_graph)
+    forward = forward_pass(model, config, device)
     with ExitStack() as stack:
         for evaluator in (e for of_task in evaluators.values() for e in of_task):
             stack.callback(evaluator.close)
@@ -65,18 +66,21 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators
     return {task: _scores(of_task) for task, of_task in evaluators.items()}
 
 
-def forward_pass(model: nn.Module, device: torch.device, precision: str, cuda_graph: bool) -> Callable[[Tensor], dict]:
-    """Images on the device -> raw outputs per task. With `cuda_graph` one graph per image size, for as long as the
-    result is held; to be called under `torch.inference_mode`."""
+def forward_pass(model: nn.Module, config: Config, device: torch.device) -> Callable[[Tensor], dict]:
+    """Images on the device -> raw outputs per task, as `precision`, `cuda_graph` and `test_time` say.
+
+    With `cuda_graph` one graph per image size, for as long as the result is held; to be called under
+    `torch.inference_mode`. What `test_time` asks for and a task cannot do is a ValueError.
+    """
     def forward(image: Tensor) -> dict[str, Any]:
-        with autocast(device, precision):
+        with autocast(device, config.precision):
             return model(image).final
 
-    if cuda_graph and device.type == "cuda":
-        return Recorded(forward, CudaRecorder(device), "a forward pass")
-    if cuda_graph:
+    if config.cuda_graph and device.type == "cuda":
+        forward = Recorded(forward, CudaRecorder(device), "a forward pass")
+    elif config.cuda_graph:
         _tell_there_is_no_cuda(device.type)
-    return forward
+    return averaged(forward, config)
 
 
 @functools.cache

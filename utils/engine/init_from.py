@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from models.released import recognise
-from utils.engine.checkpoint import convert_released, read_checkpoint, strip_wrappers
+from utils.engine.checkpoint import convert_released, read_checkpoint, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,7 @@ def init_from(model: nn.Module, path: Path) -> set[str]:
     checkpoint = read_checkpoint(path)
     if checkpoint.get("base"):
         raise ValueError(f"init_from {path}: it holds adapters for {checkpoint['base']['source']} and no whole model")
-    state = checkpoint.get("ema") or checkpoint["model"]
-    state = strip_wrappers({key: value for key, value in state.items() if key != "n_averaged"})
+    state = weights_of(checkpoint)
     if recognise(state):
         state, _ = convert_released(state)
     own = model.state_dict()

@@ -1,11 +1,13 @@
 """Predictions on any photographs, and the evaluation of a checkpoint: what `predict` and `infer` run."""
 
+import dataclasses
 import json
 import logging
 import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from data.loader import build_eval_loader
 from utils import distributed
@@ -30,36 +32,43 @@ OF_THE_MACHINE = ("device", "nworkers", "valBatch", "progress", "loader_timeout"
                   "cuda_graph", "tensorboard", "report", "db_root", "out_dir")
 
 
-def infer(config: Config, checkpoint: Path, output_dir: Path) -> Results:
-    """Evaluates a checkpoint on the test split; writes results.json and the boundary maps (edge/<name>.png).
+def infer(config: Config, checkpoint: Path, output_dir: Path, split: Literal["test", "held_out"] = "test") -> Results:
+    """Evaluates a checkpoint; writes results.json and the boundary maps (edge/<name>.png).
 
-    Under a launcher every rank evaluates its share. A task without a valid pixel in the whole split is a ValueError,
-    after the other scores have been reported.
+    split: the test images, or those that `val_from_train` held out of the training. Under a launcher every rank
+    evaluates its share. A task without a valid pixel in the whole split is a ValueError, after the other scores have
+    been reported.
     """
     check_reference(config.single_task_scores)
+    held_out = config.val_from_train if split == "held_out" else 0.0
+    if split == "held_out" and not held_out:
+        raise ValueError(f"--split held_out: {checkpoint} held no images out of its training (val_from_train is 0); "
+                         "leave --split out to score the test images")
+    scored = selection.evaluated_split(str(config.train_db_name), str(config.val_db_name), held_out)
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
         model, chosen = trained_model(config, checkpoint, device)
-        dataset, progress = build_split(config, "val"), distributed.is_main() and config.progress
+        dataset = build_split(config, "selects" if held_out else "val")
+        progress = distributed.is_main() and config.progress
         loader = build_eval_loader(dataset, config.valBatch, config.nworkers, distributed.rank(),
                                    distributed.world_size(), **config.loading)
         contexts = evaluation_contexts(config, dataset, config.boundary_infer, progress)
         evaluators, review = build_evaluators(contexts), Review(contexts, output_dir) if config.report else None
-        results = evaluate(model, loader, evaluators, device, precision=config.precision, cuda_graph=config.cuda_graph,
-                           export_dir=output_dir, progress=progress, on_batch=review)
+        results = evaluate(model, loader, evaluators, config, device, export_dir=output_dir, progress=progress,
+                           on_batch=review)
         if distributed.is_main():
-            save_results(output_dir / "results.json", results, checkpoint=str(checkpoint),
-                         dataset=str(config.val_db_name), selection=chosen, units=config.dataset.units)
-            logger.info("%s (%s) on %s\n%s", checkpoint, chosen, config.val_db_name,
+            save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), split=scored,
+                         dataset=str(config.train_db_name if held_out else config.val_db_name), selection=chosen,
+                         units=config.dataset.units, test_time=dataclasses.asdict(config.test_time))
+            logger.info("%s (%s) on %s\n%s", checkpoint, chosen, scored,
                      format_table({config.version_name: results}, config.single_task_scores,
                                   config.dataset.units))
             log_reports(evaluators)
             logger.info("scores: %s", output_dir / "results.json")
         if review is not None:
-            split = selection.evaluated_split(str(config.train_db_name), str(config.val_db_name), 0.0)
-            report_on(review, model, device, config, results, evaluators, split, chosen, checkpoint)
+            report_on(review, model, device, config, results, evaluators, scored, chosen, checkpoint)
         if empty := unscored(results):
-            raise ValueError(f"the {config.val_db_name} test split has no valid pixel for {', '.join(empty)}: "
+            raise ValueError(f"the {scored} split has no valid pixel for {', '.join(empty)}: "
                              "the score is undefined (check the label files)")
     return results
 

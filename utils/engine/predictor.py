@@ -59,11 +59,12 @@ class Predictor:
     def __init__(self, config: Config, checkpoint: Path, device: torch.device, batch: int | None = None) -> None:
         self.config, self.device, self.checkpoint = config, device, checkpoint
         self.tasks, self.contexts = config.tasks, task_contexts(config)
-        self.batch = batch or (config.valBatch if device.type == "cuda" else 1)
+        together = device.type == "cuda" and not config.test_time.windows             # those have sizes of their own
+        self.batch = batch or (config.valBatch if together else 1)
         self._rules = {task: config.dataset.labels[task].rules or row.label
                        for task, row in tasks_named(self.tasks).items()}
         model, self.selection = trained_model(config, checkpoint, device)
-        self._forward = forward_pass(model, device, config.precision, config.cuda_graph)
+        self._forward = forward_pass(model, config, device)
 
     @classmethod
     def load(cls, source: str | Path, device: str = "auto", config: str | Path | None = None,
@@ -122,9 +123,11 @@ class Predictor:
         """The network's input for (H, W, 3) uint8 RGB of any size.
 
         Scaled to fit the frame with its aspect ratio kept, normalised, and padded centrally with the mean colour, as
-        images of the data set are.
+        images of the data set are. With `test_time.windows` the frame is at least as large as the picture.
         """
         size = self.config.input_size
+        if self.config.test_time.windows:
+            size = max(size[0], image.shape[0]), max(size[1], image.shape[1])
         scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
         h = min(size[0], max(1, round(image.shape[0] * scale)))
         w = min(size[1], max(1, round(image.shape[1] * scale)))
@@ -157,7 +160,7 @@ class Predictor:
                 for found, one, prediction in zip(outputs, framed, decoded, strict=True):
                     found[task] = self._rules[task].onto(prediction, one.known[task])
                 continue
-            whole = resize(output.float(), self.config.input_size)           # data sets may ask for other label sizes
+            whole = resize(output.float(), images.shape[-2:])                # data sets may ask for other label sizes
             for i, (top, left, h, w) in enumerate(one.box for one in framed):
                 outputs[i][task] = whole[i:i + 1, :, top:top + h, left:left + w]
         return [Answer(one, self.contexts) for one in outputs]

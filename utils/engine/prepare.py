@@ -16,6 +16,7 @@ from utils.engine.manifest import BEST, has_run
 from utils.engine.results import check_reference
 from utils.engine.resume import restore
 from utils.engine.run import Run, build_run
+from utils.engine.test_time import check_test_time
 from utils.logging import RunWriter, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 def prepare(config: Config, device: torch.device, resume: bool, folder: RunFolder) -> Run:
     """Builds data, model and optimizer, restores a checkpoint, and writes config.yaml. Nothing is written on error."""
     check_reference(config.single_task_scores)
+    check_test_time(config)
     train_set, val_set = build_split(config, "train"), build_split(config, "selects")
     if not config.skip_data_check:
         require_sound({"train": train_set, val_set.split: val_set}, config.nworkers)

@@ -57,8 +57,8 @@ class Run:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The weights that are evaluated: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        """The weights that are evaluated: the moving average where there is one and `test_time` does not say no."""
+        return self.model if self.ema is None or not self.config.test_time.ema else self.ema.module
 
     @property
     def images_per_update(self) -> int:

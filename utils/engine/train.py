@@ -115,8 +115,7 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
     # Running statistics differ from process to process where batch norm is not synchronised; rank 0's are saved.
     distributed.copy_from_main(run.evaluated.buffers())
     with keeper.evaluating():
-        run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, run.device,
-                                         precision=config.precision, cuda_graph=config.cuda_graph, on_batch=look,
+        run.metrics = results = evaluate(run.evaluated, run.val_loader, evaluators, config, run.device, on_batch=look,
                                          progress=progress)
     split = selection.evaluated_split(str(config.train_db_name), str(config.val_db_name), config.val_from_train)
     chosen = selection.of_update(run.step, run.total_steps)

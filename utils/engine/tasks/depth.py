@@ -8,7 +8,7 @@ from data.labels import DepthLabel
 from evaluation.depth import DepthMeter
 from evaluation.evaluator import TaskContext
 from losses.regression import L1Loss
-from utils.engine.tasks.task import Task
+from utils.engine.tasks.task import Average, Task
 from utils.engine.views import DEPTH_MAP
 
 
@@ -16,8 +16,12 @@ def _loss(context: TaskContext) -> L1Loss:
     return L1Loss(context.ignore_index)
 
 
+def _in_front(depth: Tensor) -> Tensor:
+    return depth.clamp_min(0)
+
+
 def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
-    return logits.clamp_min(0)
+    return _in_front(logits)
 
 
 DEPTH = Task(
@@ -27,4 +31,5 @@ DEPTH = Task(
     decode=_decode,
     evaluators=(DepthMeter,),
     view=DEPTH_MAP,
+    average=Average(values=_in_front, raw=_in_front),          # of metres
 )

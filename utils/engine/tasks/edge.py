@@ -6,6 +6,7 @@ boundary loss always.
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from data.labels import EdgeLabel
@@ -14,7 +15,7 @@ from evaluation.boundary.edge_maps import save_edge_maps
 from evaluation.boundary.evaluator import BoundaryEvaluator
 from evaluation.evaluator import TaskContext
 from losses.edge import BalancedBCELoss
-from utils.engine.tasks.task import Task
+from utils.engine.tasks.task import Average, Task
 from utils.engine.views import PROBABILITY
 
 
@@ -26,6 +27,10 @@ def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
     return logits.sigmoid()
 
 
+def _logit(probability: Tensor) -> Tensor:
+    return torch.logit(probability, eps=1e-7)                  # finite, so that it can be resized
+
+
 EDGE = Task(
     num_channels=1,
     label=EdgeLabel(),
@@ -33,5 +38,6 @@ EDGE = Task(
     decode=_decode,
     evaluators=(BoundaryEvaluator, EdgeLossMeter),
     view=PROBABILITY,
+    average=Average(values=torch.sigmoid, raw=_logit),
     export=save_edge_maps,
 )

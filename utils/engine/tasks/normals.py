@@ -9,7 +9,7 @@ from data.labels import NormalsLabel
 from evaluation.evaluator import TaskContext
 from evaluation.normals import NormalsMeter
 from losses.regression import NormalsLoss
-from utils.engine.tasks.task import Task
+from utils.engine.tasks.task import Average, Task
 from utils.engine.views import VECTORS
 
 
@@ -17,8 +17,12 @@ def _loss(context: TaskContext) -> NormalsLoss:
     return NormalsLoss(context.ignore_index)
 
 
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors, dim=1, eps=1e-12)              # (B, 3, H, W)
+
+
 def _decode(logits: Tensor, meta: Sequence[Mapping]) -> Tensor:
-    return F.normalize(logits, dim=1, eps=1e-12)
+    return _unit(logits)
 
 
 NORMALS = Task(
@@ -28,4 +32,5 @@ NORMALS = Task(
     decode=_decode,
     evaluators=(NormalsMeter,),
     view=VECTORS,
+    average=Average(values=_unit, raw=_unit),
 )

@@ -8,7 +8,7 @@ from data.labels import MapLabel
 from evaluation.evaluator import TaskContext
 from evaluation.saliency import SaliencyMeter
 from losses.cross_entropy import BalancedCrossEntropyLoss
-from utils.engine.tasks.task import Task
+from utils.engine.tasks.task import Task, of_probabilities
 from utils.engine.views import PROBABILITY
 
 
@@ -27,4 +27,5 @@ SALIENCY = Task(
     decode=_decode,
     evaluators=(SaliencyMeter,),
     view=PROBABILITY,
+    average=of_probabilities(),
 )

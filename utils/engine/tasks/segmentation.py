@@ -8,7 +8,7 @@ from data.labels import MapLabel, PartsLabel
 from evaluation.evaluator import TaskContext
 from evaluation.segmentation import SegmentationMeter
 from losses.cross_entropy import CrossEntropyLoss
-from utils.engine.tasks.task import Task
+from utils.engine.tasks.task import Task, of_probabilities
 from utils.engine.views import CLASSES
 
 
@@ -28,6 +28,7 @@ def _segmentation(label: MapLabel) -> Task:
         decode=_decode,
         evaluators=(SegmentationMeter,),
         view=CLASSES,
+        average=of_probabilities(),
     )
 
 

@@ -8,12 +8,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from data.labels import LabelRules
 from evaluation.evaluator import Evaluator, Score, TaskContext
 from models.heads import HeadMaker
 from utils.engine.views import View
+
+
+@dataclass(frozen=True)
+class Average:
+    """How the predictions of several looks at an image become one.
+
+    values(raw output) -> what may be averaged pixel by pixel: probabilities, metres, unit vectors, (B, C, H, W).
+    raw(mean of such values) -> a raw output that decodes to it.
+    """
+
+    values: Callable[[Tensor], Tensor]
+    raw: Callable[[Tensor], Tensor]
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=1)                               # (B, n, H, W)
+
+
+def _log(probability: Tensor) -> Tensor:
+    return probability.clamp_min(torch.finfo(probability.dtype).tiny).log()
+
+
+def of_probabilities() -> Average:
+    """Of what the softmax of the channels says of each class."""
+    return Average(_softmax, _log)
 
 
 @dataclass(frozen=True)
@@ -29,6 +55,7 @@ class Task:
     head(context): what makes the head of a task that is no map (`models.heads`); None: the decoder makes it.
     evaluators: classes; the first one that runs gives the task's score.
     view: pictures and files for people.
+    average: of predictions at test time (`utils.engine.test_time`); None: they cannot be averaged.
     export(prediction, meta, folder): files that `infer` writes for other programs, if any, into the task's folder.
     """
 
@@ -38,6 +65,7 @@ class Task:
     decode: Callable[[Any, Sequence[Mapping]], Any]
     evaluators: Sequence[type[Evaluator]]
     view: View
+    average: Average | None = None
     export: Callable[[Any, Sequence[Mapping], Path], object] | None = None
     head: Callable[[TaskContext], HeadMaker] | None = None
 
