@@ -19,7 +19,15 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.command_line import Command
-from utils.engine.results import Results, delta_m_against, format_table, load_results, read_results, reference_keys
+from utils.engine.results import (
+    Results,
+    common_units,
+    delta_m_against,
+    format_table,
+    load_results,
+    read_results,
+    reference_keys,
+)
 from utils.engine.selection import UNKNOWN
 from utils.engine.tasks import TASKS
 
@@ -44,7 +52,8 @@ def report(run: str, single: Sequence[str]) -> None:
                          f"{_scores(alone)}; evaluate both with the same boundary setting")
     parts = [f"{task} {delta_m_against({task: scores}, reference):+.2f} %" for task, scores in multi.items()]
     print(*(f"read {file} ({selection_of(file)})" for file in files.values()), sep="\n")
-    print("", format_table({"single-task": alone, "multi-task": multi}, reference), sep="\n")
+    units = common_units(read_results(file)[1] for file in files.values())
+    print("", format_table({"single-task": alone, "multi-task": multi}, reference, units), sep="\n")
     print(f"\ndelta_m {gain:+.2f} % = mean of {', '.join(parts)}")
 
 

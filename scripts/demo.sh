@@ -47,6 +47,6 @@ for layout in nyud pascal; do
     run="runs/example_lite0_$layout"
     echo
     echo "== $layout layout, test split (40 rendered images)"
-    $python scripts/compare_results.py "untrained=$run/results/step_0.json" "trained=$run/infer/results.json"
+    $python scripts/compare.py "untrained=$run/results/step_0.json" "trained=$run/infer/results.json"
     echo "pictures: $run/predict/panels"
 done

@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from data.splits import PartOfSplit, SplitList
-from scripts.compare_results import main as compare_results
-from scripts.summarise import main as summarise
+from scripts.compare import main as compare
 from tests.shared import ROOT
 from utils.engine import selection
 from utils.engine.build import build_split
@@ -67,8 +66,8 @@ def test_every_number_says_how_its_weights_were_chosen(tiny, tmp_path, capsys):
             assert about["selection"] == said and about["dataset"] == "NYUD"
             if fraction:                                   # the test split has 5 images, 3 are held out
                 assert about["scores"]["depth"]["valid_pixels"] > scores["depth"]["valid_pixels"]
-    compare_results([f"a={tmp_path / 'best.pt' / 'results.json'}"])
-    assert f"a: {words}" in capsys.readouterr().out
+    compare([f"a={tmp_path / 'best.pt' / 'results.json'}"])
+    assert f"| {words} |" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_program_is_not_known(tmp_path):
@@ -85,15 +84,15 @@ def make_run(tmp_path, name: str, rmse: float, chosen: str = "last update", **ch
 def test_seeds_of_one_experiment_are_one_row(tmp_path, capsys):
     runs = [make_run(tmp_path, f"bim_seed{seed}", rmse, seed=seed) for seed, rmse in enumerate((0.5, 0.6, 0.7))]
     runs.append(make_run(tmp_path, "other", 0.55, optimizer="sgd"))
-    assert summarise(runs) == 0
+    assert compare(runs) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["", "n", "depth RMSE m v", "weights"]
     assert lines[2] == ["bim", "3", "0.6000 +- 0.1000", "last update"]       # by hand: sqrt((0.01 + 0 + 0.01) / 2)
     assert lines[3] == ["other", "1", "0.5500", "last update"]
-    assert summarise([*runs, "--format", "latex"]) == 0
+    assert compare([*runs, "--format", "latex"]) == 0
     out = capsys.readouterr().out
     assert r"bim & 3 & 0.6000 $\pm$ 0.1000 & last update \\" in out and r"depth RMSE m $\downarrow$" in out
-    assert summarise([*runs, "--format", "csv"]) == 0
+    assert compare([*runs, "--format", "csv"]) == 0
     rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["name", "n", "depth/rmse mean", "depth/rmse spread", "weights"]
     assert float(rows[1][2]) == pytest.approx(0.6) and float(rows[1][3]) == pytest.approx(0.1) and rows[2][3] == ""
@@ -101,7 +100,7 @@ def test_seeds_of_one_experiment_are_one_row(tmp_path, capsys):
 
 def test_runs_that_chose_their_weights_differently_are_no_row(tmp_path, capsys):
     runs = [make_run(tmp_path, "a", 0.5), make_run(tmp_path, "b", 0.6, "best on the test split")]
-    assert summarise(runs) == 1
+    assert compare(runs) == 1
     assert "must have chosen their weights alike" in capsys.readouterr().err
-    assert summarise([f"x={runs[0]}", f"y={runs[1]}"]) == 0
+    assert compare([f"x={runs[0]}", f"y={runs[1]}"]) == 0
     assert "| y | 1 | 0.6000 | best on the test split |" in capsys.readouterr().out

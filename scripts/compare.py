@@ -1,12 +1,15 @@
-"""Several runs in one table: mean and spread over those that differ in their seed alone.
+"""Several runs beside each other: a table with mean and spread over seeds, and a page that looks at every image.
 
-    python scripts/summarise.py runs/bim_nyud_seed{0,1,2} runs/mtmamba_nyud_seed{0,1,2}
-    python scripts/summarise.py --format latex ours=runs/a/infer/results.json theirs=runs/b/infer/results.json
+    python scripts/compare.py runs/bim_nyud_seed{0,1,2} runs/mtmamba_nyud_seed{0,1,2} --page compare.html
+    python scripts/compare.py --format latex ours=runs/a/infer/results.json theirs=runs/b/infer/results.json
 
 A run is its folder or one of its result files, with a NAME= if wanted. Folders whose experiments are equal but for the
 seed, the name and the machine are one row: mean +- standard deviation (over n - 1), and how many they are; so are runs
 of one NAME. Of folders the scores of `--run_mode infer` are taken if every folder has them, else those of the last
 evaluation while training. Each row says how its weights were chosen; a row of several such protocols is refused.
+
+The page sets every row beside the first one: a point per image, whether the mean difference is more than the choice of
+images explains, and the images where they differ most. The gain over single-task networks is `scripts/delta_m.py`.
 """
 
 import csv
@@ -26,40 +29,49 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.evaluator import Score
 from scripts.command_line import Command
 from scripts.delta_m import result_files
-from utils.engine.results import Results, read_results
+from utils.engine.report.comparison import Compared, comparison_page
+from utils.engine.results import Results, column_title, columns_of, common_units, read_results
 from utils.engine.selection import UNKNOWN
-from utils.engine.tasks import TASKS
 
 # What equal experiments may differ in.
-NOT_THE_EXPERIMENT = ("seed", "version_name", "out_dir", "db_root", "device", "nworkers", "progress", "tensorboard")
-Column = tuple[str, Score]
+NOT_THE_EXPERIMENT = ("seed", "version_name", "out_dir", "db_root", "device", "nworkers", "progress", "tensorboard",
+                      "report")
+Column = tuple[str, Score, str]           # task, score, title
 
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one experiment: their name, scores, and how their weights were chosen."""
+    """The runs of one experiment: their name, result files and scores, and how their weights were chosen."""
 
     name: str
+    files: list[Path]
     runs: list[Results]
     selection: str
 
     def values(self, column: Column) -> list[float]:
         """A score of every run, as papers scale it."""
-        task, score = column
+        task, score, _ = column
         return [run[task][score.key] * score.scale for run in self.runs if score.key in run.get(task, {})]
 
 
-def summarise(runs: Sequence[str], format: str) -> None:
-    """Prints the table."""
+def compare(runs: Sequence[str], format: str, page: Path | None) -> None:
+    """Prints the table, and writes the page where one is wanted."""
     named = [(name, Path(path)) for name, _, path in (run.rpartition("=") for run in runs)]
     files = result_files([path for _, path in named])
     groups: dict[str, list[tuple[Path, Path]]] = {}
     for (name, path), file in zip(named, files, strict=True):
         groups.setdefault(f"name {name}" if name else _experiment(path), []).append((path, file))
     rows = [_row(key, members) for key, members in groups.items()]
-    columns = [(task, score) for task in TASKS for score in TASKS.load(task).scores
-               if any(row.values((task, score)) for row in rows)]
+    units = common_units(read_results(file)[1] for file in files)
+    columns = [(task, score, column_title(task, score, units))
+               for task, score in columns_of(results for row in rows for results in row.runs)]
     print(FORMATS[format](rows, columns))
+    if page is not None:
+        compared = [Compared(row.name, row.files, row.selection) for row in rows]
+        tables = {name: write(rows, columns) for name, write in FORMATS.items()}
+        page.parent.mkdir(parents=True, exist_ok=True)
+        shown = [row[:-1] for row in cells(rows, columns)]              # without the weights, which stand below
+        page.write_text(comparison_page(compared, shown, tables, units), encoding="utf-8")
 
 
 def _experiment(path: Path) -> str:
@@ -77,7 +89,7 @@ def _row(key: str, members: Sequence[tuple[Path, Path]]) -> Row:
         raise ValueError("runs of one row must have chosen their weights alike: "
                          + "; ".join(f"{file}: {words}" for words, file in chosen.items()))
     name = key.removeprefix("name ") if key.startswith("name ") else _common_name([str(path) for path, _ in members])
-    return Row(name, [scores for scores, _ in content], next(iter(chosen)))
+    return Row(name, [file for _, file in members], [scores for scores, _ in content], next(iter(chosen)))
 
 
 def _common_name(paths: Sequence[str]) -> str:
@@ -95,13 +107,17 @@ def _cell(values: Sequence[float], decimals: int, between: str) -> str:
     return mean if len(values) == 1 else f"{mean}{between}{statistics.stdev(values):.{decimals}f}"
 
 
+def cells(rows: Sequence[Row], columns: Sequence[Column], between: str = " +- ") -> list[list[str]]:
+    """Of the table, its titles first."""
+    return [["", "n", *(title for _, _, title in columns), "weights"],
+            *([row.name, str(len(row.runs)), *(_cell(row.values(c), c[1].decimals, between) for c in columns),
+               row.selection] for row in rows)]
+
+
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """For a README."""
-    titles = [" ".join(filter(None, (t, s.label, s.unit, "^" if s.higher_is_better else "v"))) for t, s in columns]
-    lines = [["", "n", *titles, "weights"], ["---"] * (len(columns) + 3)]
-    lines += [[row.name, str(len(row.runs)), *(_cell(row.values(c), c[1].decimals, " +- ") for c in columns),
-               row.selection] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    titles, *lines = cells(rows, columns)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *lines))
 
 
 def latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -109,13 +125,12 @@ def latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     def text(words: str) -> str:
         return words.replace("%", r"\%").replace("_", r"\_")
 
-    heads = [text(f"{t} {s.label} {s.unit}".strip()) + (r" $\uparrow$" if s.higher_is_better else r" $\downarrow$")
-             for t, s in columns]
+    arrows = {"^": r"$\uparrow$", "v": r"$\downarrow$"}
+    heads = [f"{text(words)} {arrows[arrow]}" for words, _, arrow in (title.rpartition(" ") for *_, title in columns)]
     lines = [rf"\begin{{tabular}}{{l{'c' * (len(columns) + 1)}l}}", r"\toprule",
              " & ".join(["", "n", *heads, "weights"]) + r" \\", r"\midrule"]
-    for row in rows:
-        cells = [_cell(row.values(c), c[1].decimals, r" $\pm$ ") for c in columns]
-        lines.append(" & ".join([text(row.name), str(len(row.runs)), *cells, text(row.selection)]) + r" \\")
+    for name, *values, chosen in cells(rows, columns, r" $\pm$ ")[1:]:
+        lines.append(" & ".join([text(name), *values, text(chosen)]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
@@ -123,7 +138,7 @@ def comma_separated(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """For a spreadsheet: mean and spread apart, in full precision; no spread for a single run."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    titles = [f"{task}/{score.key} {part}" for task, score in columns for part in ("mean", "spread")]
+    titles = [f"{task}/{score.key} {part}" for task, score, _ in columns for part in ("mean", "spread")]
     writer.writerow(["name", "n", *titles, "weights"])
     for row in rows:
         cells: list[object] = []
@@ -136,9 +151,10 @@ def comma_separated(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 FORMATS = {"markdown": markdown, "latex": latex, "csv": comma_separated}
 
-main = Command(__doc__, summarise, {
+main = Command(__doc__, compare, {
     "runs": dict(nargs="+", metavar="[NAME=]RUN", help="folder or result file of a run"),
     "--format": dict(choices=tuple(FORMATS), default="markdown", help="of the table"),
+    "--page": dict(type=Path, metavar="FILE", help="write everything into this HTML file"),
 })
 
 if __name__ == "__main__":
