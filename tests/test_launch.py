@@ -50,6 +50,18 @@ def slurm(environment: dict, *arguments: str) -> int:
     return subprocess.run([script, *arguments], env=environment, check=False, timeout=60).returncode
 
 
+@pytest.mark.parametrize("code, ends, requeues", [(0, 0, []), (1, 1, []), (75, 0, ["requeue 41_3"])])
+def test_a_job_of_a_suite_is_requeued_where_it_was_asked_to_leave(stand_ins, code, ends, requeues, tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/bash\necho "python $*" >> "$CALLS"\nexit {code}\n')
+    python.chmod(0o755)
+    environment = {**stand_ins, "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_JOB_ID": "41"}
+    script = str(ROOT / "scripts" / "launch" / "slurm_suite.sh")
+    assert subprocess.run([script, "suite.yml"], env=environment, check=False, timeout=60).returncode == ends
+    assert calls(environment, "python") == ["scripts/fair_table.py suite.yml --share 3/8 --devices cuda:0"]
+    assert calls(environment, "scontrol") == requeues
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_slurm_requeues_neither_what_is_done_nor_what_has_failed(stand_ins, code):
     assert slurm({**stand_ins, "TORCHRUN": f"exit {code}"}, "--config_exp", "configs/bim_nyud.yml") == code

@@ -40,7 +40,7 @@ def photos(tmp_path_factory) -> Path:
         own.mkdir()
         for path in (source / name).iterdir():
             (own / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())
-        shutil.copy(ROOT / "tests" / "photos" / f"{name}.yml", own / "dataset.yml")
+        shutil.copy(ROOT / "configs" / "suites" / "data" / f"{name}.yml", own / "dataset.yml")
         (root / "layouts" / name).mkdir(parents=True)
         (root / "layouts" / name / DATASETS.load(layout).folder).symlink_to(own, target_is_directory=True)
     (root / "NYUv2_20" / "names.txt").write_text("\n".join(CLASS_NAMES))

@@ -276,7 +276,8 @@ class TaskDiffusionDecoder(Decoder):
     def update(self, latent: Tensor, predicted: Tensor, step: int) -> Tensor:
         """The latent behind a step, from the one before it and the code of what was predicted."""
         steps = self.config.timesteps
-        times = torch.tensor([1 - step / steps, max(1 - (step + 1 + LOOK_AHEAD) / steps, 0)], dtype=torch.float64)
+        times = torch.tensor([1 - step / steps, max(1 - (step + 1 + LOOK_AHEAD) / steps, 0)], dtype=torch.float64,
+                             device="cpu")
         (alpha, next_alpha), (sigma, next_sigma) = (x.tolist() for x in signal_and_noise(log_snr(times)))
         noise = (latent - alpha * predicted) / max(sigma, 1e-8)
         return next_alpha * predicted + next_sigma * noise

@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 import torchvision  # noqa: F401  torch knows its operators from the import on
@@ -17,21 +18,38 @@ from utils.precision import autocast
 REPEATS = 5
 
 
-def count(config: Config) -> list[tuple[str, str]]:
-    """Parameters and multiply-adds of one image, part by part, without allocating anything."""
+class Counts(NamedTuple):
+    """Parameters of every part and of all ("total"); multiply-adds of one image in units of 10^9; number of scans."""
+
+    parameters: dict[str, int]
+    encoder: float
+    scans: float
+    scan_calls: int
+    total: float
+
+
+def counted(config: Config) -> Counts:
+    """Parameters and multiply-adds of one image, without allocating anything."""
     with torch.device("meta"):
         model = model_from_config(config).eval()
         image = torch.empty(1, 3, *config.input_size)
     parts = {name: getattr(model, name) for name in ("encoder", "neck", "decoder", "heads")} | {"total": model}
-    rows = [(f"parameters, {name}", f"{sum(p.numel() for p in part.parameters()):,}")
-            for name, part in parts.items() if part is not None]
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
     with torch.no_grad(), counter as products, count_scan_flops() as scans:
         model(image)
     encoder = products.get_flop_counts().get("MultiTaskModel.encoder", {})
-    return [*rows, ("GMACs, encoder", f"{sum(encoder.values()) / 2e9:.1f}"),
-            ("GMACs, scans", f"{scans.flops / 1e9:.1f} ({scans.calls} calls)"),
-            ("GMACs, total", f"{products.get_total_flops() / 2e9:.1f}")]
+    return Counts(parameters, sum(encoder.values()) / 2e9, scans.flops / 1e9, scans.calls,
+                  products.get_total_flops() / 2e9)
+
+
+def count(config: Config) -> list[tuple[str, str]]:
+    """`counted`, as rows of words."""
+    counts = counted(config)
+    return [*((f"parameters, {name}", f"{number:,}") for name, number in counts.parameters.items()),
+            ("GMACs, encoder", f"{counts.encoder:.1f}"),
+            ("GMACs, scans", f"{counts.scans:.1f} ({counts.scan_calls} calls)"),
+            ("GMACs, total", f"{counts.total:.1f}")]
 
 
 def _deform_conv_flops(feat: tuple, weight: tuple, *_, out_shape: tuple, **__) -> int:

@@ -1,0 +1,181 @@
+"""The fair table: every decoder on one backbone, under one training loop, with several seeds, from one command.
+
+    python scripts/fair_table.py configs/suites/rooms.yml                     # what is not there yet, then the page
+    python scripts/fair_table.py configs/suites/rooms.yml --only 'bim-*' --jobs 2
+    python scripts/fair_table.py configs/suites/nyud.yml --devices cuda:0 cuda:1 cuda:2 cuda:3
+    python scripts/fair_table.py configs/suites/rooms.yml --list
+    python scripts/fair_table.py configs/suites/rooms.yml --page              # from the records alone
+    python scripts/fair_table.py configs/suites/rooms.yml --again RECORD.json # one cell again, against its record
+    python scripts/fair_table.py configs/suites/smoke.yml --check             # all cells again, against the records
+
+Each cell (decoder x backbone x seed, and networks of one task each) is a normal run of main.py in a folder of its own
+below --work; a finished one is kept, an interrupted one goes on, a failed one is told and skipped. docs/results/SUITE/
+receives a sealed record per cell and the page. Records that differ in data, schedule, image size, weights or rule of
+selection are refused. docs/fair_table.md says what a suite file holds.
+"""
+
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.command_line import Command
+from scripts.fair.cell import CellError, CellLeft, Place, Searches, outcome_of, run_cell
+from scripts.fair.page import results_folder, write_page
+from scripts.fair.records import (
+    RecordError,
+    experiment_file,
+    read_record,
+    read_records,
+    record_of,
+    same_scores,
+    write_record,
+)
+from scripts.fair.suite import Cell, checked_cells, load_suite
+from utils import exits
+from utils.engine.config import Config, load_config
+from utils.engine.results import selection_score
+
+
+def fair_table(suite: Path, only: Sequence[str], share: str, devices: Sequence[str], jobs: int, work: Path,
+               results: Path | None, list: bool, page: bool, again: Path | None, check: bool) -> int:
+    """Does what is asked; 1 where a cell failed or differs, `exits.CONTINUE` where the suite was asked to leave."""
+    loaded = load_suite(suite)
+    results, work = results or results_folder(loaded), work / loaded.name
+    if again is not None:
+        return repeat(again, _places(devices, 1, work)[0])
+    if page:
+        print(f"wrote {write_page(loaded, _records(results), results)}")
+        return 0
+    cells = checked_cells(loaded, work, only, _share(share))
+    if list:
+        for cell, _ in cells:
+            print(f"{'recorded' if (results / f'{cell.name}.json').is_file() else 'missing':9}{cell.name}")
+        return 0
+    places = _places(devices, jobs, work)
+    try:
+        if check:
+            with tempfile.TemporaryDirectory() as fresh:
+                return compare(cells, [Place(Path(fresh), p.device, p.threads) for p in places], results)
+        missing = [(cell, config) for cell, config in cells if not (results / f"{cell.name}.json").is_file()]
+        failed = run_all(missing, places, results)
+    except (CellLeft, KeyboardInterrupt):
+        print("stopped; what was trained is kept, and the same command goes on", file=sys.stderr)
+        return exits.CONTINUE
+    if _share(share)[1] == 1:
+        print(f"wrote {write_page(loaded, _records(results), results)}")
+    return 1 if failed else 0
+
+
+def run_all(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], results: Path) -> dict[str, str]:
+    """Runs these cells, as many at a time as there are places; name -> reason of those that failed.
+
+    A training that was asked to leave, and Ctrl-C, end the suite: no further cell begins.
+    """
+    failed, free, searches, told = {}, SimpleQueue(), Searches(), threading.Lock()
+    for place in places:
+        free.put(place)
+
+    def run(number: int, cell: Cell) -> None:
+        place = free.get()
+        try:
+            config, outcome = run_cell(cell, place, searches)
+            write_record(results / f"{cell.name}.json", record_of(cell, config, outcome, place.device, place.threads))
+            words = f"score {selection_score(outcome['scores']):.4f}"
+        except (CellError, ValueError, OSError) as error:
+            failed[cell.name], words = str(error), f"FAILED: {error}"
+        finally:
+            free.put(place)
+        with told:
+            print(f"[{number}/{len(cells)}] {cell.name}: {words}", flush=True)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        futures = [pool.submit(run, number, cell) for number, (cell, _) in enumerate(cells, 1)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except (CellLeft, KeyboardInterrupt):
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        print(f"{len(failed)} of {len(cells)} cell(s) failed; the same command tries them again", file=sys.stderr)
+    return failed
+
+
+def repeat(path: Path, place: Place) -> int:
+    """Trains and scores a recorded cell once more, in a folder that is removed, and prints which scores differ."""
+    record = read_record(path)
+    with tempfile.TemporaryDirectory() as fresh:
+        file = Path(fresh) / f"{path.stem}.yml"
+        experiment_file(record, file, out_dir=fresh, version_name=path.stem, resume="never")
+        scores = outcome_of(file, load_config(file), Place(Path(fresh), place.device, place.threads))["scores"]
+    differences = same_scores(record, scores)
+    print(*differences, sep="\n")
+    print(f"{path.stem}: {len(differences)} score(s) differ from the record's, of {sum(map(len, scores.values()))}")
+    return 1 if differences else 0
+
+
+def compare(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], results: Path) -> int:
+    """Trains cells again: each must beat its own untrained scores and stay within the suite's band of its record."""
+    fresh, wrong = places[0].folder / "records", 0
+    failed = run_all(cells, places, fresh)
+    for cell, _ in cells:
+        if cell.name in failed:
+            continue
+        record, now = read_record(results / f"{cell.name}.json"), read_record(fresh / f"{cell.name}.json")
+        first, last = (selection_score(point["scores"]) for point in (now["curve"][0], now["curve"][-1]))
+        reasons = [f"learned nothing: {first:.4f} before, {last:.4f} after"] if not last > first else []
+        if (gap := abs(selection_score(now["scores"]) - selection_score(record["scores"]))) > cell.suite.suite.band:
+            reasons.append(f"is {gap:.3f} away from its record (band {cell.suite.suite.band:g})")
+        wrong += bool(reasons)
+        print(f"{cell.name}: {'; '.join(reasons) or f'ok, {first:.3f} -> {last:.3f}, {gap:.3f} from its record'}")
+    return 1 if wrong or failed else 0
+
+
+def _records(folder: Path) -> dict[str, dict]:
+    records = read_records(folder)
+    if not records:
+        raise RecordError(f"{folder} has no records yet: nothing to write a page from")
+    return records
+
+
+def _places(devices: Sequence[str], jobs: int, work: Path) -> list[Place]:
+    """One per device; on the CPU `jobs` of them, which share its threads."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    known = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * jobs
+    for device in devices:
+        if device != "cpu" and device not in known:
+            raise ValueError(f"--devices {device}: this machine has {', '.join(dict.fromkeys(known))}")
+    return [Place(work, device, threads) for device in devices or known]
+
+
+def _share(text: str) -> tuple[int, int]:
+    which, _, of = text.partition("/")
+    if not (which.isdigit() and of.isdigit() and int(which) < int(of)):
+        raise ValueError(f"--share {text}: give I/N, the I-th (from 0) of N parts of the rows, such as 0/4")
+    return int(which), int(of)
+
+
+main = Command(__doc__, fair_table, {
+    "suite": dict(type=Path, metavar="SUITE.yml"),
+    "--only": dict(nargs="+", default=(), metavar="PATTERN", help="cells of these names"),
+    "--share": dict(default="0/1", metavar="I/N", help="the I-th of N parts of the rows, for arrays of jobs"),
+    "--devices": dict(nargs="+", default=(), metavar="DEVICE", help="cuda:0 cuda:1 ...; default: all, else the CPU"),
+    "--jobs": dict(type=int, default=1, metavar="N", help="cells at a time on a CPU"),
+    "--work": dict(type=Path, default=Path("runs/suites"), metavar="DIR", help="where the runs lie"),
+    "--results": dict(type=Path, metavar="DIR", help="where the records lie; default: docs/results/SUITE"),
+    "--list": dict(action="store_true", help="the cells, and which of them are recorded"),
+    "--page": dict(action="store_true", help="write the page from the records, run nothing"),
+    "--again": dict(type=Path, metavar="RECORD", help="repeat one recorded cell and compare"),
+    "--check": dict(action="store_true", help="train all cells again and compare with their records"),
+})
+
+if __name__ == "__main__":
+    sys.exit(main())
