@@ -55,7 +55,7 @@ class TaskContext:
     num_channels: of the network's output. edge_w: weight of the edge class in its loss. valid_range: values are scored
     strictly between these. unit: of the values, "m" or "px". detection: the key `det3d_kwargs`. The fields from `split`
     on matter in an evaluation only; without a split nothing can be evaluated that needs more than the labels of a
-    batch.
+    batch. shown: the range of values that colours tell apart, where it is not the prediction's own.
     """
 
     num_channels: int
@@ -70,6 +70,7 @@ class TaskContext:
     boundary: BoundarySettings = BoundarySettings()
     boundary_mode: Mode = "off"
     progress: bool = False
+    shown: tuple[float, float] | None = None
 
 
 class Evaluator(ABC):

@@ -71,7 +71,7 @@ def test_names_are_never_lossy():
     assert names("x/Ф.png", "x/ф.bmp") == ["Ф.png", "ф.bmp"]
     assert names("x/e\u0301.png", "x/\u00e9.jpg") == ["e\u0301.png", "\u00e9.jpg"]      # the same letter
     assert names("x/a.png", "x/a.png.png", "x/a.jpg") == ["a.png", "a.png.png", "a.jpg"]
-    assert names("photo.jpg") == ["photo"] and names("camera:0") == ["camera_0"]
+    assert names("photo.jpg") == ["photo"] and names("camera:0")[0].startswith("camera_0_2")
     before = {"a": Path(os.path.abspath("x/a.png"))}
     assert names("x/a.jpg", "x/a.png", taken=before) == ["a.jpg", "a"]           # keeps the name that it had
     assert names("y/a.png", taken=before) == ["a.png"]

@@ -18,7 +18,8 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.@]*=")
 FLAGS = {       # flag -> (run modes that read it, options of argparse's add_argument)
     "--trained_model": (("infer", "predict"), dict(metavar="CKPT", help="for infer and predict: a checkpoint, the "
                                                "folder of a run, or a name on the Hugging Face Hub")),
-    "--input": (("predict",), dict(nargs="+", metavar="PATH", help="predict: images, folders, patterns, lists (.txt)")),
+    "--input": (("predict",), dict(nargs="+", metavar="PATH", help="predict: images, videos, folders, patterns, lists "
+                                                                "(.txt), camera:0")),
     "--output": (("infer", "predict"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
                                                                            "checkpoint")),
     "--overwrite": (("predict",), dict(action="store_true", help="predict: make anew what is there already")),

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -65,9 +66,14 @@ def _is_input(path: Path) -> bool:
     return path.is_file() and not path.name.startswith(".")
 
 
+def is_camera(path: Path) -> bool:
+    """Whether this is no file but a camera."""
+    return CAMERA.fullmatch(str(path)) is not None
+
+
 def is_video(path: Path) -> bool:
     """Whether this is a video file or a camera."""
-    return path.suffix.lower() in VIDEOS or CAMERA.fullmatch(str(path)) is not None
+    return path.suffix.lower() in VIDEOS or is_camera(path)
 
 
 def output_names(paths: Sequence[Path], taken: Mapping[str, Path] | None = None) -> dict[Path, str]:
@@ -82,7 +88,7 @@ def output_names(paths: Sequence[Path], taken: Mapping[str, Path] | None = None)
     absolute = {path: Path(os.path.abspath(path)) for path in paths}
     parents = {str(path.parent) for path in absolute.values()}
     common = Path(os.path.commonpath(parents)) if parents else Path()
-    relative = {path: "camera_" + path.name.partition(":")[2] if CAMERA.fullmatch(str(path)) else
+    relative = {path: time.strftime(f"camera_{path.name.partition(':')[2]}_%Y-%m-%d_%H-%M-%S") if is_camera(path) else
                 whole.relative_to(common).as_posix() for path, whole in absolute.items()}
     short = {path: name.removesuffix(path.suffix) for path, name in relative.items()}
     counts = Counter(map(_folded, short.values()))
@@ -127,7 +133,7 @@ class Journal:
     def has(self, path: Path, name: str) -> bool:
         """Whether the files of this input are there: made of what it is now, by this network with these settings."""
         row = self._lines.get(name)
-        return row is not None and row == {**row, **self._row(path, name)}
+        return row is not None and not is_camera(path) and row == {**row, **self._row(path, name)}
 
     def add(self, path: Path, name: str) -> None:
         """All files of this input have been written."""

@@ -16,13 +16,14 @@ from utils.engine import selection
 from utils.engine.build import build_split, evaluation_contexts, trained_model
 from utils.engine.config import Config
 from utils.engine.evaluate import build_evaluators, evaluate, log_reports
-from utils.engine.inputs import Journal, Source, find_inputs, output_names
+from utils.engine.inputs import Journal, Source, find_inputs, is_video, output_names
 from utils.engine.prediction import Answer, write_prediction
 from utils.engine.predictor import Framed, Predictor
 from utils.engine.report.review import Review
 from utils.engine.report.write import report_on
 from utils.engine.results import Results, check_reference, format_table, save_results, unscored
 from utils.engine.tasks import TASKS
+from utils.engine.video import predict_video
 from utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -75,13 +76,14 @@ def infer(config: Config, checkpoint: Path, output_dir: Path, split: Literal["te
 
 def predict(config: Config, checkpoint: Path, sources: Source | Sequence[Source], output_dir: Path,
             overwrite: bool = False) -> list[Path]:
-    """Predicts pictures and writes panels, colour pictures and raw arrays; returns the panels.
+    """Predicts pictures, videos and cameras; returns the file that shows all of each: its panel, or its video.
 
     `sources`: see `find_inputs`. `output_dir` receives panels/<name>.png, colour/<task>/<name>.png and
-    raw/<task>/<name>.<png|npy> at the picture's own size, and formats.json with the units of the raw files; for <name>
-    see `output_names`. What predictions.jsonl says to be there, made by the same checkpoint and settings of the same
-    file, is left as it is unless `overwrite`. A picture that cannot be read is reported and skipped; at the end that
-    makes the call a ValueError that names every such input. Under a launcher every rank takes its share.
+    raw/<task>/<name>.<png|npy> at the picture's own size, formats.json with the units of the raw files, and
+    videos/<name>.mp4; for <name> see `output_names`. What predictions.jsonl says to be there, made by the same
+    checkpoint and settings of the same file, is left as it is unless `overwrite`. What cannot be read is reported and
+    skipped; at the end that makes the call a ValueError that names every such input. Under a launcher every rank takes
+    its share.
     """
     inputs = find_inputs(sources)
     device = distributed.pick_device(config.device)
@@ -95,17 +97,40 @@ def predict(config: Config, checkpoint: Path, sources: Source | Sequence[Source]
         left = [path for path in share if overwrite or not journal.has(path, names[path])]
         if len(left) < len(share):
             logger.info("%d of %d are there already; --overwrite makes them anew", len(share) - len(left), len(share))
-        failed = _predict_pictures(predictor, left, names, output_dir, journal)
-    panels = [output_dir / "panels" / f"{names[path]}.png" for path in share if path not in failed]
-    logger.info("%d panel(s) in %s; beside it colour/ and raw/", len(panels), output_dir / "panels")
+        pictures = [path for path in left if not is_video(path)]
+        failed = predict_pictures(predictor, pictures, names, output_dir, journal)
+        failed += _predict_videos(predictor, [path for path in left if is_video(path)], names, output_dir, journal)
+    shown = [_shown(output_dir, path, names[path]) for path in share if path not in failed]
+    logger.info("%d of %d input(s) are predicted, in %s", len(shown), len(share), output_dir)
     if failed:
         raise ValueError(f"{len(failed)} of {len(share)} input(s) could not be predicted: "
                          f"{', '.join(path.name for path in failed[:10])}{', ...' if len(failed) > 10 else ''}; all "
                          "others are done")
-    return panels
+    return shown
 
 
-def _predict_pictures(predictor: Predictor, paths: Sequence[Path], names: Mapping[Path, str], output_dir: Path,
+def _shown(output_dir: Path, path: Path, name: str) -> Path:
+    """The file that shows all of an input."""
+    return output_dir / ("videos" if is_video(path) else "panels") / f"{name}{'.mp4' if is_video(path) else '.png'}"
+
+
+def _predict_videos(predictor: Predictor, paths: Sequence[Path], names: Mapping[Path, str], output_dir: Path,
+                    journal: Journal) -> list[Path]:
+    """Writes a video for each of these; returns those that could not be read. A camera's is told to no journal."""
+    failed = []
+    for path in paths:
+        try:
+            predict_video(predictor, str(path), _shown(output_dir, path, names[path]))
+        except (ValueError, FileNotFoundError) as error:
+            logger.error("%s", error)
+            failed.append(path)
+        else:
+            if path.is_file():
+                journal.add(path, names[path])
+    return failed
+
+
+def predict_pictures(predictor: Predictor, paths: Sequence[Path], names: Mapping[Path, str], output_dir: Path,
                       journal: Journal) -> list[Path]:
     """Writes the files of these pictures; returns those that could not be read."""
     def write(path: Path, framed: Framed, answer: Answer) -> None:

@@ -143,6 +143,12 @@ class Answer:
         """
         return (self._result(task, image) for task in tuple(self.outputs))
 
+    def at_network_size(self, task: str) -> Any:
+        """The prediction of one task as small as it comes, for what needs no more: maps (h, w, C)."""
+        output = self.outputs[task]
+        is_map = isinstance(output, Tensor) and output.ndim == 4
+        return decode_by_strips(output, output.shape[-2:], TASKS.load(task).decode) if is_map else output
+
     def _result(self, task: str, image: np.ndarray) -> TaskResult:
         output = self.outputs.pop(task)
         if isinstance(output, Tensor) and output.ndim == 4:

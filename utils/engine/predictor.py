@@ -109,10 +109,11 @@ class Predictor:
                 on_error(picture, error)
 
     def steps(self, items: Iterable, read: Callable[[Any], Framed], finish: Callable[[Any, Framed, Answer], Any],
-              cost: Callable[[Any], float] = pixels_of) -> Iterator[Done]:
-        """`pipelined` with this network in the middle."""
+              cost: Callable[[Any], float] = pixels_of,
+              compute: Callable[[Sequence[Framed]], list[Answer]] | None = None) -> Iterator[Done]:
+        """`pipelined` with this network in the middle (`compute`: what to take for `forward`)."""
         workers = min(max(1, self.config.nworkers), MOST_WORKERS)
-        return pipelined(items, read, self.forward, finish, batch=self.batch, workers=workers, cost=cost,
+        return pipelined(items, read, compute or self.forward, finish, batch=self.batch, workers=workers, cost=cost,
                          most=MOST_PIXELS)
 
     def read(self, picture: Picture) -> Framed:

@@ -26,6 +26,7 @@ class View:
     be. legend(prediction, context): (colour, text) entries. write(path, prediction, context): writes the raw values and
     returns the file; `path` has no ending yet, the view appends one (`with_ending`). raw_format(context): what that
     file holds, with units. unit: of the values of a prediction; empty: that of the data set's labels.
+    shown_range(prediction, context): the range that its colours tell apart, if they are stretched.
     """
 
     picture: Callable[[Any, TaskContext, np.ndarray], np.ndarray]
@@ -33,6 +34,7 @@ class View:
     write: Callable[[Path, Any, TaskContext], Path]
     raw_format: Callable[[TaskContext], str]
     unit: str = ""
+    shown_range: Callable[[Any, TaskContext], tuple[float, float]] | None = None
 
     def unit_of(self, context: TaskContext) -> str:
         """What the values of a prediction are measured in; empty where the data set does not say."""
@@ -92,9 +94,9 @@ def _by_rows(colour: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> 
     return rgb
 
 
-def colour_depth(depth_m: np.ndarray) -> np.ndarray:
-    """Metres (H, W) -> RGB uint8 (H, W, 3), near = red, far = blue, stretched between the 2nd and 98th percentile."""
-    near, far = depth_range(depth_m)
+def colour_depth(depth_m: np.ndarray, shown: tuple[float, float] | None = None) -> np.ndarray:
+    """Metres (H, W) -> RGB uint8 (H, W, 3), near = red, far = blue, stretched over `shown`, else over `depth_range`."""
+    near, far = shown or depth_range(depth_m)
 
     def colour(rows: np.ndarray) -> np.ndarray:
         grey = 255 - np.clip((rows - near) / max(far - near, 1e-6), 0, 1) * 255
@@ -113,7 +115,7 @@ def depth_range(depth_m: np.ndarray) -> tuple[float, float]:
 
 
 def _depth_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
-    near, far = depth_range(prediction[..., 0])
+    near, far = _shown_depth(prediction, context)
     words = ("near {:.2f} m", "far {:.2f} m") if context.unit == "m" else ("{:.2f} " + context.unit,) * 2
     return [(colour, text.format(value).strip()) for colour, text, value in zip(
         ((122, 4, 3), (48, 18, 59)), words, (near, far), strict=True)]
@@ -180,7 +182,11 @@ def _picture_classes(classes: np.ndarray, context: TaskContext, rgb: np.ndarray)
 
 
 def _picture_depth(depth: np.ndarray, context: TaskContext, rgb: np.ndarray) -> np.ndarray:
-    return colour_depth(depth[..., 0])
+    return colour_depth(depth[..., 0], context.shown)
+
+
+def _shown_depth(depth: np.ndarray, context: TaskContext) -> tuple[float, float]:
+    return context.shown or depth_range(depth[..., 0])
 
 
 def _picture_normals(normals: np.ndarray, context: TaskContext, rgb: np.ndarray) -> np.ndarray:
@@ -236,7 +242,7 @@ def _probability_format(context: TaskContext) -> str:
 
 
 CLASSES = View(_picture_classes, _classes_legend, _write_classes, _classes_format, unit="class")
-DEPTH_MAP = View(_picture_depth, _depth_legend, _write_depth, _depth_format)
+DEPTH_MAP = View(_picture_depth, _depth_legend, _write_depth, _depth_format, shown_range=_shown_depth)
 VECTORS = View(_picture_normals, _normals_legend, _write_vectors, _vectors_format, unit="unit vector")
 PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, _probability_format,
                    unit="probability")
