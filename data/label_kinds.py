@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from data.boxes_file import VEHICLES, has_boxes, read_boxes
 from data.label_files import ClassFile, ColourFile, DepthFile, MaskFile, NormalsFile, RegionsFile, TruthFile
 from data.labels import VOID, DisparityLabel
 from data.spec import LabelSpec
@@ -180,8 +181,21 @@ class Boundaries(Mask):
         return LabelSpec(files, self.reader() if drawn else RegionsFile(self.variable), boundary=truth)
 
 
+@dataclass(frozen=True)
+class Boxes(LabelKind):
+    """Vehicles in space and the camera that sees them: JSON files as those of Cityscapes 3D."""
+
+    def __post_init__(self):
+        self.require(self.files.endswith(".json") and not self.variable, "files",
+                     "a pattern with {id} that ends in .json, such as boxes/{id}.json, without variable")
+
+    def spec(self, files: tuple[str, ...]) -> LabelSpec:
+        return LabelSpec(files, read_boxes, channels=len(VEHICLES), classes=VEHICLES, informs=has_boxes)
+
+
 LABEL_KINDS: Mapping[str, type[LabelKind]] = {"classes": Classes, "depth": Depth, "normals": Normals,
-                                              "saliency": Saliency, "boundaries": Boundaries}
+                                              "saliency": Saliency, "boundaries": Boundaries,
+                                              "boxes": Boxes}
 
 
 def read_names(path: Path) -> list[str]:

@@ -111,21 +111,24 @@ def found_specs(root: Path, dataset: str | None) -> list[DatasetSpec]:
     """The data sets whose folders are there, or the named one."""
     if dataset:
         return [DATASETS.load(dataset)]
-    specs = []
+    specs: dict[str, DatasetSpec] = {}                     # by folder, which may be read in several ways
     if (root / FILE).is_file():
-        specs.append(DataChoice.from_yaml({"folder": str(root)}, "ROOT", lambda key: str(root / FILE)).spec)
+        spec = DataChoice.from_yaml({"folder": str(root)}, "ROOT", lambda key: str(root / FILE)).spec
+        specs[spec.folder] = spec
     for spec in map(DATASETS.load, DATASETS):
         try:
-            find_folder(root, spec)
+            folder = find_folder(root, spec)
         except FileNotFoundError:
             continue
-        if spec.folder not in {other.folder for other in specs}:       # one folder may be read in several ways
-            specs.append(spec)
+        known = specs.setdefault(spec.folder, spec)
+        more = [label for task, label in spec.labels.items() if task not in known.labels]
+        if more and all((folder / pattern.partition("/")[0]).is_dir() for label in more for pattern in label.files):
+            specs[spec.folder] = spec
     if not specs:
         folders = ", ".join(dict.fromkeys(f"{spec.folder}/" for spec in map(DATASETS.load, DATASETS)))
         raise FileNotFoundError(f"{root} holds none of {folders}, and no {FILE}; README, \"Data and training\", says "
                                 "where to get them")
-    return specs
+    return list(specs.values())
 
 
 def write_list(report: SplitReport, rule: SplitRule, root: Path, spec: DatasetSpec, target: Path) -> None:

@@ -48,6 +48,9 @@ def _row(dataset: MultiTaskDataset, sample: dict) -> np.ndarray:
         context = TaskContext(spec.channels, VOID, 0.95, spec.classes, spec.valid_range, spec.colours)
         label = dataset.labels[task].mark_void(sample[task])
         picture = row.view.picture(label, context, rgb)
+        if not dataset.labels[task].is_map:                # it is drawn on the image
+            tiles.append(_tile(picture, task))
+            continue
         void = np.all(np.asarray(label) == VOID, axis=-1, keepdims=True)
         mixed = np.where(void, rgb, (0.35 * rgb + 0.65 * picture).astype(np.uint8))      # void: the image itself
         tiles.append(_tile(mixed, task))

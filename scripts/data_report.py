@@ -45,6 +45,8 @@ QUESTIONS: dict[str, tuple[Callable[[np.ndarray], tuple[float, ...]], str]] = {
                          "kept by thinning: {:.1%} (100% = lines one pixel wide, about 50% = two)"),
     "normals": (normals_facts, "zero vectors: {:.2%}; other lengths off by more than 0.1: {:.2%}"),
     "depth": (lambda label: (float((label == 0).mean()),), "zeros (no value): {:.3%}"),
+    "det3d": (lambda boxes: (len(boxes.labels), len(boxes.ignore)),
+              "values: metres ahead of the camera; vehicles an image: {:.1f}, regions that are not scored: {:.1f}"),
 }
 
 
@@ -52,7 +54,8 @@ def look(dataset: MultiTaskDataset, name: str, maps: Mapping[str, Any]) -> dict[
     """Facts about every map of an image that could be read."""
     found = {}
     for key, label in maps.items():
-        if not isinstance(label, np.ndarray):
+        if key != "image" and not dataset.labels[key].is_map:
+            found[key] = _box_facts(key, label, dataset)
             continue
         is_image = key == "image"
         void = (np.zeros(label.shape[:2], bool) if is_image else
@@ -67,6 +70,15 @@ def look(dataset: MultiTaskDataset, name: str, maps: Mapping[str, Any]) -> dict[
         answers = QUESTIONS[key][0](label) if key in QUESTIONS else ()
         found[key] = Facts(label.shape[:2], low, high, float(void.mean()), other, answers, counts)
     return found
+
+
+def _box_facts(key: str, boxes: Any, dataset: MultiTaskDataset) -> Facts:
+    """Of vehicles in space; of the classes the vehicles are counted."""
+    distances, classes = boxes.centers[:, 2].tolist(), dataset.spec.labels[key].classes
+    low, high = (min(distances), max(distances)) if distances else (np.inf, -np.inf)
+    counts = np.bincount(boxes.labels.numpy(), minlength=len(classes))
+    return Facts(dataset.labels[key].size_of(boxes), low, high, float(not distances), "", QUESTIONS[key][0](boxes),
+                 counts)
 
 
 @dataclass
@@ -125,6 +137,7 @@ KNOWN = (
     Copy("PASCALContext", "the archive of InvPT, TaskPrompter, MLoRE and MTMamba (PASCALContext.tar.gz)", 4998, 5105,
          None),
     Copy("Cityscapes", "the official packages", 2975, 500, (1024, 2048)),
+    Copy("Cityscapes3D", "the official packages, those of Cityscapes 3D among them", 2975, 500, (1024, 2048)),
 )
 
 

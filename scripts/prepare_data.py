@@ -68,10 +68,12 @@ RECIPES = {
     "Cityscapes": Recipe((
         "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip, disparity_trainvaltest.zip: cityscapes-dataset.com, "
         "after registration (non-commercial use, see its terms); everything",
+        "gtBbox3d_trainvaltest.zip, from there too: vehicles in space, for Cityscapes3D",
     ), {
         r"(?P<id>leftImg8bit/(train|val)/[^/]+/[^/]+_leftImg8bit\.png)$": "{id}",
         r"(?P<id>gtFine/(train|val)/[^/]+/[^/]+_gtFine_labelIds\.png)$": "{id}",
         r"(?P<id>disparity/(train|val)/[^/]+/[^/]+_disparity\.png)$": "{id}",
+        r"(?P<id>gtBbox3d/(train|val)/[^/]+/[^/]+_gtBbox3d\.json)$": "{id}",
     }),
 }
 

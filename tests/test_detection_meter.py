@@ -1,7 +1,10 @@
 """The detection score of Cityscapes 3D: by hand, against the official results, and against the official program."""
 
+import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from data.boxes_file import read_boxes
 from data.boxes_label import Boxes3DLabel
 from evaluation.detection3d.matching import is_ignored, match, overlaps
-from evaluation.detection3d.meter import CONFIDENCES, SIMILARITIES, DetectionMeter, average_precision
+from evaluation.detection3d.meter import SIMILARITIES, DetectionMeter, average_precision
 from tests.shared import golden
 from utils.boxes3d import CLASSES, Boxes3D
 
@@ -141,5 +144,50 @@ def test_the_official_results(case, tmp_path):
     assert_same(measured(folder / "gt", folder / "pred", tmp_path), json.loads((folder / "results.json").read_text()))
 
 
-def test_confidences_are_the_official_ones():
-    assert len(CONFIDENCES) == 51 and CONFIDENCES[-1] == pytest.approx(1.0)
+def test_the_official_program(tmp_path):
+    """Random vehicles, predictions near them, wrong ones and ignored regions, scored by both."""
+    if importlib.util.find_spec("cityscapesscripts") is None:
+        pytest.skip("needs the official evaluation: pip install cityscapesscripts==2.3.0")
+    generator = np.random.default_rng(3)
+    for number in range(12):
+        truth, found = random_files(generator)
+        for folder, end, values in (("gt", "gtBbox3d", truth), ("pred", "leftImg8bit", found)):
+            path = tmp_path / folder / f"town_{number:06d}_000019_{end}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(values))
+    (tmp_path / "out").mkdir()
+    command = ["-gt", tmp_path / "gt", "-pred", tmp_path / "pred", "--results-folder", tmp_path / "out", "--modal"]
+    done = subprocess.run([sys.executable, "-m", "cityscapesscripts.evaluation.evalObjectDetection3d", *command,
+                           "--noplot"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    [results] = (tmp_path / "out").rglob("*.json")
+    assert done.returncode == 0, done.stderr[-500:]
+    (tmp_path / "scratch").mkdir()
+    want = json.loads(results.read_text())
+    assert 0.1 < want["mDetection_Score"] < 0.9
+    assert_same(measured(tmp_path / "gt", tmp_path / "pred", tmp_path / "scratch"), want)
+
+
+def random_files(generator: np.random.Generator) -> tuple[dict, dict]:
+    """An annotation of four to nine vehicles, and predictions that are more or less theirs."""
+    camera = {"imgWidth": 2048, "imgHeight": 1024, "ignore": [{"2d": [0, 0, 900, 500], "label": "car"}], "sensor": {
+        "sensor_T_ISO_8855": [[1.0, 0, 0, -1.6], [0, 1, 0, -0.1], [0, 0, 1, -1.3]], "fx": 2262.5, "fy": 2265.3,
+        "u0": 1096.9, "v0": 513.1, "baseline": 0.21}}
+    truth, found = [], []
+    for number in range(generator.integers(4, 10)):
+        label, yaw = CLASSES[generator.integers(3)], generator.uniform(-3, 3)
+        box = generator.uniform((0, 0, 40, 40), (1500, 700, 300, 300))
+        center, size = generator.uniform((5, -20, -1), (110, 20, 1)), generator.uniform((2, 1, 1), (9, 3, 3))
+        space = {"center": center, "dimensions": size, "rotation": [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]}
+        truth.append(entry(label, box.round(), space, 1.0, number))
+        for _ in range(generator.integers(0, 3)):
+            near = {"center": center + generator.normal(0, 1, 3), "dimensions": size * generator.uniform(0.8, 1.2, 3),
+                    "rotation": [np.cos(yaw / 2 + 0.1), 0, 0, np.sin(yaw / 2 + 0.1)]}
+            kind = label if generator.random() < 0.8 else CLASSES[generator.integers(3)]
+            found.append(entry(kind, box + generator.normal(0, 6, 4), near, generator.random(), len(found)))
+    return camera | {"objects": truth}, {"objects": found}
+
+
+def entry(label: str, box: np.ndarray, space: dict, score: float, number: int) -> dict:
+    space = {name: np.asarray(values, float).tolist() for name, values in space.items()}
+    return {"2d": {"modal": box.tolist(), "amodal": box.tolist()}, "3d": space | {"type": "", "format": "CRS_ISO8855"},
+            "occlusion": 0.0, "truncation": 0.0, "instanceId": number, "label": label, "score": float(score)}

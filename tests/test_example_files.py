@@ -10,11 +10,12 @@ from PIL import Image
 from scipy.io import loadmat
 
 from data.base import MultiTaskDataset
+from data.boxes_file import read_boxes
 from data.datasets import DATASETS
 from scripts.example_data import write
 from scripts.example_data.labels import BODY_PARTS, LABELS
 from scripts.example_data.layouts import LAYOUTS
-from scripts.example_data.render import _matched, render_scene, render_street
+from scripts.example_data.render import BASELINE, _matched, render_scene, render_street
 from scripts.example_data.street import STREET_IDS
 from scripts.example_data.write import write_example
 from tests.shared import golden
@@ -278,3 +279,24 @@ def test_the_loader_reads_the_street_that_was_drawn(example):
     valid = drawn.disparity > 1
     assert np.allclose(sample["depth"][..., 0][valid], (drawn.disparity[valid] - 1) / 256)
     assert (sample["depth"][..., 0][~valid] == 255).all()
+
+
+def test_vehicles_stand_where_their_boxes_are(streets, tmp_path):
+    """What is visible lies inside of the whole, and the nearest point in the middle of it is a point of the box."""
+    seen = 0
+    for street in streets:
+        path = tmp_path / "boxes.json"
+        path.write_text(json.dumps(street.boxes))
+        boxes = read_boxes(path)
+        corners, focal = boxes.corners(), boxes.intrinsics[0, 0].item()
+        assert boxes.sizes.shape == (len(boxes.labels), 3) and set(boxes.labels.tolist()) <= {0}
+        for number, (modal, amodal) in enumerate(zip(boxes.modal.tolist(), boxes.amodal.tolist(), strict=True)):
+            assert all(a < m + 0.51 for a, m in zip(amodal[:2], modal[:2], strict=True))
+            assert all(a > m - 0.51 for a, m in zip(amodal[2:], modal[2:], strict=True))
+            x0, y0, x1, y1 = map(int, modal)
+            is_car = street.label_ids[y0:y1 + 1, x0:x1 + 1] == STREET_IDS["car"]
+            disparity = (street.disparity[y0:y1 + 1, x0:x1 + 1][is_car].astype(float) - 1) / 256
+            depth = focal * BASELINE / np.median(disparity[disparity > 0]) if (disparity > 0).any() else np.nan
+            near, far = corners[number, :, 2].min().item(), corners[number, :, 2].max().item()
+            seen += near - 0.2 < depth < far + 0.2
+    assert seen >= 0.7 * sum(len(street.boxes["objects"]) for street in streets) > 0       # others are half hidden

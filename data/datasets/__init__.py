@@ -7,4 +7,6 @@ DATASETS = Table("data set", {
     "PASCALContext": "data.datasets.pascal_context:PASCALContext",
     "Cityscapes": "data.datasets.cityscapes:Cityscapes",
     "CityscapesMTMamba": "data.datasets.cityscapes:CityscapesMTMamba",      # invalid disparity is trained on
+    "Cityscapes3D": "data.datasets.cityscapes:Cityscapes3D",
+    "Cityscapes3DTaskPrompter": "data.datasets.cityscapes:Cityscapes3DTaskPrompter",    # as its released weights need
 })

@@ -1,7 +1,8 @@
-"""Cityscapes (Cordts et al., CVPR 2016): 2975 + 500 street scenes of 1024 x 2048 pixels, two tasks.
+"""Cityscapes (Cordts et al., CVPR 2016): 2975 + 500 street scenes of 1024 x 2048 pixels, two tasks, and in 3 D three.
 
-Layout below `cityscapes/`: leftImg8bit, gtFine and disparity of the official packages. The network sees the
-image at half size, labels keep full size, and there is no augmentation (`transforms.fixed_transform`).
+Layout below `cityscapes/`: leftImg8bit, gtFine and disparity of the official packages, and gtBbox3d of Cityscapes 3D
+(Gaehlert et al., arXiv 2006.07864). The network sees the image at half size, labels keep full size (in 3 D: full size,
+and half), and there is no augmentation (`transforms.fixed_transform`).
 """
 
 from dataclasses import replace
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.labels import DisparityLabel
+from data.boxes_file import VEHICLES, has_boxes, read_boxes
+from data.boxes_label import Boxes3DLabel
+from data.labels import DisparityLabel, MapLabel
 from data.spec import DatasetSpec, LabelSpec, Source, read_image
 from data.splits import SplitGlob
 from utils.files import class_table, read_classes, read_indices, read_uint16
@@ -67,3 +70,17 @@ Cityscapes = DatasetSpec(
 # As MTMamba's program trains: where the disparity is invalid, the network is taught -1. No score counts it.
 CityscapesMTMamba = replace(Cityscapes, name="CityscapesMTMamba", labels={
     **Cityscapes.labels, "depth": replace(Cityscapes.labels["depth"], read=partial(read_disparity, void=-1.0))})
+
+# Training images without a vehicle are left out, as published.
+Cityscapes3D = replace(Cityscapes, name="Cityscapes3D", image_size=(1024, 2048), label_size=(512, 1024), labels={
+    **Cityscapes.labels,
+    "det3d": LabelSpec(("gtBbox3d/{id}_gtBbox3d.json",), read_boxes, channels=len(VEHICLES), classes=VEHICLES,
+                       informs=has_boxes, required=True)})
+
+# As TaskPrompter's program reads it, which its released weights need: the quaternions' numbers in the wrong order, and
+# of the labels the odd pixels.
+Cityscapes3DTaskPrompter = replace(Cityscapes3D, name="Cityscapes3DTaskPrompter", labels={
+    "semseg": replace(Cityscapes.labels["semseg"], rules=MapLabel(guides_crop=True, grid="centre")),
+    "depth": replace(Cityscapes.labels["depth"], rules=DisparityLabel(grid="centre")),
+    "det3d": replace(Cityscapes3D.labels["det3d"], read=partial(read_boxes, reading="original"),
+                     rules=Boxes3DLabel(reading="original"))})

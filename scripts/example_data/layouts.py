@@ -1,6 +1,7 @@
 """The three folder layouts: which files an image has, and what each of them holds."""
 
 import io
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ class Layout(NamedTuple):
                 buffer = io.BytesIO()
                 savemat(buffer, found, do_compression=True)
                 path.write_bytes(MAT_HEADER.ljust(116) + buffer.getvalue()[116:])    # equal contents, equal bytes
+            elif path.suffix == ".json":
+                path.write_text(json.dumps(found), encoding="ascii")
             elif path.suffix == ".npy":
                 np.save(path, found)
             else:
@@ -109,5 +112,6 @@ LAYOUTS = {
         "leftImg8bit/{}_leftImg8bit.png": lambda street, _: street.image,
         "gtFine/{}_gtFine_labelIds.png": lambda street, _: street.label_ids,
         "disparity/{}_disparity.png": lambda street, _: street.disparity,
+        "gtBbox3d/{}_gtBbox3d.json": lambda street, _: street.boxes,
     }),
 }

@@ -17,6 +17,7 @@ from scripts.example_data.labels import BODY_PARTS, LABELS
 from scripts.example_data.scene import Scene, build_scene
 from scripts.example_data.shading import shade
 from scripts.example_data.street import STREET_IDS, build_street
+from scripts.example_data.vehicles import annotation
 
 LENS = 0.95         # focal length / sqrt(height * width): about 60 degrees across for a 4:3 picture
 BASELINE = 0.22     # metres between the two cameras of a street
@@ -50,6 +51,7 @@ class StreetView(NamedTuple):
     image: np.ndarray           # uint8 (H, W, 3), RGB
     label_ids: np.ndarray       # uint8, ids of the label files
     disparity: np.ndarray       # uint16, 256 * pixels + 1; 0: sky, and what the right camera does not see
+    boxes: dict                 # the vehicles in space and the camera, as an annotation file holds them
 
 
 def view_rays(size: tuple[int, int], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -88,10 +90,12 @@ def render_street(seed: int | list[int], size: tuple[int, int]) -> StreetView:
     scene = build_street(np.random.default_rng(geometry))
     image, points, _, index = _photograph(scene, size, np.random.default_rng(sensor))
     ids = np.array([STREET_IDS[scene.room.names[solid.instance]] for solid in scene.solids], np.uint8)[index]
-    disparity = LENS * float(np.sqrt(size[0] * size[1])) * BASELINE / -points[..., 2]      # pixels
+    focal = LENS * float(np.sqrt(size[0] * size[1]))                                       # pixels
+    disparity = focal * BASELINE / -points[..., 2]
     stored = np.rint(256 * disparity + 1).astype(np.uint16)
     stored[~_matched(disparity) | (ids == STREET_IDS["sky"])] = 0
-    return StreetView(image, ids, stored)
+    instances = np.array([solid.instance for solid in scene.solids])[index]
+    return StreetView(image, ids, stored, annotation(scene.room, scene.room.vehicles, instances, focal))
 
 
 def _matched(disparity: np.ndarray) -> np.ndarray:

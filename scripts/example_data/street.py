@@ -10,11 +10,13 @@ from scripts.example_data import human
 from scripts.example_data.geometry import rotation
 from scripts.example_data.scene import Scene
 from scripts.example_data.stage import WORLD, Pose, Stage
+from scripts.example_data.vehicles import Vehicle
 
 LENGTH = 130.0       # metres of street, then the sky
 KERB = 0.14          # height of a pavement
 FACADES = [(0.78, 0.7, 0.6), (0.7, 0.42, 0.34), (0.83, 0.8, 0.74), (0.58, 0.6, 0.62), (0.8, 0.66, 0.44)]
 PAINTS = [(0.75, 0.1, 0.1), (0.15, 0.25, 0.55), (0.85, 0.85, 0.86), (0.12, 0.12, 0.13), (0.5, 0.53, 0.55)]
+CAR_SIZE = (4.23, 1.82, 1.2)                           # length, width, height in metres, with lights and wheels
 SIGNS = [(0.8, 0.1, 0.1), (0.1, 0.25, 0.65), (0.9, 0.75, 0.1)]
 # Names of things -> ids of Cityscapes' label files.
 STREET_IDS = {"road": 7, "sidewalk": 8, "building": 11, "fence": 13, "pole": 17, "light": 19, "sign": 20, "tree": 21,
@@ -29,6 +31,7 @@ class Street(Stage):
     def __init__(self, rng: np.random.Generator):
         super().__init__(rng)
         self.half, self.pavement = rng.uniform(3.4, 5.2), rng.uniform(2.2, 3.6)       # metres, of one side
+        self.vehicles: list[Vehicle] = []
         self.eye = np.array([rng.uniform(0.1, 0.5) * self.half, rng.uniform(1.25, 1.6), 0.0])
         self.to_world = rotation("y", rng.uniform(-0.07, 0.07)) @ rotation("x", rng.uniform(-0.07, -0.01))
 
@@ -123,6 +126,7 @@ def _traffic(street: Street) -> None:
 
 def _car(street: Street, pose: Pose) -> None:
     """A saloon of 4.2 m; its back is towards +z."""
+    street.vehicles.append(Vehicle(len(street.names), pose, CAR_SIZE, "car"))
     thing, paint = street.thing("car", pose), street.plain(street.pick(PAINTS), gloss=0.5)
     glass, rubber = street.plain((0.1, 0.13, 0.16), vary=0.02, gloss=0.7), street.plain((0.06, 0.06, 0.06), vary=0.01)
     thing.box((0, 0.56, 0), (1.76, 0.5, 4.2), paint)

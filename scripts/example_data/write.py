@@ -18,7 +18,7 @@ from tqdm import tqdm
 from scripts.example_data.layouts import LAYOUTS
 
 MARKER, PARTIAL = "example.json", "example.partial.json"
-RENDERER = 1  # raise it when the same parameters give other bytes
+RENDERER = 2  # raise it when the same parameters give other bytes
 RANGES = {"num_train": (1, 5000), "num_val": (1, 4999), "height": (32, 4096), "width": (32, 4096),
           "seed": (0, 2**31 - 1), "workers": (1, 256)}
 

@@ -77,7 +77,7 @@ def translate(values: Mapping, source: str) -> dict:
     values = copy.deepcopy(dict(values))
     published = values.keys() >= REQUIRED and not values.keys() >= RESOLVED
     _translate_names(values, source)
-    _translate_detection(values, source)
+    _translate_detection(values, published, source)
     _translate_decoder_options(values, source)
     _translate_head(values, published, source)
     _translate_losses(values)
@@ -151,13 +151,13 @@ def _options(values: Mapping) -> dict:
     return options if isinstance(options, dict) else {}
 
 
-def _translate_detection(values: dict, source: str) -> None:
+def _translate_detection(values: dict, published: bool, source: str) -> None:
     """TaskPrompter's Cityscapes-3D: its two-dimensional tasks are those of Cityscapes at full image size."""
     tasks, names = values.get("task_dictionary"), ("train_db_name", "val_db_name")
     if isinstance(tasks, dict) and tasks.pop("include_3ddet", False):
         _refuse(source, "the task 3ddet (3-D detection) is not implemented yet; the file's other tasks run with the "
                         "argument task_dictionary.include_3ddet=false")
-    if "Cityscapes3D" not in [values.get(name) for name in names]:
+    if not published or "Cityscapes3D" not in [values.get(name) for name in names]:
         return
     for name in names:
         if values.get(name) == "Cityscapes3D":

@@ -34,7 +34,8 @@ def _rules(kind: str, words: str, keys: str) -> dict[str, Rule]:
 
 RULES: Mapping[str, Rule] = {
     **_rules("applied", "where the weights fit, otherwise the run is refused",
-             "model backbone backbone_kwargs neck neck_kwargs model_kwargs image_size label_size task_dictionary"),
+             "model backbone backbone_kwargs neck neck_kwargs model_kwargs image_size label_size task_dictionary "
+             "det3d_kwargs"),
     **_rules("refused", "the order of the images depends on it", "seed train_db_name val_from_train partial_labels"),
     **_rules("refused", "the best score so far would be compared with another one", "val_db_name test_time"),
     **_rules("refused", "the state in the file is that of another one", "optimizer loss_kwargs.loss_scheme"),

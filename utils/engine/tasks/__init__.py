@@ -55,6 +55,7 @@ TASKS = TaskTable("task", {
     "sal": TaskEntry("utils.engine.tasks.saliency:SALIENCY", "saliency"),
     "normals": TaskEntry("utils.engine.tasks.normals:NORMALS", "normals"),
     "edge": TaskEntry("utils.engine.tasks.edge:EDGE", "boundaries"),
+    "det3d": TaskEntry("utils.engine.tasks.det3d:DET3D", "boxes"),
 })
 
 
