@@ -112,6 +112,8 @@ def campaign(rounds: int, seed: int, to: Sequence[str], phases: Sequence[str], r
              signals: Sequence[str]) -> int:
     """Prints a line for each run, and the counts."""
     rng, failed, done, slowest = random.Random(seed), 0, 0, 0.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it, one of nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)                # SIGHUP, and so would all that is started here
     with tempfile.TemporaryDirectory() as name:
         stage = Stage(Path(name), num_val=40)
         for _ in range(rounds):
