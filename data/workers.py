@@ -10,11 +10,15 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader
+
+from utils.exits import end_children, one_sentence
 
 FOR_THE_PARENT = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
                        if hasattr(signal, name))
@@ -22,6 +26,7 @@ CAN_TELL_THE_SENDER = hasattr(signal, "sigwaitinfo")      # not on macOS and Win
 
 
 SHARED_MEMORY = Path("/dev/shm")        # where workers hand batches over, on Linux
+GRACE_S = 5.0                           # PyTorch's time-out is to come first
 SCARCE = 128 * 2**20                    # bytes free there that may be too few for a batch
 
 
@@ -49,7 +54,7 @@ class Loader(DataLoader):
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if child_handler is not None:
             signal.signal(signal.SIGCHLD, child_handler)
-        return _watched(batches)
+        return _watched(batches, self.timeout)
 
 
 def obey_the_parent() -> None:
@@ -68,26 +73,72 @@ def _listen(parent: int) -> None:
             os._exit(0)
 
 
-def _watched(batches: Iterator[Any]) -> Iterator[Any]:
+class _Patience:
+    """Ends the workers where the run waits for a batch much longer than PyTorch's own time-out, 0: never.
+
+    That one covers a worker that sends nothing, not one that stops while it hands over what it has sent. A context
+    manager around each wait.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.over = seconds, False
+        self._since: float | None = None
+        self._closed = threading.Event()
+        if seconds:
+            threading.Thread(target=self._watch, name="patience", daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._since = None
+
+    def close(self) -> None:
+        """The thread ends within a second."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(1.0):
+            since = self._since
+            if since is not None and time.monotonic() - since > self.seconds + GRACE_S:
+                self.over = True
+                end_children()
+                return
+
+
+def _watched(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
+    patience = _Patience(seconds)
     try:
-        yield from batches
-    except (ConnectionError, EOFError) as error:            # it is missed while it is asked for a batch
-        raise _lost() from error
-    except RuntimeError as error:
-        words = str(error)
-        if "DataLoader timed out" in words:
-            seconds = words.split("after ")[-1].split(" ")[0]
-            raise TimeoutError(f"the data loader's workers have delivered no batch for {seconds} s (loader_timeout): "
-                               "does the file system with the data answer?") from error
-        if "No space left on device" in words or "allocate shared memory" in words:
-            raise OSError(f"the data loader's workers cannot hand a batch over: {_shared_memory()}") from error
-        if "DataLoader worker" not in words or "exited unexpectedly" not in words:
-            raise
-        raise _lost() from error
+        while True:
+            try:
+                with patience:
+                    batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise _explained(error, "DataLoader timed out" in str(error) or patience.over, seconds) from error
+            yield batch
+    finally:
+        patience.close()
+
+
+def _explained(error: Exception, too_long: bool, seconds: float) -> Exception:
+    """In the words of who runs a training, where the error is one of the workers; else the error itself."""
+    words = str(error)
+    if too_long:
+        return TimeoutError(f"the data loader's workers have delivered no batch for {seconds:g} s (loader_timeout): "
+                            "does the file system with the data answer?")
+    if isinstance(error, (ConnectionError, EOFError)):      # it is missed while it is asked for a batch
+        return _lost()
+    if any(part in words for part in ("No space left on device", "shared memory", "</torch_")):     # its names there
+        return OSError(f"the data loader's workers cannot hand a batch over: {_shared_memory(one_sentence(error))}")
+    if "DataLoader worker" in words and "exited unexpectedly" in words:
+        return _lost()
+    return error
 
 
 def _lost() -> WorkerLost:
-    why = _shared_memory() if _free() < SCARCE else "most often for want of memory: use a smaller nworkers"
+    why = _shared_memory("") if _free() < SCARCE else "most often for want of memory: use a smaller nworkers"
     return WorkerLost(f"a data loader worker was ended from outside, {why}")
 
 
@@ -95,6 +146,8 @@ def _free() -> float:
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else float("inf")
 
 
-def _shared_memory() -> str:
+def _shared_memory(words: str) -> str:
+    if _free() >= SCARCE:
+        return f"shared memory ({SHARED_MEMORY}) cannot be used ({words}); mount it anew, or use nworkers=0"
     return (f"shared memory is short ({_free() / 2**20:.0f} MiB free in {SHARED_MEMORY}): give the container more "
             "(docker run --shm-size=8g), or use a smaller nworkers, or 0")

@@ -1,8 +1,10 @@
 """Machines of all kinds: other ways to start processes, little shared memory, no TensorBoard, nobody who reads."""
 
+import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 
@@ -57,6 +59,8 @@ def test_workers_that_do_not_answer_are_not_waited_for_for_ever():
     ("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_1>: "
      "No space left on device (28)", 2**20, OSError, r"shared memory is short \(1 MiB free .*--shm-size=8g"),
     ("unable to allocate shared memory(shm) for file </torch_2>", 0, OSError, "shared memory is short"),
+    ("unable to open shared memory object </torch_3> in read-write mode: Read-only file system (30)", 2**40, OSError,
+     r"shared memory \(.*\) cannot be used \(.*Read-only file system \(30\)\); mount it anew, or use nworkers=0"),
     ("DataLoader worker (pid(s) 7) exited unexpectedly", 2**20, WorkerLost, "shared memory is short"),
     ("DataLoader worker (pid(s) 7) exited unexpectedly", 2**40, WorkerLost, "most often for want of memory"),
     ("anything else", 0, RuntimeError, "^anything else$")])
@@ -68,7 +72,26 @@ def test_what_ends_a_worker_is_told_with_what_helps(monkeypatch, tmp_path, said,
     monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(free))
     with pytest.raises(error, match=words):
-        next(workers._watched(broken()))
+        next(workers._watched(broken(), 0))
+
+
+def test_a_worker_that_stops_while_it_hands_a_batch_over_is_not_waited_for_for_ever(monkeypatch):
+    """PyTorch's time-out does not cover this wait: the workers are ended, so that it breaks off."""
+    ended = threading.Event()
+
+    def stuck():
+        yield "batch"
+        assert ended.wait(20)
+        raise ConnectionResetError("a worker has gone")
+
+    monkeypatch.setattr(workers, "GRACE_S", 0.1)
+    monkeypatch.setattr(workers, "end_children", ended.set)
+    batches = workers._watched(stuck(), 0.5)
+    assert next(batches) == "batch"
+    time.sleep(1.5)                                         # between two batches nobody waits
+    assert not ended.is_set()
+    with pytest.raises(TimeoutError, match=r"no batch for 0\.5 s \(loader_timeout\)"):
+        next(batches)
 
 
 def test_a_run_goes_on_where_nobody_reads_its_output(tiny, tmp_path):
@@ -106,6 +129,7 @@ def test_want_of_memory_is_a_sentence_and_a_fault_of_the_program_is_none():
         assert sentence_of(error).startswith("not enough memory: ") and "\n" not in sentence_of(error)
     assert sentence_of(RuntimeError("a shape does not fit")) is None and ending_of(KeyError("x")) is None
     assert ending_of(ValueError("one\ntwo")) == "error: one two"
+    assert ending_of(OSError(errno.EROFS, "Read-only disk", "/runs/x")) == "error: /runs/x: Read-only disk"
 
 
 def test_what_all_processes_find_is_said_once(tiny):
