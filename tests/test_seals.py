@@ -1,13 +1,16 @@
 """Files that are whole or not there, and that tell when they have been damaged."""
 
+import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 
 from utils.durable import WriteError, atomic_path, leftovers, write_text
 from utils.engine.checkpoint import read_checkpoint, save_checkpoint
+from utils.locks import FolderLock
 from utils.seals import LENGTH, check_whole, read_seal, save_sealed
 
 STATE = {"step": 31, "model": {"weight": torch.arange(600.0)}}
@@ -68,6 +71,25 @@ def test_a_write_that_fails_names_the_file_and_the_cause(tmp_path):
     with pytest.raises(WriteError, match=rf"^cannot write {tmp_path}/gone/file/a.txt: Not a directory$"):
         (tmp_path / "gone").write_text("")
         write_text(tmp_path / "gone" / "file" / "a.txt", "a")
+
+
+def test_a_disk_that_has_turned_read_only_is_what_is_told(tmp_path, monkeypatch):
+    """Not that the temporary file cannot be removed there, either."""
+    def refused(path, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for owner, name in ((os, "replace"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, refused)
+    with pytest.raises(WriteError, match=rf"^cannot write {tmp_path}/a.txt: Read-only file system$"):
+        write_text(tmp_path / "a.txt", "a")
+
+
+def test_a_file_in_the_place_of_a_runs_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    for folder in (tmp_path / "run", tmp_path / "run" / "seed_0"):
+        with (pytest.raises(ValueError, match=f"^{tmp_path}/run.* is a file where a run needs a folder; remove it, or"),
+              FolderLock(folder, {})):
+            pass
 
 
 def test_a_full_disk_keeps_its_cause_through_the_writer_of_pytorch(tmp_path):

@@ -31,8 +31,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _sync(temporary)                    # the rename must not reach the disk before the content
             os.replace(temporary, path)
             sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):      # a disk that has turned read-only lets nothing go; the cause is told
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def leftovers(folder: Path) -> list[Path]:

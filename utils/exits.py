@@ -60,10 +60,12 @@ def sentence_of(error: Exception) -> str | None:
 
 
 def one_sentence(error: Exception) -> str:
-    """The message of an error on one line.
+    """The message of an error on one line; of the system's errors the file and the cause.
 
     A data loader's worker wraps the message in its traceback; there the sentence is the last line.
     """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].split("Error: ", 1)[-1] if str(error).startswith("Caught ") else " ".join(lines)
 

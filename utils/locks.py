@@ -32,7 +32,11 @@ class FolderLock:
         self.before: dict[str, str] = {}
 
     def __enter__(self) -> "FolderLock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"{error.filename} is a file where a run needs a folder; remove it, or choose another "
+                             "version_name or out_dir") from error
         # Opened once: closing any other handle of the file would release the lock.
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
         try:

@@ -80,10 +80,10 @@ class Processes:
 class Stage:
     """A folder with data and experiments, in which runs are started. trap: called in each process before it trains."""
 
-    def __init__(self, folder: Path, num_val: int = 4) -> None:
+    def __init__(self, folder: Path, num_val: int = 4, size: tuple[int, int] = (64, 96)) -> None:
         from scripts.example_data.write import write_example
-        self.folder, self.started = folder, 0
-        write_example(folder / "data", num_train=12, num_val=num_val, size=(64, 96), seed=0, workers=1, progress=False)
+        self.folder, self.started, self.runs = folder, 0, []
+        write_example(folder / "data", num_train=12, num_val=num_val, size=size, seed=0, workers=1, progress=False)
         import utils.engine.train  # noqa: F401 (once, for all processes to come)
         torch.set_num_threads(1)
 
@@ -112,7 +112,15 @@ class Stage:
                 _main(list(command), trap, rank)
             pids.append(pid)
             os.setpgid(pid, pids[0])            # one group for all, and their workers
-        return Processes(pids, output)
+        self.runs.append(Processes(pids, output))
+        return self.runs[-1]
+
+    def end_all(self) -> None:
+        """Ends what may still be running."""
+        for run in self.runs:
+            if run.left():
+                run.kill()
+                run.wait(10)
 
 
 def _become(rank: int, ranks: int, port: int, output: Path) -> None:
@@ -143,6 +151,7 @@ def _main(command: list[str], trap: Callable[[int], None] | None, rank: int) -> 
         traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
