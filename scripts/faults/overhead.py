@@ -1,16 +1,19 @@
-"""What keeping a run costs: of a checkpoint, and of asking all processes after every update.
+"""What keeping and guarding a run costs: in a run that saves every minute, of a checkpoint, of asking all processes.
 
-    python scripts/faults/overhead.py --mebibytes 512
+    python scripts/faults/overhead.py --config_exp configs/example/bim_nyud.yml --minutes 10 --mebibytes 512
 
-A checkpoint stops the training while the state is copied to the host; then a thread writes it. Printed are both, the
-processor time of the thread, and what they are of a minute; and of two processes the processor time that an agreement
-adds to an update.
+A run of this experiment, on made data and a CPU, takes so many minutes; what its keeper, guard and watchdog do is
+summed up while it goes on, in processor time, so that other programs on the machine do not count, and compared with
+that of the whole process. Then a checkpoint of the given size: it stops the training while the state is copied to the
+host; a thread writes it. Then, of two processes, what an agreement adds to an update.
 """
 
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from scripts.command_line import Command
+from scripts.faults.runs import Stage
 from utils.engine.leaving import GOING_ON, Agreement
 from utils.engine.saving import Saver
 
@@ -44,6 +48,67 @@ def of_a_checkpoint(mebibytes: int, folder: Path) -> None:
           f"{wall:.2f} s, {used:.2f} s of processor time ({used / 60:.2%} of a core)")
 
 
+class Meter:
+    """Sums up the processor time of methods, each in the thread that calls it. The threads must not call each other."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def watch(self, owner: type, name: str, part: str) -> None:
+        """Replaces a method by one that is measured."""
+        method, total = getattr(owner, name), self.sums.setdefault(part, [])
+
+        def measured(*arguments: object, **options: object) -> object:
+            start = time.thread_time()
+            try:
+                return method(*arguments, **options)
+            finally:
+                total.append(time.thread_time() - start)
+
+        setattr(owner, name, measured)
+
+
+def in_a_run(config_exp: str, overrides: Sequence[str], minutes: float, stage: Stage) -> None:
+    """A run in a process of its own, asked to leave after so many minutes; the table that it prints then."""
+    def trap(rank: int) -> None:
+        from utils.engine.guard import Guard
+        from utils.engine.keeper import Keeper
+        from utils.engine.watchdog import Watchdog
+        meter, start = Meter(), 0.0
+        copying, writing = "of these, copying a checkpoint", "writing it, in a thread"
+        for owner, name, part in ((Keeper, "begin_update", "keeper"), (Keeper, "end_update", "keeper"),
+                                  (Saver, "save", copying), (Saver, "_write", writing), (Guard, "check", "guard"),
+                                  (Watchdog, "beat", "watchdog")):
+            meter.watch(owner, name, part)
+        begin, leave = Keeper.begin_update, Keeper.leave
+
+        def begin_update(keeper: Keeper) -> None:
+            nonlocal start
+            start = start or time.process_time()            # not the building of the run
+            begin(keeper)
+
+        def report(keeper: Keeper) -> None:
+            used = time.process_time() - start
+            updates = len(meter.sums["guard"])
+            print(f"{updates} updates, {1000 * used / updates:.1f} ms of processor time each\n\n"
+                  "| part | calls | ms per call | of the run, % |\n| --- | --- | --- | --- |")
+            for part, times in meter.sums.items():
+                print(f"| {part} | {len(times)} | {1000 * sum(times) / max(1, len(times)):.3f} | "
+                      f"{100 * sum(times) / used:.3f} |")
+            leave(keeper)
+
+        Keeper.begin_update, Keeper.leave = begin_update, report
+
+    command = ["main.py", "--config_exp", config_exp, *overrides, "device=cpu", "pretrained=false", "progress=false",
+               "max_iter=1000000", "val_interval=1000000", "epochs=1000000", f"db_root={stage.folder / 'data'}",
+               f"out_dir={stage.folder / 'runs'}", "version_name=measured", "save_interval.minutes=1"]
+    run = stage.start(command, trap=trap)
+    if not run.wait(60 * minutes):
+        run.kill(signal.SIGTERM)
+    run.wait(60)
+    print(run.text()[-3000:])
+
+
 def _rank(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -65,14 +130,20 @@ def _rank(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def measure(mebibytes: int) -> None:
-    """Prints both."""
+def measure(config_exp: str, overrides: Sequence[str], minutes: float, mebibytes: int) -> None:
+    """Prints all."""
     with tempfile.TemporaryDirectory() as name:
+        in_a_run(config_exp, overrides, minutes, Stage(Path(name), size=(120, 160)))
         of_a_checkpoint(mebibytes, Path(name))
     mp.spawn(_rank, (29741,), nprocs=2)
 
 
-main = Command(__doc__, measure, {"--mebibytes": dict(type=int, default=512, help="size of the checkpoint")})
+main = Command(__doc__, measure, {
+    "--config_exp": dict(default="configs/example/bim_nyud.yml", metavar="YAML", help="experiment file on NYUD"),
+    "--minutes": dict(type=float, default=10, help="how long to train"),
+    "--mebibytes": dict(type=int, default=512, help="size of the checkpoint"),
+    "overrides": dict(nargs="*", metavar="key=value", help="as for main.py"),
+})
 
 if __name__ == "__main__":
     sys.exit(main())
