@@ -100,6 +100,14 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def norm_over_ranks(norms: Tensor, order: float) -> Tensor:
+    """Norms of tensors of which every process holds a part, from those of the parts."""
+    highest = order == float("inf")
+    summed = norms if highest else norms.double() ** order
+    dist.all_reduce(summed, dist.ReduceOp.MAX if highest else dist.ReduceOp.SUM)
+    return summed if highest else (summed ** (1 / order)).to(norms.dtype)
+
+
 def true_everywhere(flag: Tensor) -> Tensor:
     """Whether a 0-dim flag is true on all processes, the same on each; the host does not wait for it."""
     if not dist.is_initialized():

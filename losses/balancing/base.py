@@ -23,11 +23,13 @@ class Balancing(nn.Module):
 
     `Config` is the dataclass of its options, the keys of `loss_kwargs.scheme_kwargs` in an experiment file.
     `reads_values` is true where the host decides something from a loss or a gradient (`.item()`, an `if`): such updates
-    are not recorded as CUDA graphs.
+    are not recorded as CUDA graphs. `needs_gradients` is true where it works on the gradients of single tasks, which no
+    process has of a model that is spread in parts.
     """
 
     Config: ClassVar[type[Options]] = NoOptions
     reads_values: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     intermediate_weight: float = 1.0  # of the preliminary predictions' losses; `MultiTaskLoss` sets it
 
     def __init__(self, tasks: Sequence[str], weights: Mapping[str, float], config: Options):

@@ -26,6 +26,7 @@ class GradientBalancing(Balancing):
     """Base of these schemes: the losses are a weighted sum, and `direct` says what becomes of their gradients."""
 
     Config = NoOptions
+    needs_gradients = True
 
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
         return torch.stack([self.weights[task] * shares[task] * loss for task, loss in losses.items()]).sum()

@@ -19,13 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 def recompute_blocks(part: nn.Module) -> int:
     """Switches it on for the blocks of a backbone or decoder; returns their number, 0 if the part names none."""
-    named = tuple(part.recomputed)
-    kinds = tuple(entry for entry in named if not isinstance(entry, str))
-    targets = [(module, "forward") for module in part.modules() if isinstance(module, kinds)]
-    targets += [(part, entry) for entry in named if isinstance(entry, str)]
+    targets = [(module, "forward") for module in blocks_of(part)]
+    targets += [(part, entry) for entry in part.recomputed if isinstance(entry, str)]
     for module, method in targets:
         setattr(module, method, types.MethodType(_recomputed(getattr(type(module), method)), module))
     return len(targets)
+
+
+def blocks_of(part: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone or decoder that are modules of their own, the outer ones first."""
+    kinds = tuple(entry for entry in part.recomputed if not isinstance(entry, str))
+    return [module for module in part.modules() if isinstance(module, kinds)]
 
 
 @functools.cache

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from utils.sharded import local
+
 
 class MovingAverage(AveragedModel):
     """theta_ema <- decay theta_ema + (1 - decay) theta, running statistics included; the first update copies.
@@ -41,4 +43,5 @@ class MovingAverage(AveragedModel):
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    """What of it lies on this process."""
+    return [local(tensor) for tensor in (*model.parameters(), *model.buffers())]

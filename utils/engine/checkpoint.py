@@ -22,6 +22,7 @@ from models.released import RELEASED, describe, recognise, tasks_in
 from utils.durable import atomic_path
 from utils.engine.tasks import tasks_named
 from utils.seals import check_whole, save_sealed
+from utils.sharded import parted_like
 
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
 PLAIN_TYPES = (int, float, str, bool, type(None), torch.Size)
@@ -85,7 +86,7 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | P
     if missing or unexpected or mismatched:
         raise ValueError(f"{path} holds {held} but the configuration asks for {_describe(yaml_config)}: "
                          + differences(missing, unexpected, mismatched))
-    model.load_state_dict(state)
+    model.load_state_dict({key: parted_like(tensor, own[key]) for key, tensor in state.items()})
     logger.info(f"{path}: loaded {len(own)} / missing 0 / unexpected 0{ignored}")
 
 

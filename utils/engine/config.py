@@ -116,6 +116,7 @@ class Config:
     activation_checkpointing: Literal["none", "backbone", "decoder", "all"] = "none"   # less memory, more arithmetic
     channels_last: bool = False                  # memory format of convolutions
     scan_backend: str = choice(SCAN_BACKENDS, "auto")
+    parallel: Literal["ddp", "fsdp"] = "ddp"     # several processes: each holds the whole model, or a part of it
     find_unused_parameters: bool = False
     worker_start: Literal["default", "fork", "forkserver", "spawn"] = "default"   # of data loader workers
     tensorboard: bool = True
@@ -222,6 +223,7 @@ def _check_relations(c: Config, where: Where) -> None:
         raise ConfigError(f"{where(key)}: {message}")
 
     _check_run_dir(c, refuse)
+    _check_parallel(c, refuse)
     check_choices(c.train_db_name, c.val_db_name, c.tasks, c.image_size, refuse)
     if c.ignore_index != VOID:
         refuse("ignore_index", f"'ignore_index' must be {VOID:g}, got {c.ignore_index}: labels hold {VOID:g} where "
@@ -259,6 +261,14 @@ def _check_relations(c: Config, where: Where) -> None:
     if c.label_size and (min(c.label_size) < 1 or c.label_size != c.output_size):
         refuse(key, f"'label_size' must be a height and a width of at least 1, those that model_kwargs ask for if they "
                     f"do, got {list(c.label_size)}")
+
+
+def _check_parallel(c: Config, refuse: Callable[[str, str], NoReturn]) -> None:
+    """What needs whole parameters on every process."""
+    for key in ("compile", "cuda_graph", "channels_last", "find_unused_parameters"):
+        if c.parallel == "fsdp" and getattr(c, key):
+            refuse(key, f"'{key}' does not go with parallel fsdp, which spreads every parameter over the processes; "
+                        f"set {key}=false, or parallel=ddp")
 
 
 def _check_run_dir(c: Config, refuse: Callable[[str, str], NoReturn]) -> None:

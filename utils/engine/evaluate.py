@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from evaluation.evaluator import Evaluator, TaskContext
 from models.blocks.resize import resize
+from utils import distributed
 from utils.batches import to_device
 from utils.engine.config import Config
 from utils.engine.results import VALID_PIXELS, Results
@@ -20,6 +21,7 @@ from utils.engine.tasks import TASKS
 from utils.engine.test_time import averaged
 from utils.precision import autocast
 from utils.recording import CudaRecorder, Recorded
+from utils.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators
     was_training = model.training
     model.eval()
     forward = forward_pass(model, config, device)
+    more = _further_passes(model, loader)
     with ExitStack() as stack:
         for evaluator in (e for of_task in evaluators.values() for e in of_task):
             stack.callback(evaluator.close)
@@ -60,10 +63,17 @@ def evaluate(model: nn.Module, loader: Iterable[Mapping], evaluators: Evaluators
                     row.export(predictions[task], batch["meta"], export_dir / task)
             if on_batch is not None:
                 on_batch(batch, predictions)
+        for _ in range(more):
+            forward(to_device(batch["image"], device))
         for evaluator in (e for of_task in evaluators.values() for e in of_task):
             evaluator.reduce()
     model.train(was_training)
     return {task: _scores(of_task) for task, of_task in evaluators.items()}
+
+
+def _further_passes(model: nn.Module, loader: Sized) -> int:
+    """How many forward passes this process makes for others that have more batches and need its part of the model."""
+    return max(distributed.gather_objects(len(loader))) - len(loader) if is_sharded(model) else 0
 
 
 def forward_pass(model: nn.Module, config: Config, device: torch.device) -> Callable[[Tensor], dict]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from utils import distributed
 from utils.engine.run import Run
 from utils.engine.update import Outcome, Update
+from utils.sharded import local
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ class Guard:
     def _report(self, pending: _Pending, everywhere: list[dict], norm: float, norms: list[float]) -> str:
         """Rank 0 writes what is known of the update; returns the file's name."""
         path = self.run.config.run_dir / "nonfinite" / f"step_{pending.step}.json"
+        bad = distributed.gather_objects([name for name, parameter in self.run.model.named_parameters()
+                                          if not local(parameter).isfinite().all()])
         if distributed.is_main():
             by_name = dict(zip(pending.grad_names, norms, strict=True))
             content = {
@@ -147,8 +150,7 @@ class Guard:
                 "grad_norm": norm, "grad_norm_of_modules":
                     by_module(by_name, self.run.config.grad_clip_param.norm_type),
                 "bad_gradients": [name for name, value in by_name.items() if not math.isfinite(value)][:NAMED],
-                "bad_weights": [name for name, p in self.run.model.named_parameters()
-                                if not p.isfinite().all()][:NAMED]}
+                "bad_weights": list(dict.fromkeys(name for of_one in bad for name in of_one))[:NAMED]}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(_writable(content), indent=1) + "\n", encoding="ascii")
         return str(path)

@@ -14,6 +14,7 @@ from utils.engine.run import Run
 from utils.engine.saving import Clock, Saver
 from utils.exits import ToBeContinued, ToldElsewhere
 from utils.machine import git_hash
+from utils.sharded import is_sharded, whole
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,10 @@ class Keeper:
         run, names = self.run, [BEST] if best else []
         names += [step_name(self.run.step)] if run.kept else []
         ranks = self.agreement.gather({"rng": _random_state(run.device), "sums": self.sums()})
+        if self.saver is not None or is_sharded(run.model):
+            state = whole(_state(run, ranks), keep=self.saver is not None)
         if self.saver is not None:
-            self.saver.save(_state(run, ranks), names, score)
+            self.saver.save(state, names, score)
             if wait:
                 self.saver.wait()
         self.saved = run.step

@@ -15,6 +15,7 @@ from utils.engine.checkpoint import load_model
 from utils.engine.config import Config, config_from_dict
 from utils.engine.first_weights import require_whole
 from utils.engine.run import Run
+from utils.sharded import parted_like
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ RULES: Mapping[str, Rule] = {
     **_rules("harmless", "where things lie",
              "out_dir version_name db_root resume train_db_name.folder val_db_name.folder data_cache skip_data_check"),
     **_rules("harmless", "how it is computed, up to rounding", "nworkers valBatch device compile "
-             "activation_checkpointing channels_last scan_backend find_unused_parameters cuda_graph deterministic "
-             "worker_start"),
+             "activation_checkpointing channels_last scan_backend find_unused_parameters cuda_graph parallel "
+             "deterministic worker_start"),
     **_rules("harmless", "what is shown", "tensorboard progress report eval_at_start single_task_scores"),
 }
 
@@ -97,7 +98,8 @@ def restore(run: Run, checkpoint: Mapping[str, Any], path: Path) -> None:
                          f"loss_kwargs asks for ({', '.join(asked) or 'none'}); resume with the loss_scheme it was "
                          "trained with")
     if run.ema is not None:
-        run.ema.load_state_dict(checkpoint["ema"])
+        own = run.ema.state_dict()
+        run.ema.load_state_dict({key: parted_like(tensor, own[key]) for key, tensor in checkpoint["ema"].items()})
     run.criterion.load_state_dict(balancing)
     _restore_optimizer(run.optimizer, checkpoint["optimizer"], path)
     if checkpoint["scaler"]:                          # empty unless it was fp16; then a fresh one starts
@@ -135,8 +137,12 @@ def _tell_changes(config: Config, stored: Mapping[str, Any], path: Path) -> None
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
     """Its state from the checkpoint, its options from the experiment file; the rate is that of the schedule."""
     options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]   # 0, 1, ... there
+    parted = {number: {name: parted_like(value, parameters[number]) if isinstance(value, torch.Tensor) else value
+                       for name, value in of_one.items()}
+              for number, of_one in state["state"].items() if number < len(parameters)}
     try:
-        optimizer.load_state_dict(dict(state))
+        optimizer.load_state_dict({**state, "state": parted})
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} holds the state of another optimizer than this run's "
                          f"{type(optimizer).__name__}: {error}") from error

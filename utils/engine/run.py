@@ -3,14 +3,11 @@
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data.base import MultiTaskDataset
@@ -23,8 +20,8 @@ from utils.engine.config import Config
 from utils.engine.first_weights import Base, begin
 from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.parameter_groups import parameter_groups
+from utils.engine.spread import check_spread, in_parts, spread
 from utils.logging import RunWriter
-from utils.recording import recording_stream
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ class Run:
 
     config: Config
     device: torch.device
-    model: nn.Module                      # the plain model; `wrapped` is the same under DDP
+    model: nn.Module                      # the model itself; `wrapped` is the same under DDP
     wrapped: nn.Module
     ema: MovingAverage | None
     criterion: MultiTaskLoss              # with the state of the loss balancing
@@ -99,10 +96,10 @@ def build_run(config: Config, device: torch.device, train_set: MultiTaskDataset,
     torch.manual_seed(config.seed)                        # the same weights on every rank
     model = model_from_config(config)
     base = begin(model, config, resumed=checkpoint is not None)
-    prepare_for_training(model.to(device), config)
+    prepare_for_training(model if in_parts(config) else model.to(device), config)     # its parts are put there
     criterion = build_criterion(config, model).to(device)
-    wrapped = _wrap(model, config, device)
-    ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
+    check_spread(config, criterion.balancing, len(val_set))
+    wrapped, ema = spread(model, config, device)
     return Run(
         config, device, model, wrapped, ema, criterion, base=base, optimizer=build_optimizer(config, model, criterion),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), writer=RunWriter(None, False),
@@ -134,19 +131,3 @@ def accumulation(config: Config, world: int, checkpoint: Mapping[str, Any] | Non
         raise ValueError(f"the checkpoint was trained with {before} images per update, global_batch asks for {wanted}: "
                          "the order of the images depends on it; set it back, or begin another run")
     return max(1, wanted // per_pass)
-
-
-def _wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The model under DDP, with synchronised batch norm where it has batch norm and CUDA; alone, the model itself."""
-    if distributed.world_size() == 1:
-        return model
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        if device.type == "cuda":
-            model = convert_sync_batchnorm(model)         # timm's: it keeps the activation inside its batch norms
-        else:
-            logger.warning("batch norm is synchronised on CUDA only: every CPU process uses its own batch statistics")
-    on_cuda = device.type == "cuda"
-    # What DDP keeps must not belong to the default stream where updates are recorded on another.
-    with torch.cuda.stream(recording_stream(device)) if on_cuda and config.cuda_graph else nullcontext():
-        return DistributedDataParallel(model, device_ids=[device.index] if on_cuda else None,
-                                       find_unused_parameters=config.find_unused_parameters)

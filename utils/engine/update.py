@@ -19,6 +19,7 @@ from utils.engine.averages import MovingAverage
 from utils.engine.config import Config
 from utils.precision import autocast
 from utils.recording import CudaRecorder, Recorded, Recorder
+from utils.sharded import norms_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Update:
         self.grad_names = list(named)
         if not named:                                   # every trained parameter is outside the model
             return torch.zeros((), device=self.run.device), torch.zeros(0, device=self.run.device)
-        norms = torch.stack(torch._foreach_norm(list(named.values()), limit.norm_type))
+        norms = norms_of(list(named.values()), limit.norm_type)
         norm = torch.linalg.vector_norm(norms, limit.norm_type)
         if limit.max_norm != float("inf"):
             clip_grads_with_norm_(self.parameters, limit.max_norm, norm)
@@ -204,5 +205,5 @@ def can_skip(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Gradients are summed over ranks only in the last batch of an update."""
+    """DDP sums gradients over ranks only in the last batch of an update; FSDP keeps no whole gradient, and always."""
     return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()

@@ -1,5 +1,6 @@
 """PyTorch's optimizers. An entry has `Config`, its options (all have a learning rate `lr`), and `build`.
 
+`in_parts = True`: its steps may be made on parts of parameters that lie on several processes (`parallel: fsdp`).
 All are fused: one kernel for all parameters, which takes the learning rate and whether to step at all from the device.
 """
 
@@ -51,6 +52,7 @@ class Adam:
     """Weight decay is added to the gradient (L2)."""
 
     Config = AdamConfig
+    in_parts = True
 
     @staticmethod
     def build(parameters: Parameters, config: AdamConfig) -> torch.optim.Optimizer:
@@ -61,6 +63,7 @@ class AdamW:
     """Weight decay apart from the gradient (Loshchilov and Hutter, ICLR 2019)."""
 
     Config = AdamConfig
+    in_parts = True
 
     @staticmethod
     def build(parameters: Parameters, config: AdamConfig) -> torch.optim.Optimizer:
