@@ -25,6 +25,7 @@ from utils.engine.report.review import INPUT, ImageScores, Review, chosen_images
 from utils.engine.results import Results, table_rows, unit_of
 from utils.engine.tasks import TASKS
 from utils.machine import git_hash
+from utils.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +165,10 @@ def _ends(lines: Mapping[str, tuple[list, list]]) -> str:
 
 def _model(about: Evaluated, model: nn.Module, device: torch.device) -> str:
     config, number = about.config, len(about.images.names)
+    alone = ("not measured: every process holds a part of the model" if is_sharded(model)
+             else f"{forward_ms(model, config, device):.1f} ms, median of 5")
     speed = [("evaluation", f"{number} images in {about.seconds:.0f} s, reading, scoring and these pictures included"),
-             ("forward pass of one image", f"{forward_ms(model, config, device):.1f} ms, median of 5")]
+             ("forward pass of one image", alone)]
     return facts([("decoder", config.model), ("backbone", config.backbone), *count(config), *speed])
 
 
