@@ -8,22 +8,26 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 
 from data.transforms import MEAN, STD
 from evaluation.evaluator import Evaluator, Score, TaskContext
 from utils import distributed
+from utils.batches import to_device
 from utils.engine.panel import to_array
 from utils.engine.tasks import TASKS
 
 SIDE, QUALITY = 240, 80             # of a thumbnail: its longer side in pixels, and how well JPEG keeps it
-INDEX, PICTURES, INPUT = "images.json", "thumbnails", "input"
+INDEX, PICTURES, INPUT, LABEL = "images.json", "thumbnails", "input", "_label"
+THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,30 @@ class Review:
         self.rows: list[tuple[str, dict[str, float]]] = []
 
     def __call__(self, batch: Mapping, predictions: Mapping[str, Any]) -> None:
-        labels = {task: _on_cpu(batch[task]) for task in predictions}
-        predictions = {task: _on_cpu(of_batch) for task, of_batch in predictions.items()}
         for i, meta in enumerate(batch["meta"]):
-            scores = {task: self._score(task, kind, predictions[task][i:i + 1], labels[task][i:i + 1], meta)
+            scores = {task: self._score(task, kind, predictions[task][i:i + 1], batch[task][i:i + 1], meta)
                       for task, kind in self.judges.items()}
             self.rows.append((meta["name"], scores))
-            image = batch["image"][i].cpu().permute(1, 2, 0).numpy() * STD + MEAN          # (3, H, W) -> (H, W, 3)
-            rgb = (np.clip(image, 0, 1) * 255).astype(np.uint8)
-            self._save(INPUT, rgb, rgb, meta)
-            for task, context in self.contexts.items():
-                for suffix, of_batch in (("", predictions), ("_label", labels)):
-                    picture = TASKS.load(task).view.picture(to_array(of_batch[task][i]), context, rgb)
-                    self._save(task + suffix, picture, rgb, meta)
+        maps = {task: _on_cpu(predictions[task]) for task in self.contexts}
+        maps |= {f"{task}{LABEL}": batch[task] for task in self.contexts}
+        with ThreadPoolExecutor(THREADS) as pool:                      # colours and JPEG leave the interpreter alone
+            for _ in pool.map(lambda i: self._show(batch["image"][i], {k: v[i] for k, v in maps.items()},
+                                                   batch["meta"][i]), range(len(batch["meta"]))):
+                pass                                                   # raises what a thread has raised
+
+    def _show(self, image: Tensor, maps: Mapping[str, Any], meta: Mapping) -> None:
+        """Writes the pictures of one image: (3, H, W), and its predictions and labels."""
+        rgb = (np.clip(image.permute(1, 2, 0).numpy() * STD + MEAN, 0, 1) * 255).astype(np.uint8)      # (H, W, 3)
+        self._save(INPUT, rgb, rgb, meta)
+        for kind, prediction in maps.items():
+            task = kind.removesuffix(LABEL)
+            picture = TASKS.load(task).view.picture(to_array(prediction), self.contexts[task], rgb)
+            self._save(kind, picture, rgb, meta)
 
     def _score(self, task: str, kind: type[Evaluator], prediction: Any, label: Any, meta: Mapping) -> float:
         judge = kind.for_task(self.contexts[task])
-        judge.update(prediction, label, [meta])
+        device = prediction.device if isinstance(prediction, Tensor) else torch.device("cpu")
+        judge.update(prediction, to_device(label, device), [meta])
         return judge.compute()[kind.of_image.key] if judge.valid_pixels != 0 else math.nan
 
     def _save(self, kind: str, picture: np.ndarray, frame: np.ndarray, meta: Mapping) -> None:
