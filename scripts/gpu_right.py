@@ -119,8 +119,8 @@ def example_data(device: torch.device) -> Iterator[tuple[Path, list[str]]]:
         workers = min(16, os.cpu_count() or 1) if on_gpu else 1
         write_example(folder / "data", images, held_out, size, workers=workers, progress=False)
         yield folder, [f"db_root={folder / 'data'}", f"out_dir={folder}", f"device={device.type}", "progress=false",
-                       "tensorboard=false", "eval_at_start=false", "boundary_eval=off", "boundary_infer=off",
-                       f"nworkers={8 if on_gpu else 0}",
+                       "tensorboard=false", "report=false", "eval_at_start=false", "boundary_eval=off",
+                       "boundary_infer=off", f"nworkers={8 if on_gpu else 0}",
                        *(() if on_gpu else (*SMALL_BIM, "trBatch=2", "scheduler_kwargs.warmup_iters=0"))]
     finally:
         shutil.rmtree(folder)

@@ -61,7 +61,7 @@ def test_images_without_a_vehicle_are_not_trained_on(config, caplog):
 @pytest.mark.parametrize("scope", ["process", "image"])
 def test_a_run_from_files_to_files(config, tmp_path, scope):
     made = config(f"loss_kwargs.loss_scope={scope}", "partial_labels.empty=keep", "augmentation.fixed_flip_prob=0.5",
-                  "ema_decay=0.5")
+                  "ema_decay=0.5", f"report={'true' if scope == 'image' else 'false'}")
     results = train(made, resume=False)
     assert set(results) == set(TASKS_3) and {"mDS", "mAP", "DS_car"} <= set(results["det3d"])
     assert results["det3d"]["valid_pixels"] > 0
@@ -69,6 +69,11 @@ def test_a_run_from_files_to_files(config, tmp_path, scope):
     assert again["det3d"] == pytest.approx(results["det3d"], nan_ok=True)
     names = {path.stem for path in (tmp_path / "infer" / "det3d").iterdir()}
     assert names == {f"exampletown_00000{number}_000019_leftImg8bit" for number in (7, 8)}
+    if scope == "image":                                   # a task without a score of single images has its section
+        page = (tmp_path / "infer" / "report.html").read_text(encoding="utf-8")
+        assert "<h2 id=\"task-det3d\">" in page and "det3d: the first images" in page and "depth RMSE px" in page
+        pictures = list((tmp_path / "infer" / "thumbnails" / "det3d").rglob("*.jpg"))
+        assert {path.stem for path in pictures} == names
 
 
 def test_two_processes_score_what_one_does(config, street, tmp_path):

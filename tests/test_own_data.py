@@ -351,7 +351,8 @@ def test_the_tutorial_as_it_is_printed(tmp_path, monkeypatch):
     (tmp_path / "street" / "names.txt").write_text("road\ncar\nsky\n")
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    small = [item for item in TINY if item.startswith(("backbone", "nworkers", "tensorboard", "progress", "device"))]
+    small = [item for item in TINY if item.startswith(("backbone", "nworkers", "tensorboard", "progress", "report",
+                                                         "device"))]
     config = load_config("street.yml", [*small, "max_iter=1", "trBatch=2"])
     assert config.dataset.labels["semseg"].classes == ("road", "car", "sky") and config.version_name == "street"
     assert set(train(config, resume=False)) == {"semseg", "depth"}

@@ -32,7 +32,7 @@ EXPERIMENT = {
                         "drop_path_rate": 0.0},
     "task_dictionary": {"include_semseg": True, "include_depth": True, "edge_w": 0.9},
     "image_size": [64, 96], "trBatch": 2, "valBatch": 2, "nworkers": 0, "max_iter": 4, "val_interval": 4,
-    "log_interval": 1, "device": "cpu", "tensorboard": False, "progress": False,
+    "log_interval": 1, "device": "cpu", "tensorboard": False, "progress": False, "report": False,
     "augmentation": {"scale_range": [1.0, 1.0], "flip_prob": 0.0, "photometric": False},
 }
 

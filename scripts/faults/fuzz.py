@@ -35,7 +35,7 @@ READ_SECONDS, TRAIN_SECONDS, TRAIN_BYTES = 2.0, 300, 6 * 2**30
 COMMON = {
     "train_db_name": "NYUD", "val_db_name": "NYUD", "pretrained": False, "image_size": [64, 128], "trBatch": 2,
     "valBatch": 2, "nworkers": 0, "max_iter": 20, "val_interval": 10, "log_interval": 1, "device": "cpu",
-    "tensorboard": False, "progress": False, "optimizer": "adamw", "optimizer_kwargs": {"lr": 1e-3},
+    "tensorboard": False, "progress": False, "report": False, "optimizer": "adamw", "optimizer_kwargs": {"lr": 1e-3},
     "scheduler": "poly", "scheduler_kwargs": {"warmup_iters": 2}, "grad_clip_param": {"max_norm": 5.0},
     "loss_kwargs": {"loss_scheme": "weighted_sum", "loss_weights": {"semseg": 1, "depth": 1, "edge": 5}},
     "augmentation": {"scale_range": [0.8, 1.2]},

@@ -25,7 +25,7 @@ EXPERIMENT = {
                         "drop_path_rate": 0.3},
     "task_dictionary": {"include_semseg": True, "include_depth": True}, "image_size": [64, 96], "trBatch": 2,
     "valBatch": 1, "nworkers": 1, "max_iter": 40, "val_interval": 15, "log_interval": 4, "device": "cpu",
-    "tensorboard": False, "progress": False, "ema_decay": 0.9, "checkpoint_interval": 17,
+    "tensorboard": False, "progress": False, "report": False, "ema_decay": 0.9, "checkpoint_interval": 17,
     "save_interval": {"steps": 4, "minutes": 0},
 }
 ROOT = Path(__file__).resolve().parents[2]

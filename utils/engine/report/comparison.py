@@ -10,7 +10,7 @@ import numpy as np
 from evaluation.evaluator import Score
 from utils.engine.report.page import Section, code, facts, folded, page, pictures, plot, table
 from utils.engine.report.plots import scatter_svg
-from utils.engine.report.review import INDEX, INPUT, ImageScores, load_image_scores, thumbnail
+from utils.engine.report.review import INDEX, INPUT, LABEL, ImageScores, load_image_scores, thumbnail
 from utils.engine.results import unit_of
 
 RESAMPLES, CHUNK = 2000, 100    # of the images; so many at a time
@@ -133,7 +133,7 @@ def _apart(first: Compared, other: Compared, task: str, score: Score, names: Seq
         for i in chosen:
             values = ", ".join(f"{name} {value:.{score.decimals}f}"
                                for name, value in ((first.name, a[i]), (other.name, b[i])))
-            shown = [("image", first, INPUT), ("label", first, f"{task}_label"), (first.name, first, task),
+            shown = [("image", first, INPUT), ("label", first, f"{task}{LABEL}"), (first.name, first, task),
                      (other.name, other, task)]
             yield pictures(f"{names[i]}, {score.label} {unit}".strip() + f": {values}",
                            [(words, thumbnail(whose.folders[0], kind, names[i])) for words, whose, kind in shown])

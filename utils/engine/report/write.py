@@ -21,7 +21,7 @@ from utils.engine.evaluate import Evaluators
 from utils.engine.report.figures import figure_html
 from utils.engine.report.page import Section, code, facts, folded, page, pictures, plot, table
 from utils.engine.report.plots import lines_svg
-from utils.engine.report.review import INPUT, ImageScores, Review, chosen_images, thumbnail
+from utils.engine.report.review import INPUT, LABEL, ImageScores, Review, chosen_images, thumbnail
 from utils.engine.results import Results, table_rows, unit_of
 from utils.engine.tasks import TASKS
 from utils.machine import git_hash
@@ -104,19 +104,22 @@ def _tasks(about: Evaluated) -> Iterator[Section]:
 
 
 def _examples(about: Evaluated, task: str) -> Iterator[str]:
-    """The best, median and worst images with the label beside the prediction."""
-    score = about.images.scores.get(task)
+    """The best, median and worst images with the label beside the prediction; of a task without a score of single
+    images the first ones."""
+    images, score = about.images, about.images.scores.get(task)
     if score is None:
-        return
-    unit = unit_of(task, score, about.config.dataset.units)
-    values = about.images.values[task]
-    for rank, indices in chosen_images(values, score.higher_is_better, EACH):
-        yield f"<h3>{task}: {rank} images by {score.label}</h3>"
-        for i in indices:
-            name = about.images.names[i]
-            shown = [("image", INPUT), ("prediction", task), ("label", f"{task}_label")]
-            yield pictures(f"{name}: {score.label} {score.format(values[i])} {unit}".strip(),
-                           [(words, thumbnail(about.folder, kind, name)) for words, kind in shown])
+        groups = {f"{task}: the first images": dict.fromkeys(range(min(EACH, len(images.names))), "")}
+    else:
+        unit, values = unit_of(task, score, about.config.dataset.units), images.values[task]
+        groups = {f"{task}: {rank} images by {score.label}":
+                  {i: f": {score.label} {score.format(values[i])} {unit}".rstrip() for i in indices}
+                  for rank, indices in chosen_images(values, score.higher_is_better, EACH)}
+    for heading, group in groups.items():
+        yield f"<h3>{heading}</h3>"
+        for i, words in group.items():
+            shown = [("image", INPUT), ("prediction", task), ("label", f"{task}{LABEL}")]
+            yield pictures(images.names[i] + words, [(what, thumbnail(about.folder, kind, images.names[i]))
+                                                     for what, kind in shown])
 
 
 def _learning(metrics: Path, units: Mapping[str, str]) -> Iterator[Section]:
