@@ -1,4 +1,4 @@
-"""Command line: train a model, evaluate a checkpoint, or predict on any images. All of it is in the README."""
+"""Multi-task dense prediction: train a network, score it, or see what it says of your pictures."""
 
 import argparse
 import os
@@ -52,7 +52,7 @@ def main() -> None:
     except exits.ToBeContinued:
         exits.end_at_once(exits.CONTINUE)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit("interrupted. Next: the same line begins again (train: with --resume; predict goes on where it was)")
     except exits.ToldElsewhere:
         sys.exit(exits.FAILED)
     except Exception as error:

@@ -11,11 +11,14 @@ processor time of both. `memory` and `video` print the most that their process e
 before the first picture (PyTorch's libraries and the network). `video` does so for a third of the frames first.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # as main.py does
 
 import cv2
 import numpy as np

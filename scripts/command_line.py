@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from utils.exits import sentence_of
+from utils.exits import next_step, sentence_of, told
 
 
 class Command:
@@ -26,5 +26,5 @@ class Command:
         except Exception as error:
             if (sentence := sentence_of(error)) is None:
                 raise
-            print(f"error: {sentence}", file=sys.stderr)
+            print(told(sentence, next_step(error, "change that; --help lists the arguments")), file=sys.stderr)
             return 1

@@ -326,6 +326,9 @@ def test_download_script_writes_a_file_that_loads(tmp_path, monkeypatch, classif
     path = download_pretrained.download("swinT", tmp_path / "new")
     assert path == tmp_path / "new" / "swin_tiny_patch4_window7_224.ms_in1k.safetensors"
     load_pretrained(swin(), path)
+    path.rename(path.with_name("swin_tiny_patch4_window7_224.pth"))                 # as its authors call it
+    assert download_pretrained.download("swinT", tmp_path / "new").name == "swin_tiny_patch4_window7_224.pth"
+    path.with_name("swin_tiny_patch4_window7_224.pth").rename(path)
     monkeypatch.setattr(download_pretrained, "save_file", write_then_fail)
     with pytest.raises(OSError, match="no space"):
         download_pretrained.download("swinS", tmp_path / "new")

@@ -1,5 +1,6 @@
 """How the program ends: its exit codes, and what a run raises that has left on request."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ DONE = 0
 FAILED = 1
 USAGE = 2                   # wrong arguments; argparse's own code
 CONTINUE = 75               # the run was asked to leave and has saved; start it again with --resume
+NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", None))      # Windows has no second
 BY_SIGNAL = 128             # plus the signal's number: asked a second time, left at once
 
 
@@ -27,7 +29,26 @@ def ending_of(error: Exception) -> str | int | None:
     """What `sys.exit` takes at this error: its sentence, said by one process alone; None where it has none."""
     if (sentence := sentence_of(error)) is None:
         return None
-    return f"error: {sentence}" if first_to_say(sentence) else FAILED
+    step = next_step(error, "change that, or see where it came from with --traceback")
+    return told(sentence, step) if first_to_say(sentence) else FAILED
+
+
+def told(sentence: str, next_step: str) -> str:
+    """How an error is told: what is wrong, and what to do next."""
+    return f"error: {sentence}{'' if sentence.endswith(('.', '?', '!')) else '.'} Next: {next_step}"
+
+
+def next_step(error: Exception, otherwise: str) -> str:
+    """What to do after an error of this kind, where its own sentence may not say it; `otherwise`: of all others."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return "free some space and start the same line again"
+    if isinstance(error, PermissionError):
+        return "get the right to that path, or name another one"
+    if isinstance(error, FileNotFoundError):
+        return f"check that path; a relative one begins at {os.getcwd()}"
+    if isinstance(error, (OSError, MemoryError)) or not isinstance(error, ValueError):
+        return "when that is mended, start the same line again"
+    return getattr(error, "next_step", otherwise)
 
 
 def first_to_say(sentence: str) -> bool:

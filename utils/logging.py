@@ -31,6 +31,14 @@ class _TqdmHandler(logging.Handler):
             logging.getLogger(__name__).warning("nobody reads the output any more (%s): it ends here", error)
 
 
+def say(text: str, stream: IO[str]) -> None:
+    """A line for people. Where nobody reads any more, as behind `| head`, that is no error."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        silence(stream)
+
+
 def silence(stream: IO[str] | None) -> None:
     """Sends what is written to a stream from now on nowhere: there is no reader, and writing would raise each time."""
     try:

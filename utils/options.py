@@ -22,6 +22,8 @@ Where = Callable[[str], str]        # dotted key -> the file (or argument) that 
 class ConfigError(ValueError):
     """A mistake in an experiment file or in a `key=value` argument."""
 
+    next_step = "python main.py --help_config [KEY] says what keys there are and what they may hold"
+
 
 class OptionError(ValueError):
     """An option whose value is impossible: its name, the value, and in words what would be valid."""

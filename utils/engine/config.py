@@ -53,73 +53,73 @@ class Config:
 
     # what is trained
     model: str = choice(DECODERS)                # the decoder
-    backbone: str = choice(BACKBONES)
-    train_db_name: DataChoice
+    backbone: str = choice(BACKBONES)            # what makes feature maps of the image
+    train_db_name: DataChoice                    # a known data set, {folder: DIR}, or a list of several
     val_db_name: DataChoice                      # default: the training data, whose split "val" is scored
-    task_dictionary: TaskDictionary
+    task_dictionary: TaskDictionary              # which tasks: {include_semseg: true, ...}
     version_name: str = ""                       # default: the file's name; may hold a folder, never leave out_dir
     out_dir: str = "runs"                        # everything of a run is in out_dir/version_name
     resume: Literal["never", "auto"] = "never"   # auto: as with --resume, where there is something to resume
-    db_root: str = ""
-    backbone_kwargs: Any = options_of("backbone", resolved=False)
-    neck: str = choice(NECKS, "none")
-    neck_kwargs: Any = options_of("neck", resolved=False)
-    model_kwargs: Any = options_of("model", resolved=False)
+    db_root: str = ""                            # the data folder; default: $DB_ROOT, else configs/mypath.py
+    backbone_kwargs: Any = options_of("backbone", resolved=False)   # options of the backbone
+    neck: str = choice(NECKS, "none")            # what stands between backbone and decoder
+    neck_kwargs: Any = options_of("neck", resolved=False)   # options of the neck
+    model_kwargs: Any = options_of("model", resolved=False)   # options of the decoder
     pretrained: bool | str = False               # true: the backbone's usual weights; a timm tag; or a file
-    pretrained_allow_missing: tuple[str, ...] = ()
+    pretrained_allow_missing: tuple[str, ...] = ()   # layers that may be missing in that file
     init_from: str = ""                          # a checkpoint, ours or released: what fits of it, the rest is listed
     lora: LoraSettings = field(default_factory=LoraSettings)     # adapters of low rank on weights that stay
     image_size: tuple[int, int] | None = None    # (height, width) of the network's input; default: the data set's
     label_size: tuple[int, int] | None = None    # (height, width) of labels and predictions; default: the data set's
     det3d_kwargs: Detection3DOptions = field(default_factory=Detection3DOptions)   # head and targets of 3-D detection
-    intermediate_supervision: bool = False
-    ignore_index: int = 255
+    intermediate_supervision: bool = False       # also losses of the decoder's preliminary predictions
+    ignore_index: int = 255                      # marks void in labels; 255 is the only value
     # data
     trBatch: int = given(1, at_least=1)          # images per process
-    valBatch: int = given(1, at_least=1)
-    nworkers: int = given(2, at_least=0, at_most=256)
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    valBatch: int = given(1, at_least=1)         # images in one pass of an evaluation, and of predict on a GPU
+    nworkers: int = given(2, at_least=0, at_most=256)   # processes (predict: threads) that read files
+    augmentation: Augmentation = field(default_factory=Augmentation)   # of training images
     partial_labels: PartialLabels = field(default_factory=PartialLabels)   # images without some labels, and subsets
     val_from_train: float = given(0.0, at_least=0, at_most=0.5)     # part of the training split to select by; 0: test
-    data_cache: DataCache = field(default_factory=DataCache)
+    data_cache: DataCache = field(default_factory=DataCache)   # decoded files on a fast disk
     skip_data_check: bool = False                # start without reading every file first (`utils.engine.data_check`)
     # schedule
-    max_iter: int = given(40000, at_least=1)
-    epochs: int = given(999999, at_least=1)
-    val_interval: int = given(1000, at_least=1)
+    max_iter: int = given(40000, at_least=1)     # updates of the training
+    epochs: int = given(999999, at_least=1)      # passes over the data; whichever of both ends first
+    val_interval: int = given(1000, at_least=1)   # updates between two evaluations
     checkpoint_interval: int = given(0, at_least=0)   # keep step_N.pt every N steps; 0: no
-    save_interval: SaveInterval = field(default_factory=SaveInterval)
-    log_interval: int = given(20, at_least=1)
+    save_interval: SaveInterval = field(default_factory=SaveInterval)   # when last.pt is written
+    log_interval: int = given(20, at_least=1)    # updates between two lines of the log
     global_batch: int = given(0, at_least=0)     # images per update; 0: trBatch * processes (no accumulation)
-    optimizer: str = choice(OPTIMIZERS, "adamw")
-    optimizer_kwargs: Any = options_of("optimizer")
-    scheduler: str = choice(SCHEDULES, "poly")
-    scheduler_kwargs: Any = options_of("scheduler")
+    optimizer: str = choice(OPTIMIZERS, "adamw")   # AdamW, SGD ..., or any of timm's
+    optimizer_kwargs: Any = options_of("optimizer")   # options of the optimizer, among them lr
+    scheduler: str = choice(SCHEDULES, "poly")   # how the learning rate falls
+    scheduler_kwargs: Any = options_of("scheduler")   # options of the schedule
     freeze: tuple[str, ...] = ()                 # parts that are not trained: encoder, heads.depth, decoder.stages.0
     lr_scale: dict[str, float] = field(default_factory=dict)        # factor of the learning rate of parts
     layer_decay: float = given(1.0, above=0, at_most=1)             # the same per block of the backbone, from the last
     weight_decay_on: Literal["all", "weights"] = "all"              # weights: not norms, biases, position tables
-    loss_kwargs: LossKwargs = field(default_factory=LossKwargs)
-    grad_clip_param: GradClip = field(default_factory=GradClip)
+    loss_kwargs: LossKwargs = field(default_factory=LossKwargs)   # weights and balance of the tasks' losses
+    grad_clip_param: GradClip = field(default_factory=GradClip)   # largest norm of a gradient
     ema_decay: float = given(0.0, at_least=0, below=1)   # 0: no moving average
-    seed: int = given(0, at_least=0)
+    seed: int = given(0, at_least=0)             # of weights, order and augmentation
     # guards (docs/reliability.md)
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"   # at a loss or gradient that is not finite
     nonfinite_limit: int = given(10, at_least=1)  # so many updates may be skipped or rolled back; one more stops
     loader_timeout: float = given(900.0, at_least=0)   # seconds that workers may take for a batch; 0: for ever
     watchdog: float = given(20.0, at_least=0)     # stacks are written where an update takes so many times the median
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: CUDA where there is a device
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"   # of the arithmetic (docs/training_speed.md)
     compile: bool = False                        # torch.compile of backbone and decoder
     cuda_graph: bool = False                     # updates and forward passes are recorded once and replayed
     activation_checkpointing: Literal["none", "backbone", "decoder", "all"] = "none"   # less memory, more arithmetic
     channels_last: bool = False                  # memory format of convolutions
-    scan_backend: str = choice(SCAN_BACKENDS, "auto")
+    scan_backend: str = choice(SCAN_BACKENDS, "auto")   # of selective scans (docs/scan.md)
     parallel: Literal["ddp", "fsdp"] = "ddp"     # several processes: each holds the whole model, or a part of it
-    find_unused_parameters: bool = False
+    find_unused_parameters: bool = False         # of DDP, for networks that skip layers
     worker_start: Literal["default", "fork", "forkserver", "spawn"] = "default"   # of data loader workers
-    tensorboard: bool = True
+    tensorboard: bool = True                     # write tb/
     progress: bool = True                        # progress bars
     report: bool = True                          # a page about the last evaluation, and about that of `infer`
     deterministic: bool = False                  # the same numbers again on the same machine, at some cost on a GPU
@@ -128,7 +128,7 @@ class Config:
     # boundary score
     boundary_infer: Mode = "exact"               # in --run_mode infer
     boundary_eval: Mode = "off"                  # in the evaluations of a training
-    boundary_kwargs: BoundarySettings = field(default_factory=BoundarySettings)
+    boundary_kwargs: BoundarySettings = field(default_factory=BoundarySettings)   # how it is made (docs/boundary.md)
     # reporting
     single_task_scores: dict[str, float] = field(default_factory=dict)   # for delta_m: {semseg: 0.5, edge/odsF: 0.7}
 
