@@ -83,7 +83,7 @@ def inferred(config: Config, output: Path) -> dict:
 @pytest.mark.parametrize("run", covering_runs(), ids=lambda run: " ".join(itertools.chain(*run)))
 def test_infer_repeats_the_evaluation_of_the_training(example_root, tmp_path, run):
     config = experiment(example_root, tmp_path, "max_iter=2", "val_interval=2", "optimizer_kwargs.lr=1e-2",
-                        *itertools.chain(*run))
+                        "report=false", *itertools.chain(*run))
     train(config, resume=False)
     reported = scores(config.run_dir / "results" / "step_2.json")
     assert reported.keys() == set(config.tasks) and all(task["valid_pixels"] for task in reported.values())
@@ -94,7 +94,7 @@ def test_two_processes_report_what_one_infers(example_root, tmp_path):
     """With batch norm, whose statistics differ from process to process."""
     arguments = ["ema_decay=0.5", "test_time.flip=true", "precision=bf16", "boundary_eval=fast", "boundary_infer=fast",
                  "task_dictionary={include_semseg: true, include_depth: true, include_edge: true}", "max_iter=2",
-                 "optimizer_kwargs.lr=1e-2", "valBatch=1"]
+                 "optimizer_kwargs.lr=1e-2", "valBatch=1", "report=false"]
     config = experiment(example_root, tmp_path, *arguments)
     done = launch(["--config_exp", str(tmp_path / "watched.yml"), f"db_root={example_root}", f"out_dir={tmp_path}",
                    *arguments], processes=2)
