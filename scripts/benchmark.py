@@ -16,6 +16,7 @@ memory is the peak beyond the weights. With --against DIR the other side is anot
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -26,6 +27,7 @@ from scripts import measuring
 from scripts.command_line import Command
 from scripts.kernel_count import kernel_rows
 from scripts.side_by_side import compared_with
+from utils.batches import to_device
 from utils.distributed import pick_device
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config, load_config
@@ -127,13 +129,16 @@ def compared(entries: list[str], overrides: list[str], repeats: int, count_only:
     return measuring.markdown(table)
 
 
-def random_batch(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
-    """Noise as images, and labels of two values."""
+def random_batch(config: Config, device: torch.device) -> dict[str, Any]:
+    """Noise as images, and labels of two values; what is no map says that nothing is there."""
     size = config.output_size or config.input_size
     batch = {"image": torch.randn(config.trBatch, 3, *config.input_size, device=device)}
     for task in config.tasks:
-        shape = (config.trBatch, TASKS.load(task).label.channels, *size)
-        batch[task] = torch.randint(0, 2, shape, device=device).float()
+        rules = TASKS.load(task).label
+        if rules.is_map:
+            batch[task] = torch.randint(0, 2, (config.trBatch, rules.channels, *size), device=device).float()
+        else:
+            batch[task] = to_device(rules.collate([rules.absent(config.input_size)] * config.trBatch), device)
     return batch
 
 

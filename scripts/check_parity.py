@@ -39,28 +39,24 @@ class Row:
 
 
 def compare(root: Path, options: Options, only: str = "") -> Iterator[Row]:
-    """One row per case below `root`, then the files that nothing reads; `only` is a part of "family/case"."""
-    for folder in _folders(root):
-        used: set[Path] = set()
+    """One row per case below `root`, then the files that nothing reads; `only` is a part of "family/case".
+
+    A folder that a check reads as a whole (a small data set, prediction files) is not looked into.
+    """
+    whole: set[Path] = set()
+    for path in sorted([root, *(p for p in root.rglob("*") if p.is_dir())]):
+        if path in whole or path.parent in whole:
+            whole.add(path)
+            continue
+        folder, used = Folder(path), set()
         for family in FAMILIES:
             for check in FAMILIES.load(family)(folder):
                 used |= check.files
-                name = f"{folder.path.name}: {check.case}"
+                name = f"{path.name}: {check.case}"
                 if only in f"{family}/{name}":
                     yield from _rows(family, name, check, options)
+        whole |= folder.data_sets | {file for file in used if file.is_dir()}
         yield from _unread(folder, used, only)
-
-
-def _folders(root: Path) -> Iterator[Folder]:
-    """`root` and what lies below it, except data sets that a check reads as a whole."""
-    inside_data: set[Path] = set()
-    for path in sorted([root, *(p for p in root.rglob("*") if p.is_dir())]):
-        if path.parent in inside_data or path in inside_data:
-            inside_data.add(path)
-            continue
-        folder = Folder(path)
-        inside_data |= folder.data_sets
-        yield folder
 
 
 def _rows(family: str, case: str, check: Check, options: Options) -> Iterator[Row]:

@@ -1,12 +1,15 @@
 """3-D detection: reference numbers, targets and losses, decoding, suppression, the head on every decoder's maps."""
 
+import dataclasses
 import math
 import re
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evaluation.detection3d import rotated_nms as nms_module
@@ -14,17 +17,20 @@ from evaluation.detection3d.decoding import Limits, decode
 from evaluation.detection3d.rotated_nms import rotated_iou, rotated_nms, shared_area
 from losses.detection3d.loss import Detection3DLoss
 from losses.detection3d.options import Detection3DOptions
-from losses.detection3d.points import REGRESSION
-from losses.detection3d.targets import Grid, targets_of
+from losses.detection3d.points import REGRESSION, Grid, grid_of
+from losses.detection3d.targets import targets_of
 from losses.multi_task import images_of
 from models.blocks.deformable_conv import ModulatedDeformableConv
 from models.build import build_model
 from models.decoders import DECODERS
 from models.heads import FeatureLevels
 from models.heads.detection3d import Detection3DHead
+from scripts import bench_detection3d as bench
 from scripts.check_parity import main as check_parity
+from scripts.measuring import seconds
 from tests.shared import golden
 from tests.test_pairs import BACKBONES, REFUSED, SMALL
+from utils.batches import to_device
 from utils.boxes3d import Boxes3D, image_to_view
 from utils.options import ConfigError, parse
 
@@ -73,11 +79,31 @@ def leaves(output: dict) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_everything_agrees_with_the_original(dtype, capsys):
-    code = check_parity(["--golden", str(golden("cityscapes3d")), "--dtype", dtype, "--only", "detection3d"])
+    """Head, targets, losses, decoding, the whole model, the keys of full size; files, loader and score."""
+    code = check_parity(["--golden", str(golden("cityscapes3d")), "--dtype", dtype])
     out = capsys.readouterr().out
     assert code == 0, "\n".join(line for line in out.splitlines() if "FAIL" in line)
-    for part, cases in (("head", 2), ("keys", 1), ("targets", 6), ("losses", 4), ("decoding", 2)):
+    for part, cases in (("head", 2), ("keys", 1), ("targets", 6), ("losses", 4), ("decoding", 2), ("outputs", 1),
+                        ("training", 1), ("gradient norms", 1), ("annotations", 7), ("prediction files", 2)):
         assert len(re.findall(rf"/{part} .* pass ", out)) == cases
+    assert len(re.findall(r"metric_\w+: results .* pass ", out)) == 7 and " 0 not covered" in out
+
+
+@pytest.mark.parametrize("file, key, failing", [
+    ("head_odd.state", "cls_convs.2.conv.conv_offset.weight", ["head_odd/head"]),
+    ("loss_two_images", "gt.0.bbox_modal", ["loss_two_images/annotations", "loss_two_images/losses",
+                                            "loss_two_images/targets"]),
+    ("decode_limits", "result.0.boxes", ["decode_limits/decoding"])])
+def test_one_changed_array_fails(tmp_path, capsys, file, key, failing):
+    folder = golden("cityscapes3d")
+    for path in [*folder.glob(f"{file.partition('.')[0]}*"), folder / "annotations", folder / "predictions"]:
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, tmp_path / path.name)
+    path = tmp_path / f"{file}.safetensors"
+    path.chmod(0o600)
+    save_file({name: x * (1 + 3e-5) if name == key else x for name, x in load_file(path).items()}, path)
+    assert check_parity(["--golden", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert sorted(re.findall(r": (\S+) .*FAIL", out)) == failing, out
 
 
 # ------------------------------------------------------------ targets and losses
@@ -199,6 +225,22 @@ def test_the_surest_are_kept_and_labels_do_not_suppress_each_other():
         decode(output, [some_boxes(0)])
 
 
+def test_an_image_of_full_size_takes_little_time(capsys):
+    """Targets, decoding and suppression under 60 ms of one core, also where every point is a candidate everywhere."""
+    boxes = bench.street(30)
+    for background in (bench.UNSURE, bench.SURE):
+        output = bench.said(boxes, background)
+
+        def run(output=output):
+            grid = grid_of(output, 0, boxes.image_size[1])
+            targets_of(grid, boxes, bench.OPTIONS.ranges, bench.OPTIONS.direction_offset, 6)
+            return decode(output, [boxes])
+        assert min(seconds(run, torch.device("cpu"))[1] for _ in range(5)) < 0.06
+        found = run()[0]
+        assert len(found.scores) == (30 if background == bench.UNSURE else 200)
+    assert bench.main(["--repeats", "1"]) == 0 and "| noise | 200 | decoding" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------ suppression
 
 
@@ -302,6 +344,50 @@ def test_the_head_learns_on_every_decoder(decoder):
     # TaskPrompter's Swin gives the pyramid, with the strides of its levels; the others one map.
     finest, *_, last, _ = model.heads["det3d"].strides
     assert (finest, last) == (8, 32) if decoder == "taskprompter" else last == 8 * finest >= 64
+
+
+def test_an_image_can_be_learnt_by_heart():
+    torch.manual_seed(0)
+    head = Detection3DHead(FeatureLevels((16,), (4,), SIZE[1]), 6, dataclasses.replace(
+        OPTIONS, channels=32, class_channels=(32, 16), norm_groups=8))
+    feat, boxes, loss = torch.randn(1, 16, 16, 32), some_boxes(3), Detection3DLoss(OPTIONS, 6)
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    values = []
+    for _ in range(110):
+        optimizer.zero_grad()
+        values.append(loss(head(feat), [boxes]))
+        values[-1].backward()
+        nn.utils.clip_grad_norm_(head.parameters(), 10.0)
+        optimizer.step()
+    assert values[-1] < 0.1 * values[0]
+    [found] = decode(head(feat), [boxes], Limits(score=0.25))
+    assert found.labels.unique().tolist() == [0, 1, 2]
+    best = found.boxes[[found.labels.tolist().index(label) for label in (0, 1, 2)]]
+    assert torch.all((best[:, 2] / boxes.centers[:, 2] - 1).abs() < 0.25)
+    assert torch.all((best[:, 3:6] - boxes.sizes).abs() < 0.25)
+    assert torch.all((best[:, 6:] - boxes.angles).cos() > 0.9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_gives_the_same():
+    """Head, loss, gradients and decoding, in float64."""
+    torch.manual_seed(0)
+    head = Detection3DHead(FeatureLevels((3,) * 4, (8, 16, 32, 32), 128), 6, OPTIONS).double()
+    feats = [torch.randn(2, 3, *shape, dtype=torch.float64) for shape in SHAPES[:4]]
+    results = []
+    for device in ("cpu", "cuda"):
+        head.to(device).zero_grad()
+        boxes = [to_device(some_boxes(number, torch.float64), torch.device(device)) for number in (0, 4)]
+        output = head([feat.to(device) for feat in feats])
+        loss = Detection3DLoss(OPTIONS, 6)(output, boxes)
+        loss.backward()
+        cameras = [some_boxes(0, torch.float64)] * 2  # which stay on the host
+        found = decode(output, cameras, Limits(score=0.0))
+        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in head.parameters()),
+                        *(value.cpu() for image in found for value in image)])
+    for cpu, card in zip(*results, strict=True):
+        torch.testing.assert_close(card, cpu, rtol=1e-8, atol=1e-10)
 
 
 def test_options_are_checked():

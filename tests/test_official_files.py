@@ -22,7 +22,6 @@ from utils.engine.config import Config, config_from_dict, load_config, save_conf
 from utils.engine.official_files import ORIGINALS, translate
 from utils.options import ConfigError, parse
 
-TWO_D = "task_dictionary.include_3ddet=false"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "attn_mask", "relative_position_index")
 MLORE_PASCAL_L = {"backbone": "MLoRE_vitL", "final_embed_dim": 452, "rank_list": list(range(16, 129, 8)),
                   "spe_rank": 72, "pre_softmax": False, "task_dictionary": {"edge_w": 0.925},
@@ -40,7 +39,7 @@ IN_FOLDER = {
     "invpt__pascal_vitLp16": ("invpt_pascal", "pascal_vitLp16"),
     "taskprompter__nyud_vitLp16_taskprompter": ("taskprompter_nyud", "nyud_vitLp16_taskprompter"),
     "taskprompter__pascal_vitLp16_taskprompter": ("taskprompter_pascal", "pascal_vitLp16_taskprompter"),
-    "taskprompter__cs_swinB_taskprompter": ("taskprompter_cityscapes", "cs_swinB_taskprompter"),
+    "taskprompter__cs_swinB_taskprompter": ("taskprompter_cityscapes3d", "cs_swinB_taskprompter"),
     "mlore__nyud_vitLp16_MLoRE": ("mlore_nyud", "nyud_vitLp16_MLoRE"),
     "mlore__nyud_vitLp16_MLoRE_repara": ("mlore_nyud", "nyud_vitLp16_MLoRE"),
     "mlore__pascal_vitSp16_MLoRE": ("backbones/mlore_pascal_vit_small", "pascal_vitSp16_MLoRE"),
@@ -107,8 +106,8 @@ def written(tmp_path: Path, name: str, **changes) -> Path:
 
 
 def official(tmp_path: Path, name: str, *overrides: str) -> Config:
-    """An official file, loaded; that of Cityscapes-3D without its three-dimensional task."""
-    return load_config(written(tmp_path, name), [*overrides, *([TWO_D] if "__cs_" in name else [])])
+    """An official file, loaded."""
+    return load_config(written(tmp_path, name), overrides)
 
 
 # ------------------------------------------------------------ they run
@@ -121,7 +120,14 @@ def test_every_file_of_the_folder_is_listed_here():
 
 @cache
 def manifest(system: str) -> dict:
-    return json.loads((golden(system) / "manifest_full.json").read_text())
+    """Names -> entries. That of the 3-D model lacks the head of the detection, which another file has."""
+    entries = json.loads((golden(system) / "manifest_full.json").read_text())
+    if "cs_swinB_taskprompter" in entries:
+        entry = entries["cs_swinB_taskprompter"]
+        head = json.loads((golden("cityscapes3d") / "manifest_head.json").read_text())
+        entry["state_dict"] |= {f"heads.3ddet.{key}": shape for key, shape in head["keys"].items()}
+        entry["total_parameters"] += head["parameters"]
+    return entries
 
 
 def weights(state: dict) -> int:
@@ -153,13 +159,13 @@ def test_an_official_file_builds_the_published_model(tmp_path, name, without_val
     assert weights(ours) + weights({key: original[key] for key in dead}) + row == total
 
 
-def test_the_three_dimensional_task_says_how_to_run_the_others(tmp_path):
+def test_the_three_dimensional_task_reads_its_data_as_published(tmp_path):
     path = written(tmp_path, "taskprompter__cs_swinB_taskprompter")
-    with pytest.raises(ConfigError, match=rf"cs_swinB.*3-D detection\) is not implemented yet.* argument {TWO_D}$"):
-        load_config(path)
-    config = load_config(path, [TWO_D])
-    assert (config.tasks, config.input_size) == (("semseg", "depth"), (1024, 2048))
-    assert str(config.train_db_name) == "Cityscapes"
+    config = load_config(path)
+    assert (config.tasks, config.input_size) == (("semseg", "depth", "det3d"), (1024, 2048))
+    assert str(config.train_db_name) == "Cityscapes3DTaskPrompter" and config.det3d_kwargs.direction_offset == 0
+    assert config.loss_kwargs.loss_weights == {"semseg": 100, "depth": 1, "det3d": 1}
+    assert load_config(path, ["task_dictionary.include_3ddet=false"]).tasks == ("semseg", "depth")
 
 
 def test_arguments_and_layers_go_before_an_official_file(tmp_path, caplog):
@@ -300,7 +306,7 @@ def test_optimizers_start_from_torchs_defaults(tmp_path):
 # ------------------------------------------------------------ ours
 
 
-@pytest.mark.parametrize("name", ["bim_nyud", "bridgenet_pascal", "taskprompter_cityscapes", "mlore_nyud",
+@pytest.mark.parametrize("name", ["bim_nyud", "bridgenet_pascal", "taskprompter_cityscapes3d", "mlore_nyud",
                                   "backbones/demt_nyud_hrnet18", "example/bim_nyud"])
 def test_a_file_of_ours_passes_untouched(tmp_path, name):
     path = ROOT / "configs" / f"{name}.yml"
@@ -313,7 +319,7 @@ def test_a_file_of_ours_passes_untouched(tmp_path, name):
 
 def test_the_configuration_in_an_older_checkpoint_reads_as_it_was_meant():
     """As stored by versions that had `head`, short names of backbones, and one group of options for all optimizers."""
-    stored = load_config(ROOT / "configs" / "taskprompter_cityscapes.yml").to_dict() | {
+    stored = load_config(ROOT / "configs" / "taskprompter_cityscapes3d.yml").to_dict() | {
         "model": "TransformerNet", "backbone": "swinB", "head": "deconv", "backbone_kwargs": {}, "pretrained": False,
         "model_kwargs": {"prompt_len": 1, "chan_nheads": 1, "fea_ds_ratio": 1, "ignore_invalid_area_depth": True}}
     union = {"lr": 1e-3, "weight_decay": 0.0, "betas": [0.8, 0.9], "eps": 1e-8, "momentum": 0.9, "nesterov": False}
@@ -344,4 +350,4 @@ def test_the_command_lines_of_the_originals_are_accepted(monkeypatch, tmp_path, 
     path.write_text(yaml.safe_dump(MINIMAL), encoding="ascii")
     monkeypatch.setattr("sys.argv", ["main.py", *line.replace(" F", f" {path}").split()])
     arguments = main.parse_arguments(None, None)
-    assert main.read_config(arguments).seed == (5 if "seed" in line else 0)
+    assert load_config(arguments.config_exp, arguments.overrides).seed == (5 if "seed" in line else 0)

@@ -30,7 +30,7 @@ from models.decoders.options import DecoderOptions
 
 @dataclass(frozen=True)
 class TaskPrompterConfig(DecoderOptions):
-    """Options of the decoder and of the prompts in its backbone. All but the last two are published keys.
+    """Options of the decoder and of the prompts in its backbone. All but the last are published keys.
 
     embed_dim (ViT), level_embed_dim (Swin): E. chan_nheads: n * n; the sides of every grid must be multiples of
     n. use_ctr: cross-task reweighting, ViT only. chan_embed_dim: width of the channel branch of a Swin, a square
@@ -41,8 +41,6 @@ class TaskPrompterConfig(DecoderOptions):
     prompt_update (ViT): `linear`, as in the published models, updates the prompts by a linear map of their
     channel query; `attention`, as in the paper's text, by what they gather from the channels. Weights of one do
     not fit the other.
-    extra_prompts: prompts behind those of the tasks, without a feature of their own. The released Cityscapes
-    model needs 1, for the 3D detection that this program leaves out: patches attend to all prompts.
     """
 
     embed_dim: int = 768
@@ -56,7 +54,6 @@ class TaskPrompterConfig(DecoderOptions):
     img_ds_ratio: float = 1.0
     dd_label_map_size: tuple[int, int] | None = None
     prompt_update: Literal["linear", "attention"] = "linear"
-    extra_prompts: int = 0
 
     def __post_init__(self):
         self.require_counts("embed_dim", "final_embed_dim", "level_embed_dim")
@@ -67,9 +64,6 @@ class TaskPrompterConfig(DecoderOptions):
         self.require(0 < self.img_ds_ratio < math.inf, "img_ds_ratio", "a positive number")
         self.require(self.dd_label_map_size is None or min(self.dd_label_map_size) >= 1, "dd_label_map_size",
                      "a height and a width of at least 1")
-        self.require_counts("extra_prompts", least=0)
-        self.require(not (self.extra_prompts and self.use_ctr), "extra_prompts",
-                     "0 with use_ctr, which weighs the features of all prompts")
 
     @property
     def label_size(self) -> tuple[int, int] | None:
@@ -158,8 +152,8 @@ class TaskPrompterDecoder(Decoder):
 
     @classmethod
     def backbone_options(cls, tasks: Mapping[str, int], config: TaskPrompterConfig) -> dict[str, Any]:
-        return {"prompting": Prompting(len(tasks) + config.extra_prompts, config.num_windows, config.chan_embed_dim,
-                                       config.img_ds_ratio, config.prompt_update == "attention")}
+        return {"prompting": Prompting(len(tasks), config.num_windows, config.chan_embed_dim, config.img_ds_ratio,
+                                       config.prompt_update == "attention")}
 
     def forward(self, maps: Sequence[PromptedMap]) -> DecoderOutput:
         outputs = [self.run_level(index, level) for index, level in enumerate(maps)]

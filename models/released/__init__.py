@@ -13,7 +13,8 @@ from models.released import bridgenet, demt, invpt, mlore, mtmamba, taskdiffusio
 from models.released.kind import Released
 
 _LAST_LAYER = re.compile(r"(?:heads\.(?P<a>\w+)\.linear_pred|final_project\.(?P<b>\w+)"
-                         r"|head\.final_logits\.(?P<c>\w+)|heads\.pred_heads\.(?P<d>\w+))\.weight")
+                         r"|head\.final_logits\.(?P<c>\w+)|heads\.pred_heads\.(?P<d>\w+)"
+                         r"|heads\.(?P<e>\w+)\.conv_cls)\.weight")
 
 
 RELEASED: dict[str, Released] = {
@@ -34,9 +35,11 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
 
 
 def tasks_in(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Task -> number of output channels, in the file's order, from the weights of the last layers."""
+    """Our name of each task -> number of output channels, in the file's order, from the weights of the last layers."""
     found = ((_LAST_LAYER.fullmatch(key), value) for key, value in state.items())
-    return {match[match.lastgroup]: len(value) for match, value in found if match}
+    kind = recognise(state)
+    names = RELEASED[kind].tasks if kind else {}
+    return {names.get(match[match.lastgroup], match[match.lastgroup]): len(value) for match, value in found if match}
 
 
 def describe(state: Mapping[str, Tensor]) -> str:

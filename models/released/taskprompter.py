@@ -31,12 +31,11 @@ class ReleasedTaskPrompter(Released):
     def dead_keys(self, keys: Collection[str]) -> set[str]:
         """Those without influence on any output.
 
-        In the last block of a ViT the update of the prompts, of a Swin the buffers that follow from the sizes, and 3-D
-        detection except its prompt.
+        In the last block of a ViT the update of the prompts, of a Swin the buffers that follow from the sizes.
         """
         blocks = {int(match[1]) for key in keys if (match := re.match(r"backbone\.blocks\.(\d+)\.", key))}
         last = f"backbone.blocks.{max(blocks, default=0)}.attn.token_trans1."
-        return {key for key in keys if key.startswith(last) or ".3ddet." in key or key.endswith(DERIVED_BUFFERS)}
+        return {key for key in keys if key.startswith(last) or key.endswith(DERIVED_BUFFERS)}
 
 
 TASKPROMPTER = ReleasedTaskPrompter(("backbone.fea_decode_spa.",), (

@@ -30,6 +30,8 @@ FAMILIES = Table("family of references", {
     "demt_scores": "scripts.parity.scores:demt_checks",
     "taskprompter": "scripts.parity.taskprompter:checks",
     "detection3d": "scripts.parity.detection3d:checks",
+    "boxes3d_data": "scripts.parity.detection3d_data:checks",
+    "detection3d_all": "scripts.parity.detection3d_model:checks",
     "taskdiffusion": "scripts.parity.taskdiffusion:checks",
     "bridgenet": "scripts.parity.bridgenet:checks",
 })

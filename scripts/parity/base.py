@@ -74,7 +74,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Check:
-    """One case: the files it reads and a function that compares them with this program."""
+    """One case: the files and whole folders that it reads, and a function that compares them with this program."""
 
     case: str
     files: frozenset[Path]

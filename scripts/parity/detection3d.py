@@ -136,9 +136,9 @@ def boxes_of(config: dict, data: Tensors, image: int) -> Boxes3D:
                    torch.tensor(config["image_size"]))
 
 
-def options_of(config: dict) -> dict:
-    """Ranges as the key `det3d_kwargs` has them."""
-    scale = REFERENCE_HEIGHT / config["image_size"][0]
+def options_of(config: dict, height: int) -> dict:
+    """Ranges as the key `det3d_kwargs` has them, from those of images so high."""
+    scale = REFERENCE_HEIGHT / height
     return {"ranges": tuple(high * scale for _, high in config["regress_ranges"][:-1])}
 
 
@@ -159,8 +159,8 @@ def _targets(config: dict, data: Tensors, norms: dict, options: Options) -> Iter
     shapes = tuple(map(tuple, config["level_sizes"]))
     grid = Grid(shapes, torch.tensor(config["strides"], dtype=torch.float64))
     images = range(config["images"]) if "images_with_boxes" not in config else config["images_with_boxes"]
-    found = [targets_of(grid, boxes_of(config, data, image), options_of(config)["ranges"], 0.0, NUM_CLASSES)
-             for image in images]
+    ranges = options_of(config, config["image_size"][0])["ranges"]
+    found = [targets_of(grid, boxes_of(config, data, image), ranges, 0.0, NUM_CLASSES) for image in images]
     start, bins = 0, []
     for level, (height, width) in enumerate(shapes):
         size = height * width
@@ -194,7 +194,8 @@ def _of_level(targets: Targets, start: int, size: int) -> Targets:
 
 def _losses(config: dict, data: Tensors, norms: dict, options: Options) -> Iterator[Measure]:
     output = output_of(config, data, options)
-    loss = Detection3DLoss(Detection3DOptions(direction_offset=0.0, **options_of(config)), NUM_CLASSES)
+    settings = Detection3DOptions(direction_offset=0.0, **options_of(config, config["image_size"][0]))
+    loss = Detection3DLoss(settings, NUM_CLASSES)
     labels = [boxes_of(config, data, image) for image in range(config["images"])]
     got = {f"loss_{LOSSES.get(name, name)}": value for name, value in loss.parts(output, labels).items()}
     for name, want in config["losses"].items():

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from data import transforms
+from data import photometric, transforms
 from data.labels import VOID
 from scripts.parity.base import Arrays, Check, Folder, Measure, NotCovered, Options, absolute_error
 from utils.engine.tasks import TASKS, label_rules
@@ -82,7 +82,7 @@ def _apply(entry: dict, sample: dict) -> dict:
     if op == "photometric":
         image = sample["image"].astype(np.uint8)
         for name, value in entry["steps"]:
-            image = getattr(transforms, name)(image, value)
+            image = getattr(photometric, name)(image, value)
         return {"image": image}
     if op in ("train pipeline", "val pipeline"):
         build = transforms.train_transform if op.startswith("train") else transforms.eval_transform

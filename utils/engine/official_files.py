@@ -77,7 +77,7 @@ def translate(values: Mapping, source: str) -> dict:
     values = copy.deepcopy(dict(values))
     published = values.keys() >= REQUIRED and not values.keys() >= RESOLVED
     _translate_names(values, source)
-    _translate_detection(values, published, source)
+    _translate_detection(values, published)
     _translate_decoder_options(values, source)
     _translate_head(values, published, source)
     _translate_losses(values)
@@ -151,21 +151,20 @@ def _options(values: Mapping) -> dict:
     return options if isinstance(options, dict) else {}
 
 
-def _translate_detection(values: dict, published: bool, source: str) -> None:
-    """TaskPrompter's Cityscapes-3D: its two-dimensional tasks are those of Cityscapes at full image size."""
-    tasks, names = values.get("task_dictionary"), ("train_db_name", "val_db_name")
-    if isinstance(tasks, dict) and tasks.pop("include_3ddet", False):
-        _refuse(source, "the task 3ddet (3-D detection) is not implemented yet; the file's other tasks run with the "
-                        "argument task_dictionary.include_3ddet=false")
-    if not published or "Cityscapes3D" not in [values.get(name) for name in names]:
+def _translate_detection(values: dict, published: bool) -> None:
+    """TaskPrompter's name of 3-D detection; its program's data set and angles are those that its weights need."""
+    losses = values.get("loss_kwargs")
+    weights = losses.get("loss_weights") if isinstance(losses, dict) else None
+    for group, theirs, ours in ((values.get("task_dictionary"), "include_3ddet", "include_det3d"),
+                                (weights, "3ddet", "det3d")):
+        if isinstance(group, dict) and theirs in group:
+            group[ours] = group.pop(theirs)
+    if not published or "Cityscapes3D" not in (values["train_db_name"], values["val_db_name"]):
         return
-    for name in names:
-        if values.get(name) == "Cityscapes3D":
-            values[name] = "Cityscapes"
-    values.setdefault("image_size", [1024, 2048])
-    if _original(values) == "TaskPrompter":     # the prompt of the detection, which the released weights have
-        _group(values, "model_kwargs").setdefault("extra_prompts", 1)
-    _group(_group(values, "loss_kwargs"), "loss_weights").pop("3ddet", None)
+    for name in ("train_db_name", "val_db_name"):
+        if values[name] == "Cityscapes3D":
+            values[name] = "Cityscapes3DTaskPrompter"
+    _group(values, "det3d_kwargs").setdefault("direction_offset", 0)
 
 
 def _translate_decoder_options(values: dict, source: str) -> None:
