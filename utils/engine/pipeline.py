@@ -7,18 +7,18 @@ about as long as its slowest step. What is under way is bounded, by number and b
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Read = TypeVar("Read")
 Result = TypeVar("Result")
 
 
-class Done(NamedTuple, Generic[Item, Result]):
+class Done(NamedTuple):
     """An item and what became of it: its result, or the error that kept it from being read."""
 
-    item: Item
-    result: Result | None
+    item: Any
+    result: Any
     error: Exception | None
 
 
@@ -31,7 +31,7 @@ class _Started(NamedTuple):
 def pipelined(items: Iterable[Item], read: Callable[[Item], Read], compute: Callable[[Sequence[Read]], Sequence[Any]],
               finish: Callable[[Item, Read, Any], Result], *, batch: int = 1, workers: int = 1,
               cost: Callable[[Item], float] = lambda item: 1, most: float = float("inf"),
-              ) -> Iterator[Done[Item, Result]]:
+              ) -> Iterator[Done]:
     """`finish(item, x, y)` of every item in their order, where x is `read(item)` and y what `compute` makes of it.
 
     read, finish: run by `workers` threads, for several items at a time. compute: in the caller's thread, a list of at
