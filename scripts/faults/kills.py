@@ -1,6 +1,7 @@
 """kill -9 at random instants: nothing may be lost but what was not saved, and the end must be that of a quiet run.
 
     python scripts/faults/kills.py --kills 200
+    python scripts/faults/kills.py --kills 200 --parallel fsdp      # each process holds a part of the model
 
 A run of two processes with shuffling, augmentation, workers, stochastic depth and a moving average is killed and
 resumed until it is done, over and over. A third of the kills comes inside a save, at a random one of its calls to the
@@ -59,10 +60,10 @@ def in_a_save(calls: int, writing: bool) -> Callable[[int], None]:
     return trap
 
 
-def disturbed(stage: Stage, name: str, rng: random.Random, quiet_s: float, kills: int) -> tuple[Counter, list[str]]:
+def disturbed(stage: Stage, command: list[str], run_dir: Path, rng: random.Random, quiet_s: float,
+              kills: int) -> tuple[Counter, list[str]]:
     """Runs to the end through at most so many kills; what happened, and what was wrong."""
-    counts, wrong, run_dir = Counter(), [], stage.run_dir(name)
-    command = stage.experiment(name)
+    counts, wrong = Counter(), []
     while True:
         inside = rng.random() < 1 / 3
         kill = counts["kills"] < kills
@@ -99,26 +100,26 @@ def disturbed(stage: Stage, name: str, rng: random.Random, quiet_s: float, kills
             return counts, wrong
 
 
-def campaign(kills: int, seed: int) -> int:
+def campaign(kills: int, seed: int, parallel: str) -> int:
     """Prints a line for every run that was disturbed until it was done, and the sum of all."""
     rng, total, wrong = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory() as name:
         stage = Stage(Path(name))
         start = time.monotonic()
-        quiet = stage.start(stage.experiment("quiet"), RANKS)
+        quiet = stage.start(stage.experiment("quiet", parallel=parallel), RANKS)
         if not quiet.wait(LIMIT_S) or set(quiet.codes.values()) != {0}:
             raise ValueError(f"the undisturbed run failed: {quiet.text()[-2000:]}")
         quiet_s, runs = time.monotonic() - start, 0
         while total["kills"] < kills and not wrong:
             runs += 1
-            counts, wrong = disturbed(stage, "disturbed", rng, quiet_s, min(8, kills - total["kills"]))
-            wrong += [] if wrong else [f"differs: {part}" for part in differences(stage.run_dir("disturbed"),
-                                                                                  stage.run_dir("quiet"))]
+            command, run_dir = stage.experiment("disturbed", parallel=parallel), stage.run_dir("disturbed")
+            counts, wrong = disturbed(stage, command, run_dir, rng, quiet_s, min(8, kills - total["kills"]))
+            wrong += [] if wrong else [f"differs: {part}" for part in differences(run_dir, stage.run_dir("quiet"))]
             lost = max(total["most steps lost"], counts["most steps lost"])
             total += counts
             total["most steps lost"] = lost
             print(f"run {runs}: {dict(counts)}{'; WRONG' if wrong else ''}", flush=True)
-            shutil.rmtree(stage.run_dir("disturbed"))
+            shutil.rmtree(run_dir)
     for words in wrong:
         print(words)
     print(f"{runs} runs of {RANKS} processes: {dict(total)}; equal to the undisturbed run bit for bit: "
@@ -129,6 +130,7 @@ def campaign(kills: int, seed: int) -> int:
 main = Command(__doc__, campaign, {
     "--kills": dict(type=int, default=200, help="how many"),
     "--seed": dict(type=int, default=0, help="of the instants"),
+    "--parallel": dict(default="ddp", choices=("ddp", "fsdp"), help="how the model is spread"),
 })
 
 if __name__ == "__main__":
