@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.command_line import Command
-from scripts.faults.runs import Stage, differences, in_group, last_step
+from scripts.faults.runs import Stage, differences, last_step, of_experiment
 
 ROOT, RANKS, KILLS, LIMIT_S = Path(__file__).resolve().parents[2], 2, 3, 600.0
 
@@ -49,9 +49,9 @@ def disturbed(stage: Stage, rng: random.Random) -> list[str]:
             while agent.poll() is None and set(children(agent.pid)) & set(ranks):
                 time.sleep(0.1)
         time.sleep(0.02)
-    left = in_group(agent.pid)
-    if left:
-        os.killpg(agent.pid, signal.SIGKILL)
+    left = of_experiment(command[-1])
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
     if agent.wait(10) != 0 or left or steps:
         return [f"exit code {agent.returncode}, {len(left)} processes left, {len(steps)} kills not made: "
                 + log.read_text(encoding="utf-8")[-3000:]]

@@ -157,14 +157,24 @@ def _main(command: list[str], trap: Callable[[int], None] | None, rank: int) -> 
 
 def in_group(group: int) -> list[int]:
     """Processes of a group, zombies left out."""
+    return _processes("stat", lambda text: int(text.rpartition(")")[2].split()[2]) == group)
+
+
+def of_experiment(path: str) -> list[int]:
+    """Processes that were started with this file, and their workers: torchrun gives each rank a group of its own."""
+    return _processes("cmdline", lambda text: path in text.split("\0"))
+
+
+def _processes(about: str, wanted: Callable[[str], bool]) -> list[int]:
+    """Those of which this file in /proc is as wanted, zombies left out."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = path.read_text().rpartition(")")[2].split()
+            state = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            if state not in "ZX" and wanted((folder / about).read_text(errors="replace")):
+                found.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(fields[2]) == group and fields[0] not in "ZX":
-            found.append(int(path.parent.name))
     return found
 
 

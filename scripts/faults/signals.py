@@ -7,6 +7,7 @@ After each signal: all processes have ended within ten seconds, with exit code 7
 own, never 0), none is left, and last.pt is whole and holds the last step that was told of. Exit code 1 where not.
 """
 
+import contextlib
 import itertools
 import os
 import random
@@ -15,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.command_line import Command
-from scripts.faults.runs import Processes, Stage, checkpoint, in_group, last_step
+from scripts.faults.runs import Processes, Stage, checkpoint, in_group, last_step, of_experiment
 from utils.engine.manifest import newest_whole
 from utils.exits import CONTINUE
 
@@ -56,6 +57,10 @@ def hit(stage: Stage, rng: random.Random, number: str, target: str, phase: str, 
         path.unlink() if path.is_file() else path.rmdir()
     run = _under_an_agent(stage, command, ranks) if target == "agent" else stage.start(command, ranks)
     group = run.pid if isinstance(run, subprocess.Popen) else run.pids[0]
+
+    def there() -> list[int]:
+        return of_experiment(command[-1]) if target == "agent" else in_group(group)
+
     try:
         _wait_for_step(run_dir, BEGINS_AT[phase], run)
         time.sleep(rng.uniform(0, 0.4))
@@ -64,17 +69,19 @@ def hit(stage: Stage, rng: random.Random, number: str, target: str, phase: str, 
             os.killpg(group, getattr(signal, number))
         else:
             os.kill(run.pid if target == "agent" else rng.choice(run.pids), getattr(signal, number))
-        wrong = _judge(run, run_dir, group, target, start)
+        wrong = _judge(run, run_dir, there, target, start)
     finally:
-        if in_group(group):
-            os.killpg(group, signal.SIGKILL)
+        for pid in there():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         run.wait(30)
     return wrong
 
 
-def _judge(run: Processes | subprocess.Popen, run_dir: Path, group: int, target: str, start: float) -> list[str]:
+def _judge(run: Processes | subprocess.Popen, run_dir: Path, there: Callable[[], list[int]], target: str,
+           start: float) -> list[str]:
     wrong, told = [], False
-    while in_group(group) and time.monotonic() - start < WITHIN_S + 5:
+    while there() and time.monotonic() - start < WITHIN_S + 5:
         over = run.poll()
         if target == "process" and run.codes and not over and not told:
             told = True                     # a launcher ends the others once one has gone
@@ -82,9 +89,9 @@ def _judge(run: Processes | subprocess.Popen, run_dir: Path, group: int, target:
             run.kill(signal.SIGTERM)
         time.sleep(0.02)
     took = time.monotonic() - start
-    if not in_group(group):
+    if not there():
         run.wait(5)
-    if left := in_group(group):
+    if left := there():
         wrong.append(f"{len(left)} processes left")
     if took > WITHIN_S:
         wrong.append("too slow")
