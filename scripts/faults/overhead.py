@@ -3,9 +3,9 @@
     python scripts/faults/overhead.py --config_exp configs/example/bim_nyud.yml --minutes 10 --mebibytes 512
 
 A run of this experiment, on made data and a CPU, takes so many minutes; what its keeper, guard and watchdog do is
-summed up while it goes on, in processor time, so that other programs on the machine do not count, and compared with
-that of the whole process. Then a checkpoint of the given size: it stops the training while the state is copied to the
-host; a thread writes it. Then, of two processes, what an agreement adds to an update.
+summed up while it goes on, in processor time, so that other programs on the machine do not count: of an update compared
+with the whole update, of a checkpoint with a minute. Then a checkpoint of the given size: it stops the training while
+the state is copied to the host; a thread writes it. Then, of two processes, what an agreement adds to an update.
 """
 
 import os
@@ -49,23 +49,38 @@ def of_a_checkpoint(mebibytes: int, folder: Path) -> None:
 
 
 class Meter:
-    """Sums up the processor time of methods, each in the thread that calls it. The threads must not call each other."""
+    """Sums up the processor time of methods, each call in the thread that makes it."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}
+        self.times: dict[str, list[float]] = {}
 
     def watch(self, owner: type, name: str, part: str) -> None:
         """Replaces a method by one that is measured."""
-        method, total = getattr(owner, name), self.sums.setdefault(part, [])
+        method, times = getattr(owner, name), self.times.setdefault(part, [])
 
         def measured(*arguments: object, **options: object) -> object:
             start = time.thread_time()
             try:
                 return method(*arguments, **options)
             finally:
-                total.append(time.thread_time() - start)
+                times.append(time.thread_time() - start)
 
         setattr(owner, name, measured)
+
+    def table(self, used: float) -> str:
+        """used: seconds of processor time of the whole run. Of checkpoints one a minute counts, of an own core."""
+        total = {part: sum(times) for part, times in self.times.items()}
+        updates, saves = len(self.times["guard"]), len(self.times["writing"])
+        update, rows = used / updates, []
+        for part, seconds in (("keeper", total["keeper"] - total["copying"]), ("guard", total["guard"]),
+                              ("watchdog", total["watchdog"])):
+            rows.append((f"{part}, of an update", 1000 * seconds / updates, 100 * seconds / updates / update))
+        for part in ("copying", "writing"):
+            rows.append((f"{part} a checkpoint", 1000 * total[part] / saves, 100 * total[part] / saves / 60))
+        rows.append(("all of it", 0, sum(share for _, _, share in rows)))
+        return "\n".join([f"{updates} updates of {1000 * update:.1f} ms of processor time, {saves} checkpoints\n",
+                          "| part | ms | % |", "| --- | --- | --- |",
+                          *(f"| {part} | {f'{ms:.3f}' if ms else ''} | {share:.3f} |" for part, ms, share in rows)])
 
 
 def in_a_run(config_exp: str, overrides: Sequence[str], minutes: float, stage: Stage) -> None:
@@ -75,9 +90,8 @@ def in_a_run(config_exp: str, overrides: Sequence[str], minutes: float, stage: S
         from utils.engine.keeper import Keeper
         from utils.engine.watchdog import Watchdog
         meter, start = Meter(), 0.0
-        copying, writing = "of these, copying a checkpoint", "writing it, in a thread"
         for owner, name, part in ((Keeper, "begin_update", "keeper"), (Keeper, "end_update", "keeper"),
-                                  (Saver, "save", copying), (Saver, "_write", writing), (Guard, "check", "guard"),
+                                  (Saver, "save", "copying"), (Saver, "_write", "writing"), (Guard, "check", "guard"),
                                   (Watchdog, "beat", "watchdog")):
             meter.watch(owner, name, part)
         begin, leave = Keeper.begin_update, Keeper.leave
@@ -88,13 +102,7 @@ def in_a_run(config_exp: str, overrides: Sequence[str], minutes: float, stage: S
             begin(keeper)
 
         def report(keeper: Keeper) -> None:
-            used = time.process_time() - start
-            updates = len(meter.sums["guard"])
-            print(f"{updates} updates, {1000 * used / updates:.1f} ms of processor time each\n\n"
-                  "| part | calls | ms per call | of the run, % |\n| --- | --- | --- | --- |")
-            for part, times in meter.sums.items():
-                print(f"| {part} | {len(times)} | {1000 * sum(times) / max(1, len(times)):.3f} | "
-                      f"{100 * sum(times) / used:.3f} |")
+            print(meter.table(time.process_time() - start))
             leave(keeper)
 
         Keeper.begin_update, Keeper.leave = begin_update, report
