@@ -1,12 +1,14 @@
 """A short form of the campaigns in scripts/faults: real processes, really hit."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 
 from scripts.faults import damage, signals
 from scripts.faults.kills import in_a_save
-from scripts.faults.runs import Stage, differences, last_step
+from scripts.faults.runs import Stage, differences, in_group, last_step, of_experiment
 from utils.engine.manifest import newest_whole
 
 SHORT = {"max_iter": 9, "val_interval": 4, "save_interval": {"steps": 3, "minutes": 0}, "checkpoint_interval": 0}
@@ -41,6 +43,19 @@ def test_a_signal_saves(stage, monkeypatch, number, target, phase, workers, rank
     monkeypatch.setattr(signals, "WITHIN_S", 60)      # the campaign's 10 s are for a machine that does nothing else
     *wrong, took = signals.hit(stage, random.Random(0), number, target, phase, workers, ranks)
     assert wrong == [], took
+
+
+def test_processes_of_an_experiment_are_found_and_no_others(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path / "a.yml")]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            while process.pid not in of_experiment(command[-1]):
+                assert process.poll() is None
+            assert of_experiment(command[-1]) == [process.pid] and in_group(process.pid) == [process.pid]
+            assert of_experiment(str(tmp_path / "b.yml")) == []
+        finally:
+            process.kill()
+    assert of_experiment(command[-1]) == []
 
 
 def test_another_number_of_processes_goes_on_with_the_same_images(stage, quiet):
