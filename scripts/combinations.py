@@ -30,7 +30,7 @@ from models.necks import NECKS
 from scripts.benchmark import Step
 from scripts.command_line import Command
 from scripts.measuring import Row, markdown
-from utils.engine.arguments import FLAGS, NEEDED
+from utils.engine.arguments import FLAGS, MODES
 from utils.engine.config import load_config
 from utils.engine.tasks import TASKS, label_kinds
 
@@ -125,11 +125,11 @@ def _label(label: LabelSpec | None) -> str:
 
 def modes() -> list[Row]:
     """A row per argument of the command line, run modes in columns."""
-    rows = [{"argument": f"`{flag}`"} | {f"`{mode}`": _yes(mode in readers) for mode in NEEDED}
+    rows = [{"argument": f"`{flag}`"} | {f"`{mode}`": _yes(mode in readers) for mode in MODES}
             for flag, (readers, _) in FLAGS.items()]
     rows.append({"argument": "`key=value` that says how a network is trained"}
-                | {f"`{mode}`": _yes(mode == "train") for mode in NEEDED})
-    rows.append({"argument": "`key=value` of all else"} | {f"`{mode}`": "yes" for mode in NEEDED})
+                | {f"`{mode}`": _yes(mode == "train") for mode in MODES})
+    rows.append({"argument": "`key=value` of all else"} | {f"`{mode}`": "yes" for mode in MODES})
     return rows
 
 
