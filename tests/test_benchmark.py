@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from scripts.benchmark import main
+from scripts.benchmark import main, random_batch
 from scripts.side_by_side import compared_with
 from tests.conftest import TINY
 from tests.shared import ROOT
@@ -24,6 +25,13 @@ def test_parameters_and_multiply_adds(name, parameters, gmacs, encoder_gmacs):
     assert rows["parameters, total"] == f"{parameters:,}"
     assert float(rows["GMACs, total"]) == pytest.approx(gmacs, abs=0.15)
     assert float(rows["GMACs, encoder"]) == pytest.approx(encoder_gmacs, abs=0.15)
+
+
+def test_labels_that_are_no_maps_say_that_nothing_is_there():
+    config = load_config(ROOT / "configs" / "example" / "bim_cityscapes3d.yml", ["trBatch=2"])
+    batch = random_batch(config, torch.device("cpu"))
+    assert [len(boxes.labels) for boxes in batch["det3d"]] == [0, 0]
+    assert batch["det3d"][0].image_size.tolist() == [128, 256] and batch["semseg"].shape == (2, 1, 128, 256)
 
 
 def test_a_checkout_beside_itself():
