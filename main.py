@@ -31,7 +31,11 @@ def run(args: argparse.Namespace) -> None:
         checkpoint = find_checkpoint(args.trained_model)
         config = own_config(checkpoint, args.overrides) if args.config_exp is None else config
         output = args.output or output_of(args.trained_model, checkpoint, args.run_mode)
-        if args.run_mode == "infer":
+        if args.run_mode == "export":
+            from utils.engine.exports import EXPORTS
+            from utils.engine.exports.job import Job
+            EXPORTS.load(args.format)(Job(config, checkpoint, args.dynamic or "none", output))
+        elif args.run_mode == "infer":
             infer(config, checkpoint, output, args.split or "test")
         else:
             predict(config, checkpoint, args.input, output, args.overwrite)

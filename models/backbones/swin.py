@@ -147,7 +147,7 @@ class SwinBackbone(nn.Module):
             tokens = layer(tokens)  # the next merging sees these, not the normalised ones; behind `fan_out` (1 + T) B
             normed = getattr(self, f"norm{stage}")(tokens)
             maps.append(rearrange(normed, "b h w c -> b c h w"))  # channels last in memory
-            tokens = tokens[:len(image)]
+            tokens = tokens[:image.shape[0]]
         if not self.tasks:
             return maps
         of_tasks = [feat.unflatten(0, (1 + len(self.tasks), -1))[1:] for feat in maps]

@@ -41,7 +41,8 @@ def lite_head(in_channels: int, hidden_channels: int, num_outputs: int, activati
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Mixed precision off on the tensor's device. The meta device, which has only shapes, knows no autocast."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    on = not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+    return torch.autocast(tensor.device.type, enabled=False) if on else nullcontext()
 
 
 class ChannelLayerNorm(nn.LayerNorm):

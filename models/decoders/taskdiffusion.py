@@ -11,6 +11,7 @@ and a step's update goes one step further than the next step is told.
 Axes: B batch, T tasks, C `final_embed_dim`, M channels of the latent, h w grid of the ViT, S steps.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -275,10 +276,7 @@ class TaskDiffusionDecoder(Decoder):
 
     def update(self, latent: Tensor, predicted: Tensor, step: int) -> Tensor:
         """The latent behind a step, from the one before it and the code of what was predicted."""
-        steps = self.config.timesteps
-        times = torch.tensor([1 - step / steps, max(1 - (step + 1 + LOOK_AHEAD) / steps, 0)], dtype=torch.float64,
-                             device="cpu")
-        (alpha, next_alpha), (sigma, next_sigma) = (x.tolist() for x in signal_and_noise(log_snr(times)))
+        (alpha, next_alpha), (sigma, next_sigma) = _factors(step, self.config.timesteps)
         noise = (latent - alpha * predicted) / max(sigma, 1e-8)
         return next_alpha * predicted + next_sigma * noise
 
@@ -292,3 +290,11 @@ class TaskDiffusionDecoder(Decoder):
     def make_head(self, num_outputs: int) -> nn.Module:
         """Nothing: predictions are made inside, since they are coded again between the steps."""
         return nn.Identity()
+
+
+@functools.cache
+def _factors(step: int, steps: int) -> list[list[float]]:
+    """Of the signal, and of the noise, at a step and at the time of the next one. Plain numbers: never traced."""
+    times = torch.tensor([1 - step / steps, max(1 - (step + 1 + LOOK_AHEAD) / steps, 0)], dtype=torch.float64,
+                         device="cpu")
+    return [factors.tolist() for factors in signal_and_noise(log_snr(times))]

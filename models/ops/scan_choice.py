@@ -8,7 +8,8 @@ where it is not the first of these, training and inference are slower than they 
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ class ScanBackend:
 
 
 _configured = "auto"
+_forced: ScanBackend | None = None  # of an export, whatever is asked for
 _logged: set[tuple[str, str]] = set()
 _loaded: dict[str, ScanBackend] = {}  # torch.compile can follow a look-up here, but not the import behind the table
 
@@ -66,8 +68,21 @@ def set_scan_backend(name: str) -> None:
     _configured = _known(name, "set_scan_backend")
 
 
+@contextmanager
+def scans_as(backend: ScanBackend) -> Iterator[None]:
+    """Inside, every scan runs so, whatever is asked for: for exports, which need operators that others know."""
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def choose_backend(needs: ScanNeeds, argument: str) -> tuple[str, ScanBackend]:
     """The backend of such a call and its name. ValueError on an unknown name, and where one cannot run."""
+    if _forced is not None:
+        return "forced", _forced
     name = _choose(*needs, argument)
     return name, _loaded[name]
 

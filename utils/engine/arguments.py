@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 from utils import exits
+from utils.engine.exports import DYNAMIC, EXPORTS
 from utils.logging import say
 
 # What neither `infer` nor `predict` reads of an experiment: how a network is trained.
@@ -37,6 +38,8 @@ MODES = {
                   "python main.py --run_mode infer --trained_model runs/bim_nyud/best.pt"),
     "predict": Mode("see what a checkpoint says of your pictures and videos", ("trained_model", "input"),
                     "python main.py --run_mode predict --trained_model runs/bim_nyud --input photo.jpg film.mp4"),
+    "export": Mode("write a checkpoint's network for other programs, and check it", ("trained_model", "format"),
+                   "python main.py --run_mode export --trained_model runs/bim_nyud --format onnx"),
 }
 FIRST_STEPS = """\
 Three commands to try, one after the other (minutes on two cores; the first draws rooms and streets with exact labels):
@@ -54,15 +57,17 @@ FLAGS = {       # flag -> (run modes that read it, options of argparse's add_arg
     "--dry_run": (("train",), dict(action="store_true", help="rehearse everything once and say what it needs")),
     "--skip_data_check": (("train",), dict(action="store_true", help="start without reading every file first; a "
                                            "damaged one then ends the run when it is met")),
-    "--trained_model": (("infer", "predict"), dict(metavar="CKPT", help="a checkpoint, the folder of a run, or a "
-                                                   "name on the Hugging Face Hub")),
-    "--output": (("infer", "predict"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
+    "--trained_model": (("infer", "predict", "export"), dict(
+        metavar="CKPT", help="a checkpoint, the folder of a run, or a name on the Hugging Face Hub")),
+    "--output": (("infer", "predict", "export"), dict(type=Path, metavar="DIR", help="where to write; default: by the "
                                                                            "checkpoint")),
     "--split": (("infer",), dict(choices=("test", "held_out"), help="which images; held_out: those of val_from_train, "
                                  "by which the training selected (default: test)")),
     "--input": (("predict",), dict(nargs="+", metavar="PATH", help="images, videos, folders, patterns, lists (.txt), "
                                                                    "camera:0")),
     "--overwrite": (("predict",), dict(action="store_true", help="make anew what is there already")),
+    "--format": (("export",), dict(choices=tuple(EXPORTS), help="the kind of file")),
+    "--dynamic": (("export",), dict(choices=DYNAMIC, help="what of the input stays open (default: none)")),
 }
 
 

@@ -108,6 +108,13 @@ def trained_model(config: Config, path: Path, device: torch.device) -> tuple[Mul
 
     Beside it, how these weights were chosen (`selection`).
     """
+    model, chosen = loaded_model(config, path)
+    _lay_out(model.to(device), config)
+    return model.prepare_for_inference(), chosen
+
+
+def loaded_model(config: Config, path: Path) -> tuple[MultiTaskModel, str]:
+    """As `trained_model`, on the CPU, adapters merged, nothing else done to it."""
     checkpoint, model = read_checkpoint(path), model_from_config(config)
     if config.lora.rank:
         checkpoint = begin(model, config, resumed=True).completed(checkpoint, model, path)
@@ -116,8 +123,7 @@ def trained_model(config: Config, path: Path, device: torch.device) -> tuple[Mul
     load_model(model, weights_of(checkpoint, config.test_time.ema), path, file_config=checkpoint.get("config"),
                yaml_config=config.to_dict())
     merge_adapters(model)
-    _lay_out(model.to(device), config)
-    return model.prepare_for_inference(), selection.of_checkpoint(path, checkpoint)
+    return model, selection.of_checkpoint(path, checkpoint)
 
 
 def build_split(config: Config, split: str) -> MultiTaskDataset | MixedDataset:

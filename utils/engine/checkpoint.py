@@ -6,6 +6,7 @@ complete under its final name or it is not there at all. Every read uses `weight
 run code.
 """
 
+import json
 import logging
 import pickle
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from utils.seals import check_whole, save_sealed
 from utils.sharded import parted_like
 
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
+ABOUT = "mtdp"              # in the header of a safetensors file: JSON with "config" and "selection"
 PLAIN_TYPES = (int, float, str, bool, type(None), torch.Size)
 # Files of Lightning 1.x name a callback by its class; an empty class stands for it, so none of its code is run.
 LIGHTNING_CLASSES = [(type("Unread", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
@@ -107,7 +109,7 @@ def read_file(path: Path) -> Any:
     check_whole(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _read_safetensors(path)
         with torch.serialization.safe_globals(LIGHTNING_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -118,6 +120,13 @@ def read_file(path: Path) -> Any:
                          "weights_only=False)['model']}, new_path)") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(damaged(path)) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors; in a file of ours together with what its header says of them."""
+    with safe_open(path, "pt") as file:
+        about = (file.metadata() or {}).get(ABOUT)
+    return load_file(path) if about is None else {"model": load_file(path), **json.loads(about)}
 
 
 def find_weights(content: Any, path: Path) -> dict[str, Tensor]:

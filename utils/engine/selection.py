@@ -25,6 +25,8 @@ def of_update(step: int, total_steps: int) -> str:
 
 def of_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> str:
     """Of a checkpoint of this program, by its name and its configuration; of any other it is not known."""
+    if "selection" in checkpoint:               # of an exported file
+        return checkpoint["selection"]
     if "averaged" in checkpoint:
         return f"mean of {len(checkpoint['averaged'])} checkpoints"
     config = checkpoint.get("config")

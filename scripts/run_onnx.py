@@ -1,0 +1,117 @@
+"""Predicts with an exported ONNX file; needs onnxruntime and NumPy, and nothing of this program.
+
+    python scripts/run_onnx.py model.onnx photo.png --output predictions
+
+Reads .npy arrays (H, W, 3) uint8 and binary .ppm by itself, and whatever Pillow reads where that is installed. Writes
+one <task>.npy per task at the picture's own size: classes as numbers, depth in its unit, unit vectors, probabilities.
+The picture is scaled to fit the network's input, its aspect ratio kept; predictions are scaled back by taking the
+nearest pixel.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+GREY = 255 * np.array([0.485, 0.456, 0.406], dtype=np.float32)         # what networks see as nothing
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB."""
+    if path.suffix == ".npy":
+        image = np.load(path)
+    elif path.read_bytes()[:2] == b"P6":
+        image = read_ppm(path.read_bytes())
+    else:
+        try:
+            from PIL import Image
+        except ImportError:
+            sys.exit(f"{path}: without Pillow only .npy and .ppm can be read (pip install pillow)")
+        image = np.asarray(Image.open(path).convert("RGB"))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        sys.exit(f"{path} must hold (H, W, 3) uint8, got {image.shape} {image.dtype}")
+    return image
+
+
+def read_ppm(data: bytes) -> np.ndarray:
+    """A binary PPM of 8 bits, without comments."""
+    fields, start = data.split(maxsplit=4)[:4], 0
+    for field in fields:
+        start = data.index(field, start) + len(field)
+    width, height, largest = map(int, fields[1:])
+    if largest != 255:
+        sys.exit(f"a .ppm must have 8 bits, this one counts to {largest}")
+    return np.frombuffer(data, np.uint8, height * width * 3, start + 1).reshape(height, width, 3)
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear, pixel centres aligned, each output pixel the mean of those it covers: (H, W, 3) -> float32."""
+    for axis, size in ((0, height), (1, width)):
+        image = np.moveaxis(np.tensordot(weights(image.shape[axis], size), image, axes=(1, axis)), 0, axis)
+    return image
+
+
+def weights(old: int, new: int) -> np.ndarray:
+    """(new, old): a triangle over the old pixels around each new one, as wide as it is large."""
+    scale = old / new
+    centres = (np.arange(new) + 0.5) * scale - 0.5
+    found = np.clip(1 - np.abs(centres[:, None] - np.arange(old)) / max(scale, 1), 0, None)
+    return (found / found.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def predict(session: onnxruntime.InferenceSession, about: dict, image: np.ndarray) -> dict[str, np.ndarray]:
+    """task -> (H, W) or (H, W, C) at the picture's size."""
+    frame = (about["input"]["height"], about["input"]["width"])
+    scale = min(frame[0] / image.shape[0], frame[1] / image.shape[1])
+    height = min(frame[0], max(1, round(image.shape[0] * scale)))
+    width = min(frame[1], max(1, round(image.shape[1] * scale)))
+    top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
+    padded = np.broadcast_to(GREY, (*frame, 3)).copy()
+    padded[top:top + height, left:left + width] = resized(image, height, width)
+    tasks = list(about["tasks"])
+    outputs = session.run(tasks, {about["input"]["name"]: padded.transpose(2, 0, 1)[None]})
+    rows = np.minimum((np.arange(image.shape[0]) + 0.5) * height / image.shape[0], height - 1).astype(int)
+    columns = np.minimum((np.arange(image.shape[1]) + 0.5) * width / image.shape[1], width - 1).astype(int)
+    found = {}
+    for task, output in zip(tasks, outputs, strict=True):
+        whole = output[0].transpose(1, 2, 0)                            # (h, w, C), of labels of any size
+        y = (top + rows) * whole.shape[0] // frame[0]
+        x = (left + columns) * whole.shape[1] // frame[1]
+        found[task] = whole[y][:, x].squeeze()
+    return found
+
+
+def main() -> None:
+    """Writes the predictions and says what they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("predictions"))
+    args = parser.parse_args()
+    for path in (args.model, args.picture):
+        if not path.is_file():
+            sys.exit(f"no file {path}")
+    session = onnxruntime.InferenceSession(str(args.model), providers=["CPUExecutionProvider"])
+    stored = session.get_modelmeta().custom_metadata_map.get("mtdp")
+    if stored is None:
+        sys.exit(f"{args.model} was not written by --run_mode export --format onnx")
+    about = json.loads(stored)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for task, prediction in predict(session, about, read_picture(args.picture)).items():
+        np.save(args.output / f"{task}.npy", prediction)
+        classes = about["tasks"][task]["classes"]
+        if classes:
+            numbers, counts = np.unique(prediction, return_counts=True)
+            largest = sorted(zip(counts, numbers, strict=True), reverse=True)[:3]
+            said = ", ".join(f"{classes[int(number)]} {100 * count / prediction.size:.0f} %"
+                             for count, number in largest)
+        else:
+            said = f"{prediction.min():.3g} to {prediction.max():.3g} {about['tasks'][task]['unit']}"
+        print(f"{args.output / task}.npy: {said}")
+
+
+if __name__ == "__main__":
+    main()

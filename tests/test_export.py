@@ -1,0 +1,210 @@
+"""Exported files: what they hold equals PyTorch, they say what they are, and what cannot be exported says why."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from models import load_model
+from models.ops.routes import Route, four_routes
+from models.ops.scan_args import ScanArgs
+from models.ops.scan_reference import reference_scan
+from models.ops.scan_standard import standard_scan
+from scripts.check_export import checkpoint_of
+from tests.shared import ROOT
+from tests.watched_run import experiment
+from utils.engine.build import model_from_config, trained_model
+from utils.engine.checkpoint import save_checkpoint
+from utils.engine.exports import EXPORTS
+from utils.engine.exports.job import Deployed, Job, check
+from utils.engine.first_weights import begin
+from utils.engine.hub import push_to_hub, save_pretrained
+from utils.engine.stored_model import own_config
+
+
+@pytest.fixture(scope="module")
+def fcn(tmp_path_factory):
+    """A small FCN's checkpoint."""
+    return checkpoint_of("fcn", (64, 96), tmp_path_factory.mktemp("fcn"))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(fcn):
+    """The same as ONNX for any number of images."""
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    [path] = EXPORTS.load("onnx")(Job(own_config(fcn), fcn, "batch", fcn.parent / "onnx"))
+    return path
+
+
+def export(format, checkpoint, folder, dynamic="none"):
+    return EXPORTS.load(format)(Job(own_config(checkpoint), checkpoint, dynamic, folder))
+
+
+# ------------------------------------------------------------ scans
+
+
+@pytest.mark.parametrize("routes, groups", [(four_routes(3, 4) * 2, 2),
+                                            ((Route(6, 2, True), Route(6, 2, True, True)), 1)])
+def test_the_standard_scan_is_the_reference(routes, groups):
+    torch.manual_seed(0)
+    K, E, N, P = len(routes), 5, 3, 12
+    u, delta, B, C = (torch.randn(2, P, *shape) for shape in ((groups, E), (K, E), (K, N), (K, N)))
+    args = ScanArgs(u, delta, -torch.rand(K, E, N), B, C, torch.randn(K, E), torch.randn(K, E), None, routes, True)
+    with torch.no_grad():
+        for ours, theirs in zip(standard_scan(args), reference_scan(args), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+class Scan(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rates", -torch.rand(4, 3, 2))
+        self.register_buffer("skip", torch.randn(4, 3))
+
+    def args(self, u, delta, B, C):
+        return ScanArgs(u, delta, self.rates, B, C, self.skip, None, None, four_routes(3, 4), True)
+
+    def forward(self, *inputs):
+        return standard_scan(self.args(*inputs))
+
+
+def test_a_scan_in_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    torch.manual_seed(0)
+    scan = Scan()
+    inputs = [torch.randn(1, 12, groups, width) for groups, width in ((2, 3), (4, 3), (4, 2), (4, 2))]
+    with torch.no_grad():
+        program = torch.onnx.export(torch.export.export(scan, tuple(inputs), strict=False), verbose=False,
+                                    optimize=False)
+    program.save(str(tmp_path / "scan.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "scan.onnx"))
+    names = [entry.name for entry in session.get_inputs()]
+    found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    for ours, theirs in zip(found, reference_scan(scan.args(*inputs)), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+    assert "Scan" in {node.op_type for node in program.model.graph}
+
+
+# ------------------------------------------------------------ files
+
+
+def test_onnx_says_what_it_is_and_predicts_without_this_program(onnx_file, fcn, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    np.save(tmp_path / "photo.npy", photo)
+    (tmp_path / "photo.ppm").write_bytes(b"P6\n70 50\n255\n" + photo.tobytes())
+    script = [sys.executable, str(ROOT / "scripts" / "run_onnx.py"), str(onnx_file)]
+    for name in ("photo.npy", "photo.ppm"):
+        done = subprocess.run([*script, str(tmp_path / name), "--output", str(tmp_path / name[-3:])],
+                              capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "depth.npy: " in done.stdout and done.stdout.count("\n") == 4
+    expected = load_model(fcn, device="cpu").predict(photo)
+    for task in ("semseg", "depth", "normals", "edge"):
+        arrays = [np.load(tmp_path / folder / f"{task}.npy") for folder in ("npy", "ppm")]
+        np.testing.assert_array_equal(*arrays)
+        ours = expected[task].array
+        assert arrays[0].shape == ours.shape
+        if task == "semseg":
+            assert (arrays[0] == ours).mean() > 0.7              # pixels between two classes: scaled in another order
+        else:
+            assert np.abs(arrays[0] - ours).mean() < 0.1 * np.abs(ours).max()
+    done = subprocess.run([*script, str(tmp_path / "none.png")], capture_output=True, text=True)
+    assert done.returncode == 1 and "no file" in done.stderr
+
+
+def test_torch_export_is_read_without_this_program(fcn, tmp_path):
+    [path] = export("torch_export", fcn, tmp_path)
+    about = {"about.json": ""}
+    loaded = torch.export.load(path, extra_files=about).module()
+    with torch.no_grad():
+        outputs = loaded(255 * torch.rand(1, 3, 64, 96))
+    assert [tuple(output.shape) for output in outputs[:4]] == [(1, n, 64, 96) for n in (1, 1, 3, 1)]
+    assert json.loads(about["about.json"])["tasks"]["depth"] == {"classes": [], "unit": "m"}
+
+
+def test_safetensors_hold_the_experiment_too(fcn, tmp_path):
+    paths = export("safetensors", fcn, tmp_path)
+    assert [path.name for path in paths] == ["model.safetensors", "config.json", "README.md"]
+    with safe_open(paths[0], "pt") as file:
+        assert json.loads(file.metadata()["mtdp"])["config"]["model"] == "fcn"
+    photo = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    ours, theirs = (load_model(source, device="cpu").predict(photo) for source in (tmp_path, fcn))
+    for task in ("semseg", "depth"):
+        np.testing.assert_array_equal(ours[task].array, theirs[task].array)
+
+
+def test_adapters_are_merged_into_a_whole_file(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    plain = model_from_config(experiment(tmp_path, tmp_path))
+    save_checkpoint(tmp_path / "base.pt", {"model": plain.state_dict(), "step": 1})
+    config = experiment(tmp_path, tmp_path, f"lora.base={tmp_path / 'base.pt'}", "lora.rank=2")
+    model = model_from_config(config)
+    base = begin(model, config, resumed=False)
+    for parameter in model.parameters():
+        parameter.data += 0.05 if parameter.requires_grad else 0
+    save_checkpoint(tmp_path / "lora.pt", {"model": base.left_out(model.state_dict()), "base": base.about(),
+                                           "config": config.to_dict(), "step": 1})
+    (path, *_) = export("safetensors", tmp_path / "lora.pt", tmp_path / "whole")
+    (tmp_path / "base.pt").unlink()
+    whole, _ = trained_model(own_config(path), path, torch.device("cpu"))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for ours, theirs in zip(whole(image).final.values(), model.eval()(image).final.values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------ hub
+
+
+def test_a_folder_for_the_hub(fcn, tmp_path, monkeypatch):
+    save_pretrained(fcn, tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    assert "license: other" in card and "| depth | m | - |" in card and "No evaluation is stored" in card
+    assert "| semseg | class | 40: " in card
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+            return f"https://example.org/{name}"
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push_to_hub(tmp_path / "hub", "me/net", private=True) == "https://example.org/me/net"
+    assert calls[0] == ("me/net", {"private": True, "exist_ok": True}) and calls[1]["repo_id"] == "me/net"
+    (tmp_path / "hub" / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"holds no README.md: write it with --run_mode export --format safetensors"):
+        push_to_hub(tmp_path / "hub", "me/net")
+
+
+# ------------------------------------------------------------ refusals
+
+
+def test_what_differs_is_told_and_removed(fcn, tmp_path, caplog):
+    job = Job(own_config(fcn), fcn, "none", tmp_path)
+    network = Deployed(job.model()[0])
+    (tmp_path / "wrong").write_text("")
+    with pytest.raises(ValueError, match="differs from PyTorch by .*, more than 1e-04; the file.s. are removed again"):
+        check(job, network, lambda image: {name: value + 0.1 for name, value in zip(
+            network.names, network(image), strict=True)}, [tmp_path / "wrong"])
+    assert not (tmp_path / "wrong").exists()
+
+
+def refuse(*_, **__):
+    raise RuntimeError("\non purpose\nand more")
+
+
+def test_what_cannot_be_exported_says_why(fcn, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--dynamic says nothing of safetensors"):
+        export("safetensors", fcn, tmp_path, "batch")
+    with pytest.raises(ValueError, match=r"export: model 'fcn' on 'swin' cannot be traced: RuntimeError: on purpose$"):
+        monkeypatch.setattr("torch.export.export", refuse)
+        export("torch_export", fcn, tmp_path)
