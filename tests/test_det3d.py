@@ -14,16 +14,18 @@ from data.boxes_file import prediction_json, read_boxes
 from data.boxes_label import Boxes3DLabel
 from data.datasets import DATASETS
 from data.partial import PartialLabels
+from evaluation.detection3d.meter import DetectionMeter
 from evaluation.evaluator import TaskContext
 from scripts.check_data import check
 from scripts.example_data.write import write_example
 from tests.conftest import TINY, launch
 from tests.shared import ROOT, golden
-from utils.boxes3d import CLASSES, Boxes3D
+from utils.boxes3d import CLASSES, Boxes3D, view_to_image
 from utils.engine.box_views import BOXES, shown
 from utils.engine.build import build_split
 from utils.engine.config import load_config
 from utils.engine.predict import infer
+from utils.engine.predictor import Predictor
 from utils.engine.tasks import TASKS, label_rules
 from utils.engine.train import train
 
@@ -175,8 +177,8 @@ def test_a_vehicle_beside_the_camera_is_drawn_as_far_as_it_is_seen(boxes):
 
 def test_raw_files_are_those_of_the_official_evaluation(boxes, tmp_path):
     found = boxes._replace(scores=torch.ones(len(boxes.labels)))
-    path = BOXES.write(tmp_path / "det3d" / "a", found, TaskContext(6))
-    assert path.name == "a.json" and json.loads(path.read_text()) == prediction_json(found, CLASSES)
+    path = BOXES.write(tmp_path / "det3d" / "a.b", found, TaskContext(6))
+    assert path.name == "a.b.json" and json.loads(path.read_text()) == prediction_json(found, CLASSES)
     assert "metres" in BOXES.raw_format(TaskContext(6))
 
 
@@ -207,6 +209,37 @@ def test_published_prediction_files():
                 assert abs(same) == pytest.approx(1, abs=1e-5)
                 for key in ("modal", "amodal"):
                     assert ours["2d"][key] == pytest.approx(theirs["2d"][key], rel=1e-5, abs=1e-3)
+
+
+def test_the_report_shows_classes_that_are_there(boxes):
+    meter = DetectionMeter(CLASSES)
+    meter.update([boxes._replace(scores=torch.ones(len(boxes.labels)))], [boxes])
+    meter.reduce()
+    score, precision = meter.figures()
+    assert score.names == precision.names == ("car",) and precision.values.tolist() == pytest.approx([100.0])
+    assert meter.compute()[DetectionMeter.of_image.key] == pytest.approx(1.0)
+
+
+def test_photographs_with_a_camera_of_their_own(config, street, tmp_path):
+    """A picture of twice the size; what is found is told in its pixels and in the coordinates of its vehicle."""
+    made = config("max_iter=1", "val_interval=1")
+    train(made, resume=False)
+    checkpoint = made.run_dir / "last.pt"
+    [file, *_] = sorted(street.rglob("gtBbox3d/val/*/*.json"))
+    picture = np.full((128, 256, 3), 120, np.uint8)
+    network = Predictor.load(checkpoint, overrides=[f"camera_file={file}"])
+    [boxes] = [result.array for task, result in network.predict(picture).items() if task == "det3d"]
+    own = read_boxes(file)
+    assert boxes.image_size.tolist() == [128, 256] and torch.equal(boxes.sensor, own.sensor)
+    assert boxes.intrinsics[0, 0].item() == pytest.approx(2 * own.intrinsics[0, 0].item())
+    seen = view_to_image(boxes.centers, boxes.intrinsics)
+    torch.testing.assert_close(seen, boxes.projected, rtol=1e-4, atol=1e-3)
+    prediction = network.predict(picture)
+    prediction.save(tmp_path / "out", "a.b")
+    objects = json.loads((tmp_path / "out" / "raw" / "det3d" / "a.b.json").read_text())["objects"]
+    assert len(objects) == len(prediction["det3d"].array.labels) and prediction["det3d"].unit == "m"
+    with pytest.raises(FileNotFoundError, match="file not found: .*none.json"):
+        Predictor.load(checkpoint, overrides=["camera_file=none.json"])
 
 
 def test_the_row_says_what_it_is():

@@ -14,6 +14,7 @@ import torch
 
 from evaluation.detection3d.matching import is_ignored, match, overlaps
 from evaluation.evaluator import Score, TaskContext
+from evaluation.figures import Bars, Figure
 from evaluation.meter import Meter
 from utils.boxes3d import Boxes3D
 
@@ -34,6 +35,7 @@ class DetectionMeter(Meter):
     """
 
     scores: ClassVar = (Score("mDS", "mDS", True, scale=100), Score("mAP", "mAP", True, scale=100))
+    of_image: ClassVar = scores[1]               # one image has vehicles at too few distances for the other
     COUNTS: ClassVar = dict.fromkeys(("found", "missed", "wrong"), (NUM_CLASSES, len(CONFIDENCES), NUM_BINS + 1))
     SUMS: ClassVar = {"similarity": (NUM_CLASSES, len(CONFIDENCES), NUM_BINS, len(SIMILARITIES))}
 
@@ -72,6 +74,12 @@ class DetectionMeter(Meter):
         of_class = official["Detection_Score"]
         means = {f"m{name}": official[f"m{name}"] for name in ("AP", *SIMILARITIES)}
         return {"mDS": official["mDetection_Score"], **means, **{f"DS_{name}": of_class[name] for name in of_class}}
+
+    def figures(self) -> list[Figure]:
+        official, there = self.official(), self._vehicles() > 0
+        names = tuple(name for name, seen in zip(self.class_names, there, strict=True) if seen)
+        return [Bars(title, names, 100 * np.array([official[part][name] for name in names]))
+                for part, title in (("Detection_Score", "detection score"), ("AP", "average precision"))]
 
     def official(self) -> dict:
         """Everything, under the names of the official result file."""

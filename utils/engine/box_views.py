@@ -11,7 +11,7 @@ from data.boxes_file import prediction_json
 from data.boxes_label import Boxes3DLabel
 from evaluation.evaluator import TaskContext
 from utils.boxes3d import CLASSES, EDGES, NEAREST_M, Boxes3D
-from utils.engine.views import Colour, Legend, View
+from utils.engine.views import Colour, Legend, View, with_ending
 
 SHOWN = 0.3                  # predictions below this score are not drawn; the files have them
 WIDTH = 1024                 # smaller pictures are enlarged, so that distances can be read
@@ -117,8 +117,7 @@ def _legend(boxes: Boxes3D, context: TaskContext) -> Legend:
 
 
 def _write_json(path: Path, boxes: Boxes3D, context: TaskContext) -> Path:
-    path = path.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = with_ending(path, ".json")
     path.write_text(json.dumps(prediction_json(boxes, CLASSES), indent=1) + "\n", encoding="ascii")
     return path
 
@@ -132,9 +131,8 @@ def save_boxes(predictions: Sequence[Boxes3D], meta: Sequence[Mapping], folder: 
     """One file per image, also for those without vehicles; none for images of whose camera nothing is known."""
     for boxes, image in zip(predictions, meta, strict=True):
         if "camera" in image:
-            name = folder / f"{image['name']}.json"
-            name.parent.mkdir(parents=True, exist_ok=True)
-            name.write_text(json.dumps(prediction_json(Boxes3DLabel().onto(boxes, image), CLASSES)), encoding="ascii")
+            path = with_ending(folder / image["name"], ".json")
+            path.write_text(json.dumps(prediction_json(Boxes3DLabel().onto(boxes, image), CLASSES)), encoding="ascii")
 
 
-BOXES = View(_picture, _legend, _write_json, _format)
+BOXES = View(_picture, _legend, _write_json, _format, unit="m")

@@ -130,6 +130,7 @@ class Config:
     boundary_eval: Mode = "off"                  # in the evaluations of a training
     boundary_kwargs: BoundarySettings = field(default_factory=BoundarySettings)   # how it is made (docs/boundary.md)
     # reporting
+    camera_file: str = ""                        # of the pictures that predict shows, where a task asks (docs/data.md)
     single_task_scores: dict[str, float] = field(default_factory=dict)   # for delta_m: {semseg: 0.5, edge/odsF: 0.7}
 
     @property
@@ -195,7 +196,7 @@ def _build(values: dict, origin: dict[str, str], overrides: Sequence[str], sourc
         elif not root_in_file:
             values["db_root"], origin["db_root"] = _mypath_db_root()
     values = translate(values, source)
-    for key in ("out_dir", "db_root", "pretrained", "init_from"):
+    for key in ("out_dir", "db_root", "pretrained", "init_from", "camera_file"):
         if isinstance(values.get(key), str):
             values[key] = os.path.expanduser(values[key])
     where = partial(nearest_origin, origin=origin, source=source)

@@ -63,6 +63,8 @@ class Predictor:
         self.batch = batch or (config.valBatch if together else 1)
         self._rules = {task: config.dataset.labels[task].rules or row.label
                        for task, row in tasks_named(self.tasks).items()}
+        for rules in self._rules.values():
+            rules.of_photograph(config.input_size, config.camera_file)   # a file that is none is told at once
         model, self.selection = trained_model(config, checkpoint, device)
         self._forward = forward_pass(model, config, device)
 
@@ -139,7 +141,7 @@ class Predictor:
         known = {}
         for task, rules in self._rules.items():
             known[task] = {"frame": {}}
-            if (photograph := rules.of_photograph(image.shape[:2])) is not None:
+            if (photograph := rules.of_photograph(image.shape[:2], self.config.camera_file)) is not None:
                 framed = rules.pad(rules.resize(photograph, (h, w)), size)
                 known[task] = rules.known(photograph) | {"frame": rules.known(framed)}
         tensor = torch.from_numpy(frame).permute(2, 0, 1)                                # (H, W, 3) -> (3, H, W)

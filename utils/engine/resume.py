@@ -59,7 +59,8 @@ RULES: Mapping[str, Rule] = {
     **_rules("harmless", "how it is computed, up to rounding", "nworkers valBatch device compile "
              "activation_checkpointing channels_last scan_backend find_unused_parameters cuda_graph parallel "
              "deterministic worker_start"),
-    **_rules("harmless", "what is shown", "tensorboard progress report eval_at_start single_task_scores"),
+    **_rules("harmless", "what is shown", "tensorboard progress report eval_at_start single_task_scores "
+             "camera_file"),
 }
 
 
