@@ -17,6 +17,7 @@ from utils.engine import train as training
 from utils.engine import update as updates
 from utils.engine.averages import MovingAverage
 from utils.engine.config import load_config
+from utils.engine.tasks import TASKS
 from utils.engine.train import train
 from utils.engine.update import Update, recorded, unrecordable
 from utils.recording import Recorded
@@ -252,6 +253,11 @@ def test_reasons_not_to_record(monkeypatch):
     monkeypatch.undo()
     step.optimizer = Halving(step.model.parameters())
     assert "optimizer adamw reads on the host whether to step" in unrecordable(step)
+    step = a_step()
+    step.device, row = torch.device("cuda"), TASKS.load("det3d")
+    monkeypatch.setattr(updates, "tasks_named", lambda names: {"semseg": row})
+    assert "labels of semseg have another size in every batch" in unrecordable(step)
+    monkeypatch.undo()
     step = a_step("find_unused_parameters=true")
     step.device = torch.device("cuda")
     monkeypatch.setattr(updates.distributed, "world_size", lambda: 2)

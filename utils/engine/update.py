@@ -17,6 +17,7 @@ from losses.multi_task import MultiTaskLoss
 from utils import distributed
 from utils.engine.averages import MovingAverage
 from utils.engine.config import Config
+from utils.engine.tasks import tasks_named
 from utils.precision import autocast
 from utils.recording import CudaRecorder, Recorded, Recorder
 from utils.sharded import norms_of
@@ -186,6 +187,7 @@ def recorded(update: Update, recorder: Recorder) -> Recorded:
 def unrecordable(run: Trained) -> str | None:
     """Why the updates of a run cannot be recorded, or None."""
     config = run.config
+    lists = [task for task, row in tasks_named(config.tasks).items() if not row.label.is_map]
     reasons = {
         f"it needs CUDA, this run is on {run.device.type}": run.device.type != "cuda",
         f"loss_scheme {config.loss_kwargs.loss_scheme} reads losses or gradients on the host":
@@ -193,6 +195,7 @@ def unrecordable(run: Trained) -> str | None:
         f"activation_checkpointing {config.activation_checkpointing} stores random states, which a graph cannot":
             config.activation_checkpointing != "none",
         f"optimizer {config.optimizer} reads on the host whether to step": not can_skip(run.optimizer),
+        f"labels of {', '.join(lists)} have another size in every batch": bool(lists),
         "find_unused_parameters reads on the host what is used":
             config.find_unused_parameters and distributed.world_size() > 1,
     }
