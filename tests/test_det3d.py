@@ -16,6 +16,7 @@ from data.datasets import DATASETS
 from data.partial import PartialLabels
 from evaluation.detection3d.meter import DetectionMeter
 from evaluation.evaluator import TaskContext
+from scripts.benchmark import Step, random_batch
 from scripts.check_data import check
 from scripts.example_data.write import write_example
 from tests.conftest import TINY, launch
@@ -240,6 +241,16 @@ def test_photographs_with_a_camera_of_their_own(config, street, tmp_path):
     assert len(objects) == len(prediction["det3d"].array.labels) and prediction["det3d"].unit == "m"
     with pytest.raises(FileNotFoundError, match="file not found: .*none.json"):
         Predictor.load(checkpoint, overrides=["camera_file=none.json"])
+
+
+def test_a_step_can_be_timed(config):
+    step = Step(config())
+    batch = random_batch(step.config, step.device)
+    assert batch["semseg"].shape == (2, 1, 32, 64) and [len(boxes.labels) for boxes in batch["det3d"]] == [0, 0]
+    losses = step.criterion(step.model(batch["image"]).final, batch)
+    losses["total"].backward()
+    assert losses["det3d"].item() == 0 and all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in step.model.heads["det3d"].parameters())
 
 
 def test_the_row_says_what_it_is():
