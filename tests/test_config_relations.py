@@ -60,6 +60,7 @@ def test_the_limits_themselves_are_allowed(tmp_path, key, value):
     ({"val_db_name": "PASCALContext"}, ["PASCALContext", "no labels", "depth"]),
     ({"train_db_name": "PASCALContext", "val_db_name": "NYUD"}, ["PASCALContext", "no labels", "depth"]),
     ({"task_dictionary": {"edge_w": 0.5}}, ["no task is on", "include_"]),
+    ({"task_dictionary": {"include_edge": True, "edge_w": True}}, ["edge_w' must be a number, got True"]),
     ({"loss_kwargs": {"loss_weights": {"semseg": 1.0}}}, ["loss_kwargs.loss_weights", "depth"]),
     ({"loss_kwargs": {"loss_weights": {"semseg": 1, "depth": 1, "colour": 1}}}, ["loss_kwargs.loss_weights", "colour"]),
     ({"single_task_scores": {"semsegg": 0.4}}, ["single_task_scores", "semsegg", "semseg"]),

@@ -32,7 +32,8 @@ class TaskDictionary:
                 raise ConfigError(f"{where(place)}: unknown key '{place}'; {nearest(name, known)}")
             if name != "edge_w" and not isinstance(value, bool):
                 raise ConfigError(f"{where(place)}: '{place}' must be true or false, got {shown(value)}")
-        on = tuple(TASKS.in_order(name.removeprefix(SWITCH) for name, value in values.items() if value is True))
+        on = tuple(TASKS.in_order(name.removeprefix(SWITCH) for name, value in values.items()
+                                  if name.startswith(SWITCH) and value))
         if not on:
             raise ConfigError(f"{where(key)}: no task is on; set one of {key}.{SWITCH}{{{','.join(TASKS)}}}")
         weights = parse(_EdgeWeight, {k: v for k, v in values.items() if k == "edge_w"}, f"{key}.", where)
