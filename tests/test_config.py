@@ -12,7 +12,8 @@ from utils.engine.build import task_contexts
 from utils.engine.config import config_from_dict, load_config, save_config
 from utils.options import ConfigError
 
-SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yml") if "_base_" not in p.parts and p.stem != "bim_small")
+SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yml")
+                 if not {"_base_", "suites"} & {*p.parts} and p.stem != "bim_small")
 
 MINIMAL = {"model": "bim", "backbone": "swin_tiny", "train_db_name": "NYUD", "val_db_name": "NYUD",
            "task_dictionary": {"include_depth": True, "include_semseg": True}}
