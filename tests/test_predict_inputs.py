@@ -53,6 +53,7 @@ def test_sources_in_every_form(tmp_path, caplog, monkeypatch):
     assert find_inputs(tmp_path / "list.txt") == [c, a]
     assert find_inputs([c, tmp_path / "in", a]) == [c, a, b]
     assert find_inputs("camera:0") == [Path("camera:0")]
+    assert find_inputs([a, tmp_path / "gone.jpg"]) == [a, tmp_path / "gone.jpg"]        # told when it is read
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("\n")
     for source, words in (("nowhere", "no such image"), ("empty", "holds no picture"), ("empty.txt", "list is empty"),
@@ -130,9 +131,10 @@ def test_no_input_costs_another(tmp_path, network, caplog):
     frames = [Image.fromarray(stripes(40, 60)), Image.fromarray(stripes(40, 60)[::-1, ::-1])]
     for ending in ("gif", "png", "webp", "tif"):
         frames[0].save(folder / f"moving.{ending}", save_all=True, append_images=frames[1:])
+    gone = tmp_path / "gone.png"
     odd = picture(folder / "фото \udcff.png")                   # a byte that is no UTF-8
-    with pytest.raises(ValueError, match=r"10 of 12 input\(s\) could not be predicted: .*; all others are done"):
-        network(folder)
+    with pytest.raises(ValueError, match=r"11 of 13 input\(s\) could not be predicted: .*; all others are done"):
+        network([folder, gone])
     assert sorted(os.listdir(tmp_path / "out" / "panels")) == sorted(["good.png", odd.name])
     assert "huge.png declares more than 179 megapixels" in caplog.text
     assert "large.png declares more than 179" in caplog.text

@@ -28,11 +28,19 @@ def find_inputs(sources: Source | Sequence[Source]) -> list[Path]:
 
     Each source is a file, a folder (its pictures and videos by name; hidden files, such as ._x.jpg, are none), a
     pattern (photos/**/*.jpg), or a list, a .txt file with one path per line, relative to itself. FileNotFoundError
-    where a source does not exist or holds nothing.
+    where no source exists and holds anything; one among others stays as it is, for what reads it to report.
     """
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     found: dict[Path, None] = {}
-    for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
-        found.update(dict.fromkeys(_of_source(str(source))))
+    missing: list[FileNotFoundError] = []
+    for source in sources:
+        try:
+            found.update(dict.fromkeys(_of_source(str(source))))
+        except FileNotFoundError as error:
+            missing.append(error)
+            found[Path(source)] = None
+    if missing and len(missing) == len(sources):
+        raise missing[0]
     return list(found)
 
 

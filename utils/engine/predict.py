@@ -16,7 +16,7 @@ from utils.engine import selection
 from utils.engine.build import build_split, evaluation_contexts, trained_model
 from utils.engine.config import Config
 from utils.engine.evaluate import build_evaluators, evaluate, log_reports
-from utils.engine.inputs import Journal, Source, find_inputs, is_video, output_names
+from utils.engine.inputs import Journal, Source, find_inputs, is_camera, is_video, output_names
 from utils.engine.prediction import Answer, write_prediction
 from utils.engine.predictor import Framed, Predictor
 from utils.engine.report.review import Review
@@ -90,11 +90,12 @@ def predict(config: Config, checkpoint: Path, sources: Source | Sequence[Source]
     with distributed.process_group(device):
         predictor = Predictor(config, checkpoint, device)
         journal = Journal(output_dir, _fingerprint(config, checkpoint))
-        names = distributed.from_main(lambda: output_names(inputs, journal.names()))
+        there = [path for path in inputs if path.is_file() or is_camera(path)]
+        names = distributed.from_main(lambda: output_names(there, journal.names()))
         if distributed.is_main():
             _write_formats(predictor, output_dir)
         share = inputs[distributed.rank()::distributed.world_size()]
-        left = [path for path in share if overwrite or not journal.has(path, names[path])]
+        left = [path for path in share if overwrite or path not in names or not journal.has(path, names[path])]
         if len(left) < len(share):
             logger.info("%d of %d are there already; --overwrite makes them anew", len(share) - len(left), len(share))
         pictures = [path for path in left if not is_video(path)]
@@ -120,7 +121,7 @@ def _predict_videos(predictor: Predictor, paths: Sequence[Path], names: Mapping[
     failed = []
     for path in paths:
         try:
-            predict_video(predictor, str(path), _shown(output_dir, path, names[path]))
+            predict_video(predictor, str(path), _shown(output_dir, path, names.get(path, path.name)))
         except (ValueError, FileNotFoundError) as error:
             logger.error("%s", error)
             failed.append(path)
