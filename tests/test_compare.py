@@ -92,8 +92,11 @@ def test_runs_without_scores_of_images_still_have_a_table(runs, tmp_path):
     bare = make_run(tmp_path / "c", [1, 2], [0.1, 0.2], NAMES[:2], images=False)
     assert main([f"first={runs[0]}", f"bare={bare}", "--page", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "No scores of single images (images.json) of bare: evaluate again with report=true." in text
+    assert "no scores of single images (images.json)" in text and "bare: evaluate again with report=true" in text
     assert main([f"one={runs[0]}", "--page", str(tmp_path / "one.html")]) == 0
+    assert main([f"<b>={runs[0]}", f"&amp;={runs[1]}", "--page", str(tmp_path / "names.html")]) == 0
+    found = Parsed((tmp_path / "names.html").read_text(encoding="utf-8"))      # names are text
+    assert not found.all("b") and ("h4", "depth: better by most in <b>") in found.headings
 
 
 def test_units_head_the_columns_and_do_not_mix(runs, tmp_path, capsys):

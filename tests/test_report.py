@@ -57,7 +57,7 @@ class Parsed(HTMLParser):
         assert self.open.pop() == tag, tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+        if self.open and self.open[-1] in ("h1", "h2", "h3", "h4"):
             self.headings.append((self.open[-1], data))
         if self.open and self.open[-1] != "style":
             self.words.append(data.strip())
@@ -176,7 +176,7 @@ def test_scores_of_images_read_back(tmp_path):
 def test_what_is_written_is_text_and_never_markup(tmp_path):
     Image.new("RGB", (8, 4), (200, 0, 0)).save(tmp_path / "a.jpg")
     evil = '<b>"x" & y'
-    text = page(evil, "lead", [("One & two", table(evil, [["", "depth RMSE m v", "edge odsF % ^"], [evil, "1", "2"]])
+    text = page(evil, evil, [("One & two", table(evil, [["", "depth RMSE m v", "edge odsF % ^"], [evil, "1", "2"]])
                                 + pictures(evil, [("image", tmp_path / "a.jpg"), ("label", tmp_path / "b.jpg")]))])
     found = Parsed(text)
     assert not found.all("b") and evil in found.words and ", lower is better" in found.words

@@ -256,7 +256,7 @@ def class_table(valid: dict[int, int], other: float = np.nan) -> np.ndarray:
 
 def read_mat(path: Path, variable: str) -> Any:
     """One variable of a Matlab file, structs as objects with attributes, 1 x 1 arrays unpacked."""
-    from scipy.io import loadmat  # slow to import, and only PASCAL-Context has such files
+    from scipy.io import loadmat  # slow to import, and few data sets have such files
     from scipy.io.matlab import MatReadError
     try:
         content = loadmat(str(path), squeeze_me=True, struct_as_record=False, variable_names=[variable])

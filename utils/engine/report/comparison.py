@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.evaluator import Score
-from utils.engine.report.page import Section, code, facts, folded, page, pictures, plot, table
+from utils.engine.report.page import Section, code, facts, folded, heading, page, pictures, plot, table
 from utils.engine.report.plots import scatter_svg
 from utils.engine.report.review import INDEX, INPUT, LABEL, ImageScores, load_image_scores, thumbnail
 from utils.engine.results import unit_of
@@ -84,8 +84,8 @@ def _against(first: Compared, other: Compared, units: Mapping[str, str]) -> Iter
     title = f"{other.name} against {first.name}"
     missing = [row.name for row in (first, other) if row.images is None]
     if missing:
-        yield title, (f"<p>No scores of single images ({INDEX}) of {', '.join(missing)}: evaluate again with "
-                      "report=true.</p>")
+        yield title, facts([(f"no scores of single images ({INDEX})",
+                             f"{', '.join(missing)}: evaluate again with report=true")])
         return
     parts, summary = [], [["task", "images", "score", first.name, other.name, "difference", "95 % interval",
                            "images better"]]
@@ -118,7 +118,7 @@ def _task(first: Compared, other: Compared, task: str, score: Score, names: Sequ
     words = (f"{task}: {score.label} of each image, {other.name} over {first.name}; on the line both are equal. "
              f"{other.name} is better on {100 * better.mean():.0f} % of {len(names)} images.")
     drawn = plot(scatter_svg(a, b, f"{first.name}, {head[2]}", f"{other.name}, {head[2]}"), words, words)
-    return line, f"<h3>{task}</h3>" + drawn + "".join(_apart(first, other, task, score, names, a, b, unit))
+    return line, heading(3, task) + drawn + "".join(_apart(first, other, task, score, names, a, b, unit))
 
 
 def _apart(first: Compared, other: Compared, task: str, score: Score, names: Sequence[str], a: np.ndarray,
@@ -129,7 +129,7 @@ def _apart(first: Compared, other: Compared, task: str, score: Score, names: Seq
     for row, chosen in ((other, [i for i in order if gain[i] > 0][:EACH]),
                         (first, [i for i in order[::-1] if gain[i] < 0][:EACH])):
         if chosen:
-            yield f"<h4>{task}: better by most in {row.name}</h4>"
+            yield heading(4, f"{task}: better by most in {row.name}")
         for i in chosen:
             values = ", ".join(f"{name} {value:.{score.decimals}f}"
                                for name, value in ((first.name, a[i]), (other.name, b[i])))

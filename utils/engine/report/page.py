@@ -31,7 +31,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 <a class="skip" href="#content">Skip to the content</a>
 <header>
 <h1>{escape(title)}</h1>
-<p>{lead}</p>
+<p>{escape(lead)}</p>
 <nav aria-label="Contents"><ul>{links}</ul></nav>
 </header>
 <main id="content" tabindex="-1">
@@ -40,6 +40,11 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 </body>
 </html>
 """
+
+
+def heading(level: int, words: str) -> str:
+    """Below a section's own, which is of level 2."""
+    return f"<h{level}>{escape(words)}</h{level}>"
 
 
 def table(caption: str, rows: Sequence[Sequence[str]]) -> str:

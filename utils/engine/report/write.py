@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from torch import nn
 from utils import distributed
 from utils.engine import selection
 from utils.engine.config import Config
+from utils.engine.config_groups import AtTestTime
 from utils.engine.cost import count, forward_ms
 from utils.engine.evaluate import Evaluators
 from utils.engine.report.figures import figure_html
-from utils.engine.report.page import Section, code, facts, folded, page, pictures, plot, table
+from utils.engine.report.page import Section, code, facts, folded, heading, page, pictures, plot, table
 from utils.engine.report.plots import lines_svg
 from utils.engine.report.review import INPUT, LABEL, ImageScores, Review, chosen_images, thumbnail
 from utils.engine.results import Results, table_rows, unit_of
@@ -87,7 +88,7 @@ def _protocol(about: Evaluated) -> str:
                if line]
     pairs = [("images scored", f"{len(about.images.names)}, {about.split}"), ("weights", about.chosen),
              ("size of the network's input", "{} x {}".format(*config.input_size)),
-             ("arithmetic", config.precision), *reports]
+             ("arithmetic", config.precision), ("views of an image (test_time)", _in_words(config.test_time)), *reports]
     warning = ""
     if about.chosen == selection.BY_TEST:
         warning = ("<p>The weights were chosen by their scores on these very images, so the scores are too good to be "
@@ -95,6 +96,10 @@ def _protocol(about: Evaluated) -> str:
     return warning + facts(pairs) + ("<p>Comparable are numbers of the same images, the same rule by which weights are "
                                      "chosen, the same boundary protocol, and for delta_m single-task networks of the "
                                      "same backbone.</p>")
+
+
+def _in_words(group: AtTestTime) -> str:
+    return ", ".join(f"{key} {value}" for key, value in asdict(group).items())
 
 
 def _tasks(about: Evaluated) -> Iterator[Section]:
@@ -114,8 +119,8 @@ def _examples(about: Evaluated, task: str) -> Iterator[str]:
         groups = {f"{task}: {rank} images by {score.label}":
                   {i: f": {score.label} {score.format(values[i])} {unit}".rstrip() for i in indices}
                   for rank, indices in chosen_images(values, score.higher_is_better, EACH)}
-    for heading, group in groups.items():
-        yield f"<h3>{heading}</h3>"
+    for words_above, group in groups.items():
+        yield heading(3, words_above)
         for i, words in group.items():
             shown = [("image", INPUT), ("prediction", task), ("label", f"{task}{LABEL}")]
             yield pictures(images.names[i] + words, [(what, thumbnail(about.folder, kind, images.names[i]))
