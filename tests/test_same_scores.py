@@ -50,7 +50,7 @@ NOT_OF_AN_EVALUATION = {
 }
 # What a test on one CPU cannot switch, what is equal but for rounding (adapters, which infer merges), and the kinds of
 # models and labels whose evaluation is that of all others.
-ELSEWHERE = {"device", "compile", "cuda_graph", "ignore_index", "lora", "backbone", "backbone_kwargs", "neck",
+ELSEWHERE = {"device", "parallel", "compile", "cuda_graph", "ignore_index", "lora", "backbone", "backbone_kwargs", "neck",
              "neck_kwargs", "label_size", "boundary_kwargs", "det3d_kwargs"}
 
 
