@@ -46,12 +46,12 @@ NOT_OF_AN_EVALUATION = {
     "save_interval", "log_interval", "optimizer", "optimizer_kwargs", "scheduler", "scheduler_kwargs", "lr_scale",
     "layer_decay", "weight_decay_on", "loss_kwargs", "grad_clip_param", "seed", "on_nonfinite", "nonfinite_limit",
     "loader_timeout", "watchdog", "find_unused_parameters", "tensorboard", "progress", "eval_at_start",
-    "single_task_scores", "report", "nworkers", "worker_start",
+    "single_task_scores", "report", "camera_file", "nworkers", "worker_start",
 }
 # What a test on one CPU cannot switch, what is equal but for rounding (adapters, which infer merges), and the kinds of
 # models and labels whose evaluation is that of all others.
-ELSEWHERE = {"device", "parallel", "compile", "cuda_graph", "ignore_index", "lora", "backbone", "backbone_kwargs", "neck",
-             "neck_kwargs", "label_size", "boundary_kwargs", "det3d_kwargs"}
+ELSEWHERE = {"device", "parallel", "compile", "cuda_graph", "ignore_index", "lora", "backbone", "backbone_kwargs",
+             "neck", "neck_kwargs", "label_size", "boundary_kwargs", "det3d_kwargs"}
 
 
 def covering_runs() -> Iterator[tuple[tuple[str, ...], ...]]:
