@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.boxes_file import has_boxes, prediction_json, read_boxes, read_camera
+from data.boxes_file import VEHICLES, has_boxes, prediction_json, read_boxes, read_camera
 from data.boxes_label import Boxes3DLabel
 from data.transforms import fixed_transform
 from tests.shared import golden
@@ -45,6 +45,11 @@ def test_one_car_and_its_camera(label):
     assert rows(label.modal) == [200, 100, 500, 250] and rows(label.amodal) == [200, 100, 520, 250]
     assert rows(label.ignore) == [0, 0, 10, 20] and rows(label.angles) == [0, 0, 0]
     assert RULES.size_of(label) == (500, 1000) and label.is_known and not RULES.is_void(label)
+
+
+def test_files_and_boxes_count_the_same_classes():
+    """The names stand twice: files are described without loading PyTorch."""
+    assert VEHICLES == boxes3d.CLASSES
 
 
 def test_nothing_to_learn_from(tmp_path):
