@@ -68,11 +68,11 @@ class Deployed(nn.Module):
         self.model = model
         self.tasks = tuple(model.heads)
         self.names = [*self.tasks, *(f"{task}_raw" for task in self.tasks)]
-        self.register_buffer("mean", 255 * torch.tensor(MEAN, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("factor", 1 / (255 * torch.tensor(STD, dtype=torch.float32).view(3, 1, 1)))
+        self.register_buffer("image_mean", 255 * torch.tensor(MEAN, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("image_factor", 1 / (255 * torch.tensor(STD, dtype=torch.float32).view(3, 1, 1)))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        raw = self.model((image - self.mean) * self.factor).final
+        raw = self.model((image - self.image_mean) * self.image_factor).final
         decoded = [TASKS.load(task).decode(raw[task], ()) for task in self.tasks]
         return *decoded, *(raw[task] for task in self.tasks)
 
