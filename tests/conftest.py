@@ -16,6 +16,8 @@ from tests.shared import ROOT
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # a shell's background job; what the tests start must hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):                           # which nohup ignores
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels then run on the CPU, slowly
 

@@ -94,12 +94,6 @@ def test_the_folder_stays_within_its_bound_and_says_so(source, tmp_path, caplog)
     assert not fetch(cache, source, one, "a")[1] and fetch(cache, source, one, "f")[1]
 
 
-def test_labels_that_are_no_maps_are_left_alone(source, tmp_path):
-    cache = DecodedCache(tmp_path / "cache", 1e6)
-    boxes = {"image": MAPS["image"], "boxes": [(1, 2, 3, 4)]}
-    assert fetch(cache, source, boxes) == (boxes, True) and not list((tmp_path / "cache").iterdir())
-
-
 def test_a_data_set_gives_the_same_samples(example_root, tmp_path):
     for name in ("NYUD", "PASCALContext"):
         spec = DATASETS.load(name)

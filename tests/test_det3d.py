@@ -72,9 +72,9 @@ def test_a_run_from_files_to_files(config, tmp_path, scope):
     assert again["det3d"] == pytest.approx(results["det3d"], nan_ok=True)
     names = {path.stem for path in (tmp_path / "infer" / "det3d").iterdir()}
     assert names == {f"exampletown_00000{number}_000019_leftImg8bit" for number in (7, 8)}
-    if scope == "image":                                   # a task without a score of single images has its section
+    if scope == "image":                                   # single images have an AP of their own
         page = (tmp_path / "infer" / "report.html").read_text(encoding="utf-8")
-        assert "<h2 id=\"task-det3d\">" in page and "det3d: the first images" in page and "depth RMSE px" in page
+        assert "<h2 id=\"task-det3d\">" in page and "det3d: best images by mAP" in page and "depth RMSE px" in page
         pictures = list((tmp_path / "infer" / "thumbnails" / "det3d").rglob("*.jpg"))
         assert {path.stem for path in pictures} == names
 
@@ -88,6 +88,15 @@ def test_two_processes_score_what_one_does(config, street, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / str(n) / "results.json").read_text())["scores"] for n in (1, 2))
     assert one["det3d"] == pytest.approx(two["det3d"], nan_ok=True)
+
+
+def test_a_cache_keeps_the_maps_and_reads_the_boxes(config, tmp_path):
+    plain = build_split(config(), "val")
+    for _ in range(2):
+        cached = build_split(config(f"data_cache.folder={tmp_path / 'cache'}"), "val")
+        for expected, found in zip(map(plain.load, plain.ids), map(cached.load, cached.ids), strict=True):
+            np.testing.assert_array_equal(found["depth"], expected["depth"])
+            assert all(np.array_equal(a, b) for a, b in zip(found["det3d"], expected["det3d"], strict=True))
 
 
 # Data -----------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_learned_loss_balancing_is_saved_and_resumed(outside, tiny, monkeypatch,
     learned = once["criterion"]
     assert len(learned) == 4 and all(value != 0.5 for value in learned.values())
     assert set(learned) == set(twice["criterion"])
-    with pytest.raises(ValueError, match="another loss balancing"):
+    with pytest.raises(ValueError, match="loss_kwargs.loss_scheme: 'imtl_l' -> 'log'"):
         train(load_config(path, [*arguments, "version_name=stopped", "loss_kwargs.loss_scheme=log",
                                  "loss_kwargs.scheme_kwargs={}", "max_iter=6"]), resume=True)
 

@@ -250,7 +250,7 @@ def test_blocks_of_timm_are_recomputed():
 
 def test_synchronised_batch_norms_keep_their_activation():
     """timm's batch norms hold the activation; PyTorch's own conversion would drop it."""
-    from utils.engine.run import convert_sync_batchnorm
+    from utils.engine.spread import convert_sync_batchnorm
     backbone, image = tiny("EfficientNet").eval(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         plain = backbone(image)

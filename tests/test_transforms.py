@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import photometric
 from data import transforms as T
 from data.labels import DepthLabel
 from tests.shared import SHARED, golden
@@ -77,7 +78,7 @@ def run_case(case, sample):
     if op == "photometric":
         image = sample["image"].astype(np.uint8)
         for name, value in case["steps"]:
-            image = getattr(T, name)(image, value)
+            image = getattr(photometric, name)(image, value)
         return {"image": image}
     build = {"train pipeline": T.train_transform, "val pipeline": T.eval_transform}[op]
     replay = Replay(case.get("draws", ()))
