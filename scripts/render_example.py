@@ -1,6 +1,6 @@
 """Render the example data set: small rooms and streets with exact labels for all six tasks, in three folder layouts.
 
-    python scripts/render_example.py --out example_data --train 160 --val 40 --size 160 224 --workers 2
+    python scripts/render_example.py --out example_data --train 160 --val 40 --size 128 160 --workers 2
 
 The folder then holds NYUDv2/, PASCALContext/ and cityscapes/ as the loaders expect them (--layouts chooses). A second
 call with equal options does nothing; other options or an interrupted run ask for --overwrite.
@@ -34,7 +34,7 @@ main = Command(__doc__, render, {
     "--out": dict(type=Path, required=True, help="folder for NYUDv2/, PASCALContext/ and cityscapes/"),
     "--train": dict(type=int, default=160, help="training images per layout"),
     "--val": dict(type=int, default=40, help="validation images per layout"),
-    "--size": dict(type=int, nargs=2, default=(160, 224), metavar=("H", "W"), help="pixels"),
+    "--size": dict(type=int, nargs=2, default=(128, 160), metavar=("H", "W"), help="pixels"),
     "--seed": dict(type=int, default=0, help="other seeds give other scenes"),
     "--workers": dict(type=int, default=min(8, os.cpu_count() or 1), help="processes"),
     "--layouts": dict(nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help="which folders"),

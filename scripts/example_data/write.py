@@ -23,7 +23,7 @@ RANGES = {"num_train": (1, 5000), "num_val": (1, 4999), "height": (32, 4096), "w
           "seed": (0, 2**31 - 1), "workers": (1, 256)}
 
 
-def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, size: tuple[int, int] = (160, 224),
+def write_example(root: str | Path, num_train: int = 160, num_val: int = 40, size: tuple[int, int] = (128, 160),
                   seed: int = 0, workers: int = 2, overwrite: bool = False, progress: bool = True,
                   layouts: Sequence[str] = tuple(LAYOUTS)) -> bool:
     """Render num_train + num_val images of size (H, W) into root/NYUDv2, PASCALContext, cityscapes, or some of these.

@@ -42,8 +42,8 @@ MODES = {
                    "python main.py --run_mode export --trained_model runs/bim_nyud --format onnx"),
 }
 FIRST_STEPS = """\
-Three commands to try, one after the other (minutes on two cores; the first draws rooms and streets with exact labels):
-  python scripts/render_example.py --out datasets/example
+Three commands to try, one after the other (minutes on two cores; the first draws rooms with exact labels):
+  python scripts/render_example.py --out datasets/example --layouts NYUDv2 PASCALContext
   python main.py --config_exp configs/example/lite0_nyud.yml
   python main.py --run_mode predict --trained_model runs/example_lite0_nyud --input docs/demo_panel.png"""
 MORE = """\
