@@ -161,10 +161,16 @@ def read(path: Path) -> tuple[str, str]:
     return "accepted", ""
 
 
+def _address_space() -> int:
+    """Bytes of addresses that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 def _train(path: Path, folder: Path, pipe: Any) -> None:
     """In a process of its own: the run, cut to one update, its evaluation and its checkpoint."""
     from utils.engine import train as engine
-    resource.setrlimit(resource.RLIMIT_AS, (TRAIN_BYTES, TRAIN_BYTES))
+    limit = _address_space() + TRAIN_BYTES              # a fork begins with the addresses of its parent
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     prepare = engine.prepare
 
     def prepare_one_update(*arguments: Any) -> Any:
