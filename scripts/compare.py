@@ -100,17 +100,18 @@ def _common_name(paths: Sequence[str]) -> str:
     return os.path.commonprefix(names).removesuffix("seed").rstrip("_-.") or names[0]
 
 
-def _cell(values: Sequence[float], decimals: int, between: str) -> str:
+def mean_and_spread(values: Sequence[float], decimals: int, between: str = " +- ", sign: str = "") -> str:
+    """Mean and standard deviation (over n - 1) of runs, "-" of none. sign: "+" shows it."""
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):.{decimals}f}"
+    mean = f"{statistics.fmean(values):{sign}.{decimals}f}"
     return mean if len(values) == 1 else f"{mean}{between}{statistics.stdev(values):.{decimals}f}"
 
 
 def cells(rows: Sequence[Row], columns: Sequence[Column], between: str = " +- ") -> list[list[str]]:
     """Of the table, its titles first."""
     return [["", "n", *(title for _, _, title in columns), "weights"],
-            *([row.name, str(len(row.runs)), *(_cell(row.values(c), c[1].decimals, between) for c in columns),
+            *([row.name, str(len(row.runs)), *(mean_and_spread(row.values(c), c[1].decimals, between) for c in columns),
                row.selection] for row in rows)]
 
 

@@ -214,11 +214,11 @@ def test_published_prediction_files():
             for ours, theirs in zip(got, want, strict=True):
                 assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
                 for key in ("center", "dimensions"):
-                    assert ours["3d"][key] == pytest.approx(theirs["3d"][key], rel=1e-5, abs=1e-4)
+                    assert ours["3d"][key] == pytest.approx(theirs["3d"][key], rel=1e-5, abs=1e-5)
                 same = np.dot(ours["3d"]["rotation"], theirs["3d"]["rotation"])
                 assert abs(same) == pytest.approx(1, abs=1e-5)
                 for key in ("modal", "amodal"):
-                    assert ours["2d"][key] == pytest.approx(theirs["2d"][key], rel=1e-5, abs=1e-3)
+                    assert ours["2d"][key] == pytest.approx(theirs["2d"][key], rel=1e-5, abs=1e-5)
 
 
 def test_the_report_shows_classes_that_are_there(boxes):

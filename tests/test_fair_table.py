@@ -138,7 +138,7 @@ def records_of(number=2):
         "date": "2000-01-01", "machine": "m", "data": {"train": {"sha256": "a", "images": 1},
                                                        "test": {"sha256": "b", "images": 1}},
         "backbone_weights": "random", "experiment": experiment, "selection": "last update", "search": [],
-        "scores": {"depth": {"rmse": 0.5 + seed / 10}}, "curve": [], "losses": [],
+        "units": {}, "scores": {"depth": {"rmse": 0.5 + seed / 10}}, "curve": [], "losses": [],
         "cost": {"images_per_s": 1.0, "memory_gib": None, "parameters": 5, "gmacs": 0.1}})) for seed in range(number)}
 
 

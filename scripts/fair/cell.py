@@ -126,6 +126,7 @@ def outcome_of(experiment: Path, config: Config, place: Place) -> dict[str, Any]
     log = (config.run_dir / "log.txt").read_text(encoding="utf-8", errors="replace")
     return {
         "experiment": config.to_dict(), "scores": scores, "selection": about["selection"],
+        "units": about["units"],
         "curve": [{"step": int(file.stem.removeprefix("step_")), "scores": _in_sum(load_results(file))}
                   for file in _evaluations(config)],
         "losses": [{key: value for key, value in row.items() if key == "step" or key.startswith("loss/")}

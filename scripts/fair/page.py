@@ -7,14 +7,21 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evaluation.evaluator import Score
+from scripts.compare import mean_and_spread
 from scripts.fair.plots import Point, draw_cost, draw_curves
 from scripts.fair.records import ROOT, Record, require_comparable
 from scripts.fair.suite import LoadedSuite
 from utils.durable import write_text
-from utils.engine.results import Results, delta_m_against, selection_score
+from utils.engine.results import (
+    Results,
+    column_title,
+    columns_of,
+    common_units,
+    delta_m_against,
+    selection_score,
+)
 from utils.engine.tasks import TASKS
 
 PAGE, COST, CURVES = "README.md", "cost.svg", "curves.svg"
@@ -82,15 +89,6 @@ def write_page(loaded: LoadedSuite, records: Mapping[str, Record], folder: Path)
               f"`{command} --page`. Cells that are not there yet: `{command}`."]
     write_text(folder / PAGE, "\n\n".join(filter(None, parts)) + "\n")
     return folder / PAGE
-
-
-def columns_of(rows: Sequence[Row]) -> list[tuple[str, Score]]:
-    """The main scores of the tasks in the rows."""
-    scores: dict[str, Any] = {}
-    for row in rows:
-        for record in row.records:
-            scores.update(record["scores"])
-    return [(task, TASKS.load(task).main_score(scores[task])) for task in TASKS.in_order(scores)]
 
 
 def _means(row: Row) -> dict[str, float]:
@@ -165,22 +163,16 @@ def _legend(gains: Mapping[str, Sequence[float]]) -> str:
 
 
 def _table(rows: Sequence[Row], gains: Mapping[str, Sequence[float]]) -> str:
-    columns = columns_of(rows)
-    titles = [" ".join(filter(None, (t, s.label, s.unit, "^" if s.higher_is_better else "v"))) for t, s in columns]
-    lines = [["", "n", *titles, *(["delta_m % ^"] if any(gains.values()) else [])]]
+    records = [record for row in rows for record in row.records]
+    columns, units = columns_of(record["scores"] for record in records), common_units(records)
+    lines = [["", "n", *(column_title(*column, units) for column in columns),
+              *(["delta_m % ^"] if any(gains.values()) else [])]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
-        cells = [_cell(row.values(task, score), score.decimals) for task, score in columns]
-        gain = [_cell(gains[row.name], 2, sign=True)] if any(gains.values()) else []
+        cells = [mean_and_spread(row.values(task, score), score.decimals) for task, score in columns]
+        gain = [mean_and_spread(gains[row.name], 2, sign="+")] if any(gains.values()) else []
         lines.append([row.name, str(len(row.records)), *cells, *gain])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(values: Sequence[float], decimals: int, sign: bool = False) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):{'+' if sign else ''}.{decimals}f}"
-    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.{decimals}f}"
 
 
 def _costs(rows: Sequence[Row]) -> str:

@@ -59,7 +59,6 @@ class Suite(Options):
     single_task: one of the decoders, whose networks of one task each are what delta_m compares with.
     ranked: whether the cells compete; then they must share everything that is not the decoder's own.
     band: of a score that is trained again, in parts of its record (`--check`).
-    pictures: whether predictions on this data may be published.
     """
 
     title: str
@@ -73,7 +72,6 @@ class Suite(Options):
     search: Search = field(default_factory=Search)
     ranked: bool = True
     band: float = given(0.1, above=0)
-    pictures: bool = False
 
     def __post_init__(self):
         for name in ("decoders", "backbones"):
