@@ -29,8 +29,8 @@ def randomise(module):
     return module.eval()
 
 
-def bi_scan(width=6, state=4):
-    return randomise(BIScan(width, rank=2, state=state))
+def bi_scan(width=6, state=4, normed=False):
+    return randomise(BIScan(width, rank=2, state=state, normed=normed))
 
 
 def over_tasks(scan):

@@ -321,7 +321,8 @@ def test_23_fast_scan_equals_the_recurrence_in_bi_scan(tasks, backend, monkeypat
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "bcfr_first"}, {"ms_scan": "window"}, {"msst_depth": 1},
-                                     {"scales": [1]}, {"expand": 1, "d_state": 3}, {"drop_path_rate": 0.5}])
+                                     {"scales": [1]}, {"expand": 1, "d_state": 3}, {"drop_path_rate": 0.5},
+                                     {"between_passes": "norm"}])
 @pytest.mark.parametrize("tasks", ["a", "abcde"])
 def test_every_option_runs_and_uses_every_parameter(tasks, options):
     decoder = small_decoder(tasks, **options)

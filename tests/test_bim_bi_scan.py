@@ -59,11 +59,14 @@ def test_01_orders_of_the_four_passes(monkeypatch, tasks, height, width):
     assert torch.equal(out, feat)  # written back to where each token came from
 
 
-def test_02_one_task_scans_the_raster_twice():
-    scan, feat = bi_scan(), torch.randn(2, 1, 3, 5, 6)
+@pytest.mark.parametrize("normed", [False, True])
+def test_02_one_task_scans_the_raster_twice(normed):
+    scan, feat = bi_scan(normed=normed), torch.randn(2, 1, 3, 5, 6)
     raster = rearrange(feat, "b 1 h w d -> b d (h w)")
     forward, backward = raster[:, :3], raster[:, 3:].flip(-1)
     for order in ("tf", "pf"):
+        if normed and order == "pf":
+            forward, backward = (nn.functional.layer_norm(half.mT, (3,)).mT for half in (forward, backward))
         forward = scan_sequence(forward, one_pass(scan, f"fwd_{order}"))
         backward = scan_sequence(backward, one_pass(scan, f"bwd_{order}"))
     expected = rearrange(torch.cat((forward, backward.flip(-1)), dim=1), "b d (h w) -> b 1 h w d", h=3)
@@ -77,9 +80,9 @@ def test_03_one_pixel_makes_both_orders_the_task_order(monkeypatch):
         assert backward.tokens().tolist() == [4, 3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 3])
-def test_04_mirror(tasks):
-    scan, mirrored = bi_scan(), bi_scan()
+@pytest.mark.parametrize("tasks, normed", [(1, False), (2, False), (3, False), (3, True)])
+def test_04_mirror(tasks, normed):
+    scan, mirrored = bi_scan(normed=normed), bi_scan(normed=normed)
     swap = {"fwd": "bwd", "bwd": "fwd"}
     mirrored.load_state_dict({swap[name[:3]] + name[3:]: value for name, value in scan.state_dict().items()})
 
@@ -174,6 +177,16 @@ def test_11_parameters_do_not_grow_with_tasks_and_work_is_linear():
     assert (base.calls, base.elements) == (2, 4 * 2 * 15 * 3)
     for doubled in (work(4, 3, 5), work(2, 6, 5), work(2, 3, 10)):
         assert doubled.elements == 2 * base.elements
+
+
+def test_the_norm_between_the_passes_bounds_the_second():
+    """Without it large tokens grow to their sixteenth power, and the block's norm squares what float32 cannot hold."""
+    sizes = {}
+    for normed in (False, True):
+        scan, feat = bi_scan(normed=normed), torch.randn(1, 3, 4, 2, 6)
+        sizes[normed] = [scan(scale * feat).abs().max() for scale in (1e2, 1e4)]
+    assert sizes[False][1] / sizes[False][0] > 100.0**12
+    assert sizes[True][1] / sizes[True][0] < 2
 
 
 def test_an_odd_width_cannot_be_halved():

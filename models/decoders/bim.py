@@ -39,6 +39,7 @@ class BIMConfig(DecoderOptions):
     ms_scan: Literal["scale", "window"] = "scale"  # how MS-Scan makes its granularities (gap)
     scales: tuple[int, ...] = (1, 2, 4)  # pooling factor of each group of channels, for ms_scan = scale
     windows: tuple[int, ...] = (0, 8, 2)  # window side of each group, 0 = full map, for ms_scan = window
+    between_passes: Literal["nothing", "norm"] = "nothing"  # what a half of BI-Scan meets between its two passes (gap)
     d_state: int = 16  # N of the state-space model
     expand: int = 2  # D / C
     drop_path_rate: float = 0.2  # stochastic depth of the first residual branch, falling linearly to 0 at the last
@@ -88,22 +89,26 @@ class BIScan(S6):
 
     One half of the channels runs forward, the other backward; each pass of a half has a route's weights of its own. The
     state is never reset, neither at the border of a task nor of a row.
+    A pass gives products of up to four terms that grow with the tokens (step size, B, C, the token), two in a row of up
+    to sixteen. `normed` puts a layer norm between them, without parameters, as the second pass has them.
     """
 
     passes = ("fwd_tf", "bwd_tf", "fwd_pf", "bwd_pf")
 
-    def __init__(self, width: int, rank: int, state: int):
+    def __init__(self, width: int, rank: int, state: int, normed: bool = False):
         if width % 2:
             raise ValueError(f"BI-Scan halves the {width} channels of a stage; expand times its width must be even")
         super().__init__(width // 2, rank, state, routes=len(self.passes))
+        self.between = nn.LayerNorm(width // 2, elementwise_affine=False) if normed else nn.Identity()
         by_task(self, self.passes)
 
     def forward(self, feat: Tensor) -> Tensor:
         height, width, tasks = feat.shape[1:4]
         tokens = feat.flatten(1, 3).unflatten(-1, (2, -1))  # (B, L T, 2, D / 2): an (L, T) grid of tokens
-        for order, by_column in (("tf", True), ("pf", False)):
-            route = Route(height * width, tasks, by_column)
-            tokens = s6_scan(tokens, self.pair(order), (route, route.reversed()))
+        task_first, position_first = (Route(height * width, tasks, by_column) for by_column in (True, False))
+        tokens = s6_scan(tokens, self.pair("tf"), (task_first, task_first.reversed()))
+        tokens = self.between(tokens).to(feat.dtype)
+        tokens = s6_scan(tokens, self.pair("pf"), (position_first, position_first.reversed()))
         return tokens.view_as(feat)
 
     def pair(self, order: str) -> S6Weights:
@@ -156,7 +161,7 @@ class BCFRBlock(GatedBranch):
 
     @staticmethod
     def build_scan(num_tasks: int, width: int, rank: int, config: BIMConfig) -> nn.Module:
-        return BIScan(width, rank, config.d_state)
+        return BIScan(width, rank, config.d_state, config.between_passes == "norm")
 
     def activate_and_scan(self, inner: Tensor) -> Tensor:
         return self.scan(F.silu(inner))
