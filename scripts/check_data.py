@@ -126,8 +126,8 @@ def found_specs(root: Path, dataset: str | None) -> list[DatasetSpec]:
             specs[spec.folder] = spec
     if not specs:
         folders = ", ".join(dict.fromkeys(f"{spec.folder}/" for spec in map(DATASETS.load, DATASETS)))
-        raise FileNotFoundError(f"{root} holds none of {folders}, and no {FILE}; README, \"Data and training\", says "
-                                "where to get them")
+        raise FileNotFoundError(f"{root} holds none of {folders}, and no {FILE}; docs/training.md says where "
+                                "to get them")
     return list(specs.values())
 
 

@@ -1,10 +1,10 @@
-"""What can be combined with what: the tables of README, made by asking.
+"""What can be combined with what: the tables of docs/combinations.md, made by asking.
 
     python scripts/combinations.py
 
 Decoders are built on backbones and necks on the meta device; what is refused there is refused in an experiment, with
 the reason. Every loss balancing makes an update of a small model. Data sets, tasks and arguments say themselves what
-they have. `--write` puts the tables into README.
+they have. `--write` puts the tables into the page.
 """
 
 import sys
@@ -35,7 +35,7 @@ from utils.engine.config import load_config
 from utils.engine.tasks import TASKS, label_kinds
 
 ROOT = Path(__file__).resolve().parents[1]
-README, BEGIN, END = ROOT / "README.md", "<!-- combinations -->\n", "<!-- /combinations -->\n"
+PAGE, BEGIN, END = ROOT / "docs" / "combinations.md", "<!-- combinations -->\n", "<!-- /combinations -->\n"
 
 # One small backbone of every kind of map: its name, and options that make it quick to build.
 SMALL_VIT = {"embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -158,15 +158,15 @@ def with_tables(page: str, tables: str) -> str:
 
 
 def combinations(write: bool) -> None:
-    """Prints the tables, or puts them into README."""
+    """Prints the tables, or puts them into the page."""
     if write:
-        README.write_text(with_tables(README.read_text(encoding="utf-8"), text()), encoding="utf-8")
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), text()), encoding="utf-8")
     else:
         print(text())
 
 
 main = Command(__doc__, combinations, {
-    "--write": dict(action="store_true", help="put the tables into README"),
+    "--write": dict(action="store_true", help="put the tables into docs/combinations.md"),
 })
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""README's tables of what can be combined are those that the doors' tables give."""
+"""docs/combinations.md's tables are those that the doors' tables give."""
 
 import pytest
 
 from scripts import combinations
 from scripts.combinations import BEGIN, END
 
-PAGE = combinations.README.read_text(encoding="utf-8")
+PAGE = combinations.PAGE.read_text(encoding="utf-8")
 
 
-def test_readme_shows_what_can_be_combined():
+def test_the_page_shows_what_can_be_combined():
     tables = combinations.text()
-    assert combinations.shown(PAGE) == tables, f"README is not up to date: scripts/combinations.py --write\n{tables}"
+    assert combinations.shown(PAGE) == tables, f"run python scripts/combinations.py --write\n{tables}"
 
 
 def test_what_is_refused_is_meant():

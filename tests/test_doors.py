@@ -1,4 +1,4 @@
-"""Everything that can be added is added here from outside: the README's files, written down as printed, and trained."""
+"""Everything that can be added is added here from outside: the files of docs/extending.md, as printed, and trained."""
 
 import importlib
 import re
@@ -32,20 +32,21 @@ from utils.engine.views import View
 from utils.options import ConfigError
 
 BLOCKS = {match[1]: match[2] for match in re.finditer(r"```python\n# (?:\w+/)*(\w+)\.py[^\n]*\n(.*?)```",
-                                                      (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)}
+                                                      (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"),
+                                                      re.DOTALL)}
 THREE_STEPS = ["max_iter=3", "val_interval=3"]
 
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """outside(name): the README's file of that name as a module that lies outside this repository."""
+    """outside(name): the page's file of that name as a module that lies outside this repository."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name: str) -> str:
-        (tmp_path / f"readme_{name}.py").write_text(BLOCKS[name], encoding="utf-8")
-        monkeypatch.delitem(sys.modules, f"readme_{name}", raising=False)
+        (tmp_path / f"page_{name}.py").write_text(BLOCKS[name], encoding="utf-8")
+        monkeypatch.delitem(sys.modules, f"page_{name}", raising=False)
         importlib.invalidate_caches()
-        return f"readme_{name}"
+        return f"page_{name}"
     return write
 
 
@@ -55,7 +56,7 @@ def run(tiny: list[str], *arguments: str, without: str = "-") -> dict:
     return train(load_config(ROOT / "configs" / "bim_nyud.yml", [*kept, *THREE_STEPS, *arguments]), resume=False)
 
 
-def test_every_door_has_its_file_in_the_readme():
+def test_every_door_has_its_file_on_the_page():
     assert set(BLOCKS) == {"albedo", "bias", "my_rooms", "plain", "strided", "narrow", "imtl_l", "rmsprop",
                            "exponential"}
 
@@ -71,7 +72,7 @@ def test_options_of_an_entry_are_checked_before_its_module_is_imported(outside, 
                            ("wide", "'model_kwargs.width' must be a whole number, got 'wide'")):
         with pytest.raises(ConfigError, match=message):
             run(tiny, "model=plain", f"model_kwargs={{width: {value}}}", without="model_kwargs")
-    assert "readme_plain" not in sys.modules
+    assert "page_plain" not in sys.modules
 
 
 def test_backbone(outside, tiny, monkeypatch):
@@ -122,7 +123,7 @@ def test_learned_loss_balancing_is_saved_and_resumed(outside, tiny, monkeypatch,
 
 
 def write_rooms(root, size=(64, 96), number=6) -> None:
-    """A data set in the README's layout, with an albedo and a list of points beside what the README names."""
+    """A data set in the page's layout, with an albedo and a list of points beside what the page names."""
     folder, rng = root / "MyRooms", np.random.default_rng(0)
     for name in ("rgb", "labels", "depth", "albedo", "points"):
         (folder / name).mkdir(parents=True)
@@ -140,7 +141,7 @@ def write_rooms(root, size=(64, 96), number=6) -> None:
 
 @pytest.fixture
 def rooms(outside, tiny, tmp_path, monkeypatch):
-    """rooms(task, channels, source): arguments of a run on the README's data set with one task more."""
+    """rooms(task, channels, source): arguments of a run on the page's data set with one task more."""
     write_rooms(tmp_path)
     rooms = importlib.import_module(outside("my_rooms")).MyRooms
 
@@ -268,5 +269,5 @@ def test_every_task_has_its_switch():
     assert set(switches) == {f"include_{name}" for name in TASKS} | {"edge_w"}
 
 
-def test_modules_of_the_readme_are_plain_files(outside):
+def test_modules_of_the_page_are_plain_files(outside):
     assert isinstance(importlib.import_module(outside("exponential")), ModuleType)
