@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from losses.multi_task import MultiTaskLoss
 from tests.test_train import NYUD, QUIET, rows
@@ -18,6 +19,17 @@ from utils.engine.update import Outcome
 from utils.engine.watchdog import ENOUGH, Watchdog
 
 NAMES = ["semseg", "depth"]
+BATCHES = [{"meta": [{"name": "c"}, {"name": "d"}], "image": torch.ones(2, 2)}]
+
+
+class Layers(nn.Sequential):
+    """A layer, a norm that keeps statistics, and one that squares what it is given."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LayerNorm(2, elementwise_affine=False))
+
+    def forward(self, image, labels=None):
+        return super().forward(image) * torch.rand(1)          # something is drawn, too
 
 
 class FakeRun:
@@ -26,8 +38,8 @@ class FakeRun:
     def __init__(self, folder, scaled=False, **settings):
         self.config = SimpleNamespace(run_dir=folder, precision="fp32", grad_clip_param=SimpleNamespace(norm_type=2.0),
                                       **{"on_nonfinite": "stop", "nonfinite_limit": 2, **settings})
-        self.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-        self.criterion = torch.nn.Module()
+        self.model, self.device = Layers(), torch.device("cpu")
+        self.criterion = nn.Module()
         self.scaler = SimpleNamespace(is_enabled=lambda: scaled, get_scale=lambda: 1.0)
         self.optimizer = SimpleNamespace(param_groups=[{"lr": torch.tensor(0.5)}])
         self.step = 6
@@ -51,9 +63,9 @@ def outcome(losses=((0.5, 1.0),), norms=(3.0, 4.0, 0.0, 0.0)):
     (((0.0, math.inf),), (math.nan,) * 4, "step 7: loss 'depth' is inf, gradient norm is nan;")])
 def test_bad_numbers_stop_the_run_at_once_and_are_written_down(tmp_path, losses, norms, words):
     guard = guard_of(FakeRun(tmp_path))
-    guard.check(outcome(), ["a", "b"])
+    guard.check(outcome(), [])
     with pytest.raises(FloatingPointError, match=words) as stop:
-        guard.check(outcome(losses, norms), ["c", "d"])
+        guard.check(outcome(losses, norms), BATCHES)
     report = tmp_path / "nonfinite" / "step_7.json"
     assert str(report) in str(stop.value) and "\n" not in str(stop.value)
     said = json.loads(report.read_text(), parse_constant=pytest.fail)
@@ -62,7 +74,23 @@ def test_bad_numbers_stop_the_run_at_once_and_are_written_down(tmp_path, losses,
     assert told == pytest.approx([value for row in losses for value in row], nan_ok=True)
     bad = [name for name, norm in zip(guard.update.grad_names, norms, strict=True) if not math.isfinite(norm)]
     assert said["bad_gradients"] == bad and said["bad_weights"] == []
+    assert said["first_bad_layer"] is None and set(said["largest_values_of_layers"]) == {"0", "1", "2"}
     guard.flush()                                          # what was answered is not answered again
+
+
+def test_the_layer_where_numbers_overflow_is_named_and_nothing_else_changes(tmp_path):
+    run = FakeRun(tmp_path)
+    with torch.no_grad():
+        run.model[1].weight.fill_(1e20)
+    state, drawn = {key: value.clone() for key, value in run.model.state_dict().items()}, torch.get_rng_state()
+    batch = {"meta": [{"name": "c"}], "image": torch.tensor([[1.0, 1.0], [-1.0, 0.0]])}
+    with pytest.raises(FloatingPointError, match="is nan, the first layer to put out such a number is 2; "):
+        guard_of(run).check(outcome(((math.nan, 1.0),)), [batch])
+    said = json.loads((tmp_path / "nonfinite" / "step_7.json").read_text())
+    assert said["first_bad_layer"] == "2" and list(said["largest_values_of_layers"]) == ["1", "0"]
+    assert said["largest_values_of_layers"]["1"] == pytest.approx(1e20, rel=0.1)
+    assert torch.equal(torch.get_rng_state(), drawn) and not run.model[0]._forward_hooks
+    assert all(torch.equal(value, state[key]) for key, value in run.model.state_dict().items())
 
 
 def test_gradients_are_told_by_module():

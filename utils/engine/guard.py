@@ -9,7 +9,7 @@ one update later; `flush` reads the outstanding ones and comes before anything i
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from utils import distributed
+from utils.engine.layer_values import first_not_finite, largest_finite, largest_values, leaving_no_trace
 from utils.engine.run import Run
 from utils.engine.update import Outcome, Update
+from utils.precision import autocast
 from utils.sharded import local
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class _Pending:
     names: list[str]            # of the losses of a pass
     passes: int
     grad_names: list[str]
-    files: list[str]
+    batches: Sequence[Mapping[str, Any]]
     values: Tensor              # losses, gradient norm, the norms of its parts, sound
     arrived: torch.cuda.Event | None
 
@@ -54,8 +56,8 @@ class Guard:
         self.scaled_in_a_row = 0    # that the loss scale skipped
         self.made = 0
 
-    def check(self, outcome: Outcome, files: Sequence[str]) -> None:
-        """Of the update `run.step` + 1 (CPU), and of the one before (CUDA). files: names of its images."""
+    def check(self, outcome: Outcome, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Of the update `run.step` + 1 (CPU), and of the one before (CUDA). batches: those of its passes."""
         self.flush()
         values = torch.cat([value.detach().float().flatten() for value in outcome])
         arrived = None
@@ -64,7 +66,7 @@ class Guard:
             arrived = torch.cuda.Event()
             arrived.record()
         self.pending = _Pending(self.run.step + 1, self.update.loss_names, len(outcome.losses), self.update.grad_names,
-                                list(files), values, arrived)
+                                batches, values, arrived)
         if arrived is None:
             self.flush()
 
@@ -93,26 +95,30 @@ class Guard:
         losses, norm, norms = numbers[:count], numbers[count], numbers[count + 1:-1]
         rows = [dict(zip(pending.names, losses[i:i + len(pending.names)], strict=True))
                 for i in range(0, count, len(pending.names))]
-        everywhere = distributed.gather_objects({"losses": rows, "files": pending.files})
+        files = [image["name"] for batch in pending.batches for image in batch["meta"]]
+        everywhere = distributed.gather_objects({"losses": rows, "files": files})
         words = list(dict.fromkeys(f"loss '{name}' is {value}" for one in everywhere for row in one["losses"]
                                    for name, value in row.items() if not math.isfinite(value)))
         if self.run.scaler.is_enabled() and not words:          # a scaled gradient that overflows is no fault yet
             self.scaled_in_a_row += 1
             if self.scaled_in_a_row < SCALED_IN_A_ROW:
                 return
-            report = self._report(pending, everywhere, norm, norms)
+            report = self._report(pending, everywhere, norm, norms, self._layers(pending))
             raise FloatingPointError(f"step {pending.step}: the gradients of the last {SCALED_IN_A_ROW} updates were "
                                      f"not finite at any loss scale, nothing is being trained; {report} has the "
                                      f"details ({ADVICE})")
         if not math.isfinite(norm):
             words.append(f"gradient norm is {norm}")
-        report = self._report(pending, everywhere, norm, norms)
+        layers = self._layers(pending)
+        if layers.get("first_bad_layer"):
+            words.append(f"the first layer to put out such a number is {layers['first_bad_layer']}")
+        report = self._report(pending, everywhere, norm, norms, layers)
         self._go_on_or_stop(f"step {pending.step}: {', '.join(words)}", report)
 
     def _go_on_or_stop(self, words: str, report: str) -> None:
         answer, limit = self.run.config.on_nonfinite, self.run.config.nonfinite_limit
         self.bad += 1
-        why = f"{report} names the images and the gradients; earlier checkpoints are untouched; {ADVICE}"
+        why = f"{report} names the images, the layers and the gradients; earlier checkpoints are untouched; {ADVICE}"
         if answer == "stop":
             raise FloatingPointError(f"{words}; the run stops (on_nonfinite=skip or rollback goes on): {why}")
         if self.bad > limit:
@@ -137,7 +143,8 @@ class Guard:
                     return name
         return None
 
-    def _report(self, pending: _Pending, everywhere: list[dict], norm: float, norms: list[float]) -> str:
+    def _report(self, pending: _Pending, everywhere: list[dict], norm: float, norms: list[float],
+                layers: dict[str, Any]) -> str:
         """Rank 0 writes what is known of the update; returns the file's name."""
         path = self.run.config.run_dir / "nonfinite" / f"step_{pending.step}.json"
         bad = distributed.gather_objects([name for name, parameter in self.run.model.named_parameters()
@@ -150,10 +157,30 @@ class Guard:
                 "grad_norm": norm, "grad_norm_of_modules":
                     by_module(by_name, self.run.config.grad_clip_param.norm_type),
                 "bad_gradients": [name for name, value in by_name.items() if not math.isfinite(value)][:NAMED],
-                "bad_weights": list(dict.fromkeys(name for of_one in bad for name in of_one))[:NAMED]}
+                "bad_weights": list(dict.fromkeys(name for of_one in bad for name in of_one))[:NAMED], **layers}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(_writable(content), indent=1) + "\n", encoding="ascii")
         return str(path)
+
+
+    def _layers(self, pending: _Pending) -> dict[str, Any]:
+        """What the layers put out when the batches run through them once more, on this process.
+
+        On CUDA with the weights of the update behind, and always with another draw of whatever is drawn.
+        """
+        run = self.run
+
+        def look() -> None:
+            for batch in pending.batches:
+                with autocast(run.device, run.config.precision):
+                    run.model(batch["image"], batch)
+
+        try:
+            with leaving_no_trace(run.model, run.device):
+                values = largest_values(run.model, look)
+        except torch.OutOfMemoryError as error:
+            return {"layers": f"not looked at, out of memory: {error}"}
+        return {"first_bad_layer": first_not_finite(values), "largest_values_of_layers": largest_finite(values)}
 
 
 def by_module(norms: dict[str, float], order: float) -> dict[str, float]:

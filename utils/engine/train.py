@@ -84,7 +84,7 @@ def _loop(run: Run, departure: Departure) -> dict:
             update.set_lr(lr)
             outcome = make_update([tensors_of(batch, config) for batch in of_update])
             interval.add(update.loss_names, outcome.losses)
-            guard.check(outcome, [image["name"] for batch in of_update for image in batch["meta"]])
+            guard.check(outcome, of_update)
             watchdog.beat()
             run.step += 1
             bar.update()
