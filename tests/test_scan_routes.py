@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ops.routes import Route, four_routes
+from models.ops.scan_args import Projection, project, sum_of_products
 from models.ops.scan_choice import set_scan_backend
-from models.ops.scan_op import _sum_of_pieces, scan_flops
+from models.ops.scan_op import scan_flops
 from models.ops.selective_scan import count_scan_flops, scan_routes
-from models.ops.ss2d import S6Weights, s6_scan, ss2d_core
+from models.ops.ss2d import S6Weights, aligned, s6_scan, ss2d_core
 from tests.scan_backends import FAST, chunk_tokens, device_of, draw, relative_error, tolerance
 
 # The token (row, column) at each position, written out as loops.
@@ -194,7 +195,36 @@ def test_step_sizes_of_low_rank(groups, backend):
 def test_sum_over_tokens_in_pieces(batch, tokens):
     """As on a GPU; 1021 is prime and one piece."""
     left, right = draw(1)(batch, tokens, 3, 5), draw(2)(batch, tokens, 3, 2)
-    torch.testing.assert_close(_sum_of_pieces(left, right), torch.einsum("bpke,bpkr->ker", left, right))
+    torch.testing.assert_close(sum_of_products(left, right), torch.einsum("bpke,bpkr->ker", left, right))
+
+
+@pytest.mark.parametrize("groups, per_group", [(1, 4), (2, 1), (3, 2)])
+def test_projections_as_on_a_gpu(groups, per_group):
+    """Values and gradients, of rows that are part of wider ones; results lie as they are read."""
+    x, weight = draw(1)(2, 35, groups, 9)[..., :6].double(), draw(2)(groups * per_group, 5, 6).double()
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    found = Projection.apply(x, weight.unflatten(0, (groups, -1)).flatten(1, 2))
+    assert found.is_contiguous()
+    right = project(x, weight)
+    torch.testing.assert_close(found.view_as(right), right, rtol=1e-12, atol=1e-12)
+    grad = draw(3)(*found.shape).double()
+    for one, other in zip(torch.autograd.grad(found, leaves, grad),
+                          torch.autograd.grad(right, leaves, grad.view_as(right)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+def test_a_rank_in_eights_changes_nothing():
+    """Values and gradients; the weights of steps get zeros, those of B and C keep their place behind them."""
+    normal, routes = draw(5), four_routes(5, 7)
+    weights = S6Weights(*(x.double().requires_grad_() for x in (
+        normal(4, 3 + 8, 6), normal(4, 6, 3), normal(4, 6), normal(4, 6, 4), normal(4, 6))))
+    wide = aligned(weights)
+    assert wide.x_proj.shape == (4, 8 + 8, 6) and wide.dt_proj_weight.shape == (4, 6, 8) and aligned(wide) is wide
+    x, grad = normal(2, 35, 1, 6).double(), normal(2, 35, 1, 6).double()
+    results = [[y, *torch.autograd.grad(y, weights, grad)] for y in (s6_scan(x, each, routes)
+                                                                     for each in (weights, wide))]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_step_sizes_of_low_rank_are_what_is_kept():

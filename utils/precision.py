@@ -13,6 +13,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES)
 
 
+def product_dtype(tensor: torch.Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """The type that autocast asks products with this tensor to have; `otherwise` where it asks for none."""
+    device = tensor.device.type
+    if tensor.is_meta or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return otherwise
+    return torch.get_autocast_dtype(device)
+
+
 def set_determinism(wanted: bool) -> None:
     """Lets PyTorch take operations that give the same bits every time, also where they are slower.
 

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.routes import Route
+from utils.precision import product_dtype
+
+TILE, BUSY_BLOCKS = 64, 512  # side of a part of a matrix product's result; parts that keep a GPU busy
 
 
 class ScanArgs(NamedTuple):
@@ -59,9 +62,49 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     """Rows (B, P, G, E) with weights (K, F, E) of K routes, K / G for each group, to (B, P, K, F)."""
     routes, features, _ = weight.shape
     weight = weight.unflatten(0, (x.shape[2], -1)).flatten(1, 2)  # (G, K / G F, E)
+    if x.is_cuda and not torch.compiler.is_compiling():
+        dtype = product_dtype(x, x.dtype)
+        return Projection.apply(x.to(dtype), weight.to(dtype)).unflatten(3, (-1, features)).flatten(2, 3)
     if x.shape[2] == 1:
         return F.linear(x.squeeze(2), weight[0]).unflatten(2, (routes, features))
     return torch.einsum("bpge,gfe->bpgf", x, weight).unflatten(3, (-1, features)).flatten(2, 3)
+
+
+class Projection(torch.autograd.Function):
+    """(B, P, G, E), (G, F, E) -> (B, P, G, F) as a GPU likes it: no copies, and no long sum in few blocks."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return rows_by_weights(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (rows_by_weights(grad, weight.mT) if wanted[0] else None,
+                sum_of_products(grad, x).to(weight.dtype) if wanted[1] else None)
+
+
+def rows_by_weights(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, P, G, E), (G, F, E) -> (B, P, G, F), written where it belongs."""
+    out = x.new_empty(*x.shape[:3], weight.shape[1])
+    torch.bmm(x.flatten(0, 1).transpose(0, 1), weight.mT, out=out.flatten(0, 1).transpose(0, 1))
+    return out
+
+
+def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """(B, P, G, F) and (B, P, G, E) to (G, F, E), summed over tokens, piece by piece and then in float32 or better.
+
+    One product with so long a sum and so small a result would leave most of a GPU idle. A piece is every n-th token, so
+    that pieces and groups are one axis of the tensors as they lie.
+    """
+    groups, tokens = left.shape[2], left.shape[0] * left.shape[1]
+    tiles = groups * -(-left.shape[3] // TILE) * -(-right.shape[3] // TILE)
+    pieces = max(n for n in range(1, max(1, BUSY_BLOCKS // tiles) + 1) if tokens % n == 0)
+    left, right = (x.reshape(tokens // pieces, pieces * groups, x.shape[3]).transpose(0, 1) for x in (left, right))
+    parts = torch.bmm(left.mT, right).unflatten(0, (pieces, groups))
+    return parts.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32))
 
 
 def check_scan(args: ScanArgs) -> None:

@@ -14,10 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from models.ops import SCAN_BACKENDS
 from models.ops.routes import Route
-from models.ops.scan_args import ScanArgs
+from models.ops.scan_args import ScanArgs, rows_by_weights, sum_of_products
 from models.ops.scan_choice import Kernels
 
-MAX_PIECES = 128  # of a sum over tokens
 _INPUTS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? delta_weight, "
            "int[] routes, bool delta_softplus")
 torch.library.define("mtdp::scan", f"({_INPUTS}, bool keep_chunk_states, str backend) -> (Tensor, Tensor, Tensor)")
@@ -40,22 +39,6 @@ def scan_op(args: ScanArgs, backend: str) -> tuple[Tensor, Tensor]:
 def _args(u, delta, A, B, C, D, delta_bias, delta_weight, routes, delta_softplus) -> ScanArgs:
     """From the operator's arguments."""
     return ScanArgs(u, delta, A, B, C, D, delta_bias, delta_weight, _routes(tuple(routes)), delta_softplus)
-
-
-def _sum_of_products(grad_delta: Tensor, features: Tensor) -> Tensor:
-    """(B, P, K, E) and (B, P, K, R) to (K, E, R), summed over tokens. On a GPU piece by piece: one product with so long
-    a sum and so small a result would leave most of the card idle."""
-    if not grad_delta.is_cuda:
-        return torch.einsum("bpke,bpkr->ker", grad_delta, features)
-    return _sum_of_pieces(grad_delta, features)
-
-
-def _sum_of_pieces(grad_delta: Tensor, features: Tensor) -> Tensor:
-    tokens = grad_delta.shape[0] * grad_delta.shape[1]
-    pieces = max(n for n in range(1, MAX_PIECES + 1) if tokens % n == 0)
-    left, right = (x.permute(2, 0, 1, 3).reshape(x.shape[2], pieces, tokens // pieces, x.shape[3])
-                   for x in (grad_delta, features))
-    return torch.matmul(left.mT, right).sum(1, dtype=torch.promote_types(left.dtype, torch.float32))
 
 
 @functools.lru_cache(maxsize=256)
@@ -88,8 +71,11 @@ def _scan_backward(grad_y, grad_last, chunk_states, *inputs):
         if args.delta_weight is None:
             return grad_u, grad_delta, *grads, grad_delta.new_empty(0)
         weight = args.delta_weight.to(args.delta.dtype)
-        grad_weight = _sum_of_products(grad_delta, args.delta)
-        grad_delta = torch.einsum("bpke,ker->bpkr", grad_delta, weight).contiguous()
+        if grad_delta.is_cuda:
+            grad_weight, grad_delta = sum_of_products(grad_delta, args.delta), rows_by_weights(grad_delta, weight.mT)
+        else:
+            grad_weight = torch.einsum("bpke,bpkr->ker", grad_delta, args.delta)
+            grad_delta = torch.einsum("bpke,ker->bpkr", grad_delta, weight).contiguous()
         return grad_u, grad_delta, *grads, grad_weight.to(args.delta_weight)
 
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.routes import Route, four_routes
 from models.ops.scan_args import project
 from models.ops.selective_scan import scan_routes
+from utils.precision import product_dtype
 
 
 class S6Weights(NamedTuple):
@@ -35,11 +37,23 @@ def s6_scan(x: Tensor, weights: S6Weights, routes: Sequence[Route], source: Tens
     Step sizes, B and C are computed from `source`, where it is given (cross scan): also (B, P, G, E), though it may
     have another number of groups, e.g. one that serves all routes.
     """
+    if x.is_cuda and product_dtype(x, x.dtype).itemsize == 2:
+        weights = aligned(weights)
     state, rank = weights.A_log.shape[-1], weights.dt_proj_weight.shape[-1]
     features = project(x if source is None else source, weights.x_proj)  # (B, P, K, R + 2 N)
     step_features, B, C = features.split((rank, state, state), dim=-1)
     return scan_routes(x, step_features, -torch.exp(weights.A_log), B, C, routes, D=weights.D,
                        delta_bias=weights.dt_proj_bias, delta_softplus=True, delta_weight=weights.dt_proj_weight)
+
+
+def aligned(weights: S6Weights) -> S6Weights:
+    """Zeros make the rank a multiple of 8, as tensor cores want rows of half precision."""
+    rank = weights.dt_proj_weight.shape[-1]
+    missing = -rank % 8
+    if not missing:
+        return weights
+    x_proj = torch.cat((weights.x_proj[:, :rank], F.pad(weights.x_proj[:, rank:], (0, 0, missing, 0))), dim=1)
+    return weights._replace(x_proj=x_proj, dt_proj_weight=F.pad(weights.dt_proj_weight, (0, missing)))
 
 
 def ss2d_core(x: Tensor, weights: S6Weights, source: Tensor | None = None, window: int = 0) -> Tensor:
