@@ -10,6 +10,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 
 from models.backbones import BACKBONES
+from models.backbones.swin import SwinBlock
 from models.backbones.vit import resize_position_embedding
 from models.build import build_backbone
 from models.necks.pyramid import PyramidConfig, SimplePyramid
@@ -68,6 +69,21 @@ def test_swin_tokens_inside_equal_the_reference(case):
     assert names == set(seen)
     for name in names:
         torch.testing.assert_close(seen[name], reference[f"eval.bb.{name}"], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_attention_without_scores_is_timms(shift):
+    """What runs on a GPU, with gradients of everything; windows that are padded, images of one batch."""
+    torch.manual_seed(0)
+    block = SwinBlock(16, (4, 4), num_heads=4, window_size=4, shift_size=shift, always_partition=True,
+                      dynamic_mask=True).double()
+    mask = block.get_attn_mask(torch.zeros(1, 8, 8, 16, dtype=torch.float64))  # four windows
+    windows = torch.randn(8, 16, 16, dtype=torch.float64, requires_grad=True)
+    grad, leaves = torch.randn_like(windows), [windows, *block.attn.parameters()]
+    results = [[out, *torch.autograd.grad(out, leaves, grad)]
+               for out in (block.attn(windows, mask), block.attn.fused(windows, mask))]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_rolling_first_is_a_different_network():

@@ -107,7 +107,7 @@ def test_every_task_starts_like_a_layer_of_its_own():
 
 
 def test_layers_run_in_mixed_precision():
-    """The norm in float32, products in bfloat16; maps of both kinds meet in the residual."""
+    """The norm in float32, products and what only they take in bfloat16; maps of both kinds meet in the residual."""
     layers = nn.ModuleList([TaskLayerNorm(3, 8), TaskLinear(3, 8, 8), TaskDropPath(0.5), JoinLinear(3, 16, 8)]).train()
     last, feat = TaskLayerNorm(3, 8, tasks_last=True), torch.randn(3, 2, 4, 4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -117,8 +117,10 @@ def test_layers_run_in_mixed_precision():
         joined = layers[3](summed, feat[0])
         inside = layers[1].of_normed(layers[0], joined)
         gated = last.gated(inside.permute(1, 2, 3, 0, 4).contiguous(), product)
-    assert [x.dtype for x in (normed, summed, gated)] == [torch.float32] * 3
-    assert [x.dtype for x in (product, joined, inside)] == [torch.bfloat16] * 3
+        for_product = layers[0].for_product(feat.bfloat16())
+    assert torch.equal(for_product, normed.bfloat16())
+    assert [x.dtype for x in (normed, summed)] == [torch.float32] * 2
+    assert [x.dtype for x in (product, joined, inside, gated)] == [torch.bfloat16] * 4
     gated.sum().backward()
     assert all(x.grad.isfinite().all() and x.grad.dtype == torch.float32 for x in (feat, *layers.parameters()))
 

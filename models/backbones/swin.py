@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import PatchEmbed, resize_rel_pos_bias_table_simple
-from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.blocks.layers import init_linear
+from models.blocks.layers import ProductLayerNorm, init_linear
 from models.blocks.task_maps import TaskMaps
 from utils.options import Options
 
@@ -78,7 +79,8 @@ class SwinBlock(SwinTransformerBlock):
     """
 
     def __init__(self, *args, pad_before_roll: bool = True, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, norm_layer=ProductLayerNorm, **kwargs)
+        self.attn.__class__ = FusedAttention  # the same weights: timm's block has no place for another attention
         self.pad_before_roll = pad_before_roll
 
     def _attn(self, tokens: Tensor) -> Tensor:
@@ -92,13 +94,32 @@ class SwinBlock(SwinTransformerBlock):
         return super()._attn(padded)[:, :height, :width]  # nothing left to pad: roll, attend, roll back
 
 
+class FusedAttention(WindowAttention):
+    """timm's window attention; on a GPU without a map of scores, which is most of what attention in windows moves."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Windows (B w, N, C) and the mask of their positions (w, N, N) -> (B w, N, C)."""
+        if not x.is_cuda:
+            return super().forward(x, mask)
+        return self.fused(x, mask)
+
+    def fused(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three m d) -> three b m n d", three=3, m=self.num_heads)
+        bias = self._get_rel_pos_bias().to(q.dtype)  # (1, M, N, N)
+        if mask is not None:
+            bias = (bias + mask.to(q.dtype)[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            out = F.scaled_dot_product_attention(q, k, v, bias.expand(len(x), -1, -1, -1))
+        return self.proj(rearrange(out, "b m n d -> b n (m d)"))
+
+
 class SwinStage(nn.Module):
     """Patch merging (not in the first stage), then blocks; in every second one windows shift by w // 2."""
 
     def __init__(self, dim: int, merge: bool, num_heads: int, window_size: int, drop_path: Sequence[float],
                  pad_before_roll: bool):
         super().__init__()
-        self.downsample = PatchMerging(dim // 2, dim) if merge else nn.Identity()
+        self.downsample = PatchMerging(dim // 2, dim, norm_layer=ProductLayerNorm) if merge else nn.Identity()
         self.blocks = nn.Sequential(*[
             SwinBlock(
                 dim, input_resolution=(window_size, window_size), num_heads=num_heads,

@@ -8,6 +8,9 @@ from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from models.ops.norms import has_kernels, layer_norm
+from utils.precision import product_dtype
+
 INIT_STD = 0.02  # of initial weights, as usual for the transformers in this field
 
 
@@ -43,6 +46,18 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Mixed precision off on the tensor's device. The meta device, which has only shapes, knows no autocast."""
     on = not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
     return torch.autocast(tensor.device.type, enabled=False) if on else nullcontext()
+
+
+class ProductLayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis whose result goes into products: under autocast it has their type, which spares a
+    map in float32 and whatever would be moved around in it. The norm itself is computed in float32."""
+
+    def forward(self, feat: Tensor) -> Tensor:
+        dtype = product_dtype(feat, feat.dtype)
+        if has_kernels(feat):
+            rows = feat.reshape(1, -1, feat.shape[-1])
+            return layer_norm(rows, self.weight[None], self.bias[None], self.eps, dtype).view(feat.shape)
+        return super().forward(feat).to(dtype)
 
 
 class ChannelLayerNorm(nn.LayerNorm):

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.ops.norms import Statistics, has_kernels, layer_norm, norm_backward, norm_forward
+from utils.precision import product_dtype
+
 
 class TaskLinear(nn.Linear):
     """One linear layer per task, as one batched product: (T, ..., in) -> (T, ..., out)."""
@@ -67,17 +70,36 @@ class TaskLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_tasks * channels))
 
     def forward(self, feat: Tensor) -> Tensor:
-        shape = (1,) * (0 if self.tasks_last else feat.dim() - 2)
-        weight, bias = (x.view(self.num_tasks, *shape, self.channels) for x in (self.weight, self.bias))
-        return torch.addcmul(bias, F.layer_norm(feat, (self.channels,), eps=self.eps), weight)
+        return self._normed(feat, torch.promote_types(feat.dtype, torch.float32))
+
+    def for_product(self, feat: Tensor) -> Tensor:
+        """The same in the type of the product that takes it."""
+        return self._normed(feat, product_dtype(feat, self.weight.dtype))
 
     def gated(self, feat: Tensor, gate: Tensor) -> Tensor:
-        """norm(feat) * SiLU(gate): (B, H, W, T, C), (T, B, H, W, C) -> (T, B, H, W, C).
+        """norm(feat) * SiLU(gate): (B, H, W, T, C), (T, B, H, W, C) -> (T, B, H, W, C), in the type of a product.
 
         Of the four maps on the way none is kept for the backward pass.
         """
-        weight, bias = (x.view(self.num_tasks, self.channels) for x in (self.weight, self.bias))
-        return _GatedNorm.apply(feat, gate, weight, bias, self.eps)
+        dtype = product_dtype(feat, self.weight.dtype)
+        if has_kernels(feat):
+            rows = feat.flatten(0, 2).transpose(0, 1)  # (T, B H W, C), as they lie
+            return layer_norm(rows, *self.per_task, self.eps, dtype, gate.flatten(1, 3)).view(gate.shape)
+        return _GatedNorm.apply(feat, gate, *self.per_task, self.eps).to(dtype)
+
+    def _normed(self, feat: Tensor, dtype: torch.dtype) -> Tensor:
+        if has_kernels(feat):
+            rows = feat.flatten(0, -3).transpose(0, 1) if self.tasks_last else feat.flatten(1, -2)
+            out = layer_norm(rows, *self.per_task, self.eps, dtype)  # (T, rows, C)
+            return out.transpose(0, 1).reshape(feat.shape) if self.tasks_last else out.view(feat.shape)
+        shape = (1,) * (0 if self.tasks_last else feat.dim() - 2)
+        weight, bias = (x.view(self.num_tasks, *shape, self.channels) for x in (self.weight, self.bias))
+        return torch.addcmul(bias, F.layer_norm(feat, (self.channels,), eps=self.eps), weight).to(dtype)
+
+    @property
+    def per_task(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (T, C)."""
+        return self.weight.view(self.num_tasks, -1), self.bias.view(self.num_tasks, -1)
 
 
 class TaskDepthwise(nn.Conv2d):
@@ -136,10 +158,13 @@ def normed_linear(rows: Tensor, scale: Tensor, shift: Tensor, eps: float, weight
                   bias: Tensor | None) -> Tensor:
     """Layer norm of rows (T, R, in) with scale and shift (T in), then `batched_linear` with bias (T, 1, out).
 
-    Those of several tasks go into the weights: one pass over the rows less each way. The norm runs in float32.
+    Without kernels of our own those of several tasks go into the weights: one pass over the rows less each way. The
+    norm runs in float32.
     """
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if len(weight) == 1:
+    kernels = has_kernels(rows)
+    if not kernels:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if kernels or len(weight) == 1:
         return _NormedLinear.apply(rows, scale, shift, _for_products(weight)[0], bias, eps)
     per_task = (len(weight), 1, weight.shape[2])
     shifted = (weight * shift.view(per_task)).sum(dim=2).unsqueeze(1)
@@ -149,10 +174,7 @@ def normed_linear(rows: Tensor, scale: Tensor, shift: Tensor, eps: float, weight
 
 def _for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the type that autocast asks products to have."""
-    device = tensors[0].device.type
-    if tensors[0].is_meta or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tuple(x.to(product_dtype(tensors[0], x.dtype)) for x in tensors)
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,28 +203,39 @@ def _bias_gradient(grad: Tensor, of_task: bool, dtype: torch.dtype) -> Tensor:
 class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, scale, shift, weight, bias, eps):
-        normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], scale, shift, eps)
-        ctx.save_for_backward(rows, scale, shift, mean, rstd, weight)
+        normed, statistics = _normed(rows, scale, shift, eps, weight.dtype)
+        ctx.save_for_backward(rows, scale, shift, *statistics, weight)
         ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
-        return _product(normed.to(weight.dtype), weight, bias)
+        return _product(normed, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         rows, scale, shift, mean, rstd, weight = ctx.saved_tensors
-        normed = torch.native_layer_norm(rows, rows.shape[2:], scale, shift, ctx.eps)[0]
-        grad_weight = torch.bmm(grad.mT, normed.to(weight.dtype))
-        grad_normed = torch.bmm(grad, weight).to(rows.dtype)
-        grads = _norm_gradients(grad_normed, rows, mean, rstd, scale, shift)
+        normed = _normed(rows, scale, shift, ctx.eps, weight.dtype)[0]
+        grad_weight = torch.bmm(grad.mT, normed)
+        grads = _norm_gradients(torch.bmm(grad, weight), rows, mean, rstd, scale, shift)
         grad_bias = None if ctx.bias_dtype is None else _bias_gradient(grad, True, ctx.bias_dtype)
         return *grads, grad_weight, grad_bias, None
+
+
+def _normed(rows: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, dtype: torch.dtype,
+            ) -> tuple[Tensor, Statistics]:
+    """Layer norm of rows (T, R, C) with scale and shift (T C), in that dtype; none of the latter without kernels."""
+    if has_kernels(rows):
+        return norm_forward(rows, scale.view(len(rows), -1), shift.view(len(rows), -1), eps, dtype)
+    normed, *statistics = torch.native_layer_norm(rows, rows.shape[2:], scale, shift, eps)
+    return normed.to(dtype), Statistics(*statistics)
 
 
 def _norm_gradients(grad: Tensor, feat: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None = None,
                     shift: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Of a layer norm over the last axis: for what is normed, scale and shift."""
-    affine = scale is not None
-    return torch.ops.aten.native_layer_norm_backward(grad, feat, feat.shape[-1:], mean, rstd, scale, shift,
-                                                     [True, affine, affine])
+    affine, tasks = scale is not None, len(feat)
+    if affine and has_kernels(feat):
+        grads = norm_backward(grad, feat, Statistics(mean, rstd), scale.view(tasks, -1), shift.view(tasks, -1))
+        return grads.x, grads.scale.flatten(), grads.shift.flatten()
+    return torch.ops.aten.native_layer_norm_backward(grad.to(feat.dtype), feat, feat.shape[-1:], mean, rstd, scale,
+                                                     shift, [True, affine, affine])
 
 
 class _GatedNorm(torch.autograd.Function):

@@ -112,7 +112,7 @@ class TaskPatchExpand(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         fine = self.proj(feat)
         fine = rearrange(fine, "t b h w (p1 p2 c) -> t b (h p1) (w p2) c", p1=self.scale, p2=self.scale)
-        return self.norm(fine)
+        return self.norm.for_product(fine)
 
 
 class TaskStage(nn.Module):

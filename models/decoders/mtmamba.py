@@ -144,7 +144,7 @@ class CTMBlock(nn.Module):
     def forward(self, feats: Tensor) -> Tensor:
         joined = rearrange(feats, "t b h w c -> 1 b h w (t c)")  # without the per-task norms
         shared = self.shared(self.shared_norm(joined))  # (1, B, H, W, D)
-        normed = self.norm(feats)
+        normed = self.norm.for_product(feats)
         own, gate = self.ss2d(normed), torch.sigmoid(self.gate(normed))  # (T, B, H, W, D)
         mixed = torch.lerp(own, shared, gate.to(own.dtype))
         return self.drop_path(feats, self.out_proj(mixed))

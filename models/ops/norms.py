@@ -1,0 +1,175 @@
+"""Layer norms of tasks' maps, alone and times the SiLU of a gate: on a GPU one kernel each way.
+
+PyTorch's layer norm on CUDA takes and gives float32 under autocast, has no weights by task, and keeps a block of
+threads for each row, however short. Here maps are read and written in the types they are stored in; sums and
+arithmetic are in float32. Elsewhere the same functions are PyTorch's.
+
+Axes: t tasks, each with a scale and a shift of its own; i rows of a task; c channels.
+"""
+
+import functools
+import importlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.extension import first_line
+
+logger = logging.getLogger(__name__)
+
+TILE, PROGRAMS = 1024, 512  # values of a program; programs of a backward pass at most: each leaves a sum
+MAX_CHANNELS = 4096
+TRIAL_LIMIT = 1e-5
+
+
+class Map(NamedTuple):
+    """A tensor (t, i, c) as the kernels address it; the channels lie side by side."""
+
+    data: Tensor
+    task: int  # strides
+    row: int
+
+
+class Statistics(NamedTuple):
+    """Of rows (t, i), float32."""
+
+    mean: Tensor
+    rstd: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of a map (t, i, c), its gate, its scale and its shift (t, c)."""
+
+    x: Tensor
+    gate: Tensor | None
+    scale: Tensor
+    shift: Tensor
+
+
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, gate: Tensor | None = None,
+               ) -> Tensor:
+    """x (t, i, c), normed, times scale, plus shift (t, c), times SiLU(gate) if there is one (t, i, c), in that dtype.
+
+    For maps that `has_kernels`. Nothing but the arguments and two numbers of each row is kept for the backward pass.
+    """
+    return _LayerNorm.apply(x, scale, shift, eps, dtype, gate)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps, dtype, gate):
+        value, statistics = norm_forward(x, scale, shift, eps, dtype, gate)
+        ctx.save_for_backward(x, scale, shift, gate, *statistics)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, shift, gate, *statistics = ctx.saved_tensors
+        grads = norm_backward(grad, x, Statistics(*statistics), scale, shift, gate)
+        return grads.x, grads.scale, grads.shift, None, None, grads.gate
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Do kernels run on such a map (.., c)? To torch.compile, which makes kernels of its own, they do not."""
+    if not x.is_cuda or x.dtype == torch.float64 or x.shape[-1] > MAX_CHANNELS or torch.compiler.is_compiling():
+        return False
+    return find_kernels(x.device) is None
+
+
+@functools.cache
+def find_kernels(device: torch.device) -> str | None:
+    """Why the kernels do not run on that device, or None; they are tried once, where no setting of the caller is seen.
+
+    Raises RuntimeError while a CUDA graph is captured: a trial waits for its results.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the kernels of layer norms are tried once before their first use, which cannot happen "
+                           "inside the capture of a CUDA graph: run the model once before it is captured")
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        try:
+            reason = thread.submit(trial, device).result()
+        except Exception as error:  # compilers and drivers fail in many ways; whichever it was, it is said
+            reason = f"their trial failed: {type(error).__name__}: {first_line(error)}"
+    if reason:
+        logger.warning("layer norms: PyTorch's, slower than ours: %s", reason)
+    return reason
+
+
+def trial(device: torch.device) -> str | None:
+    """A small gated norm with gradients against float64."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate, grad = (torch.randn(2, 37, 24, generator=generator) for _ in range(3))
+    scale, shift = (torch.randn(2, 24, generator=generator) for _ in range(2))
+    inputs = [tensor.double().requires_grad_() for tensor in (x, gate, scale, shift)]
+    right = plain(*inputs, 1e-5)
+    truth = right, *torch.autograd.grad(right, inputs, grad.double())
+    x, gate, grad, scale, shift = (tensor.to(device) for tensor in (x, gate, grad, scale, shift))
+    value, statistics = norm_forward(x, scale, shift, 1e-5, x.dtype, gate)
+    found = value, *norm_backward(grad, x, statistics, scale, shift, gate)
+    for value, expected in zip(found, truth, strict=True):
+        error = float((value.cpu() - expected.detach()).abs().max() / expected.detach().abs().max())
+        if not error <= TRIAL_LIMIT:
+            return f"their trial gave wrong numbers, off by {error:.1e} of the largest value"
+    return None
+
+
+def plain(x: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """What is computed, as it reads: x and gate (t, i, c), scale and shift (t, c)."""
+    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * scale[:, None] + shift[:, None]
+    return normed if gate is None else normed * torch.nn.functional.silu(gate)
+
+
+def norm_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, gate: Tensor | None = None,
+                 ) -> tuple[Tensor, Statistics]:
+    """`layer_norm` without gradients, and the statistics of x."""
+    tasks, rows, channels = x.shape
+    x, gate, scale, shift = _dense(x), _dense(gate), scale.contiguous(), shift.contiguous()
+    value = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean, rstd = (torch.empty(tasks, rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    tile = _tile(channels)
+    if x.numel():
+        _kernels().norm_kernel[-(-rows // tile["ROWS"]), tasks](
+            _map(x), _map(x if gate is None else gate), scale, shift, _map(value), mean, rstd, rows, eps,
+            GATED=gate is not None, CHANNELS=channels, **tile)
+    return value, Statistics(mean, rstd)
+
+
+def norm_backward(grad: Tensor, x: Tensor, statistics: Statistics, scale: Tensor, shift: Tensor,
+                  gate: Tensor | None = None) -> Gradients:
+    """Gradients in the types of what they belong to; that of x lies in memory as x does."""
+    tasks, rows, channels = x.shape
+    grad, x, gate, scale, shift = _dense(grad), _dense(x), _dense(gate), scale.contiguous(), shift.contiguous()
+    tile = _tile(channels)
+    grad_x = torch.empty_like(x)
+    grad_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    programs = max(1, min(-(-rows // tile["ROWS"]), PROGRAMS // tasks))
+    parts = torch.zeros if not x.numel() else torch.empty
+    grad_scale, grad_shift = (parts(programs, tasks, channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        _kernels().norm_backward_kernel[programs, tasks](
+            _map(grad), _map(x), _map(x if gate is None else gate), scale, shift, *statistics,
+            _map(grad_x), _map(grad_x if gate is None else grad_gate), grad_scale, grad_shift, rows,
+            GATED=gate is not None, CHANNELS=channels, **tile)
+    return Gradients(grad_x, grad_gate, grad_scale.sum(0).to(scale.dtype), grad_shift.sum(0).to(shift.dtype))
+
+
+def _tile(channels: int) -> dict[str, int]:
+    width = 1 << max(channels - 1, 1).bit_length()
+    return {"WIDTH": width, "ROWS": max(1, TILE // width), "num_warps": 8 if width > TILE else 4}
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _map(x: Tensor) -> Map:
+    return Map(x, *x.stride()[:2])
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("models.ops.norm_kernels")
