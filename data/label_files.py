@@ -190,15 +190,44 @@ class RegionsFile:
 
 
 @dataclass(frozen=True)
-class TruthFile:
-    """Ground truth of the boundary score, H x W integers: as `read` sees boundaries, or the regions of a file."""
+class AnnotatorsFile:
+    """Boundaries that several people drew, bit k of a pixel the k-th of them: 1 where at least the share `agree` of the
+    people drew one, 0 where nobody did, void between. The highest bit of a file tells how many people there were.
 
-    read: MaskFile | None = None
+    As for networks on BSDS since Liu et al., "Richer Convolutional Features for Edge Detection", CVPR 2017.
+    """
+
+    agree: float
+    variable: str = ""
+
+    def __call__(self, path: Path) -> np.ndarray:
+        drawn = self.each(path)
+        share = drawn.mean(axis=0, dtype=np.float32)
+        label = np.where(share >= np.float32(self.agree), np.float32(1), np.float32(VOID))
+        return np.where(share == 0, np.float32(0), label)[..., None]   # (H, W) -> (H, W, 1)
+
+    def each(self, path: Path) -> np.ndarray:
+        """What every one of them drew, G x H x W uint8; one empty map where nobody drew anything."""
+        bits = _integers(path, self.variable)
+        if bits.min() < 0:
+            raise ValueError(f"{path}: bits of annotators are a whole number of at least 0, found {bits.min()}")
+        people = max(1, int(bits.max()).bit_length())
+        return np.stack([(bits >> person & 1).astype(np.uint8) for person in range(people)])
+
+
+@dataclass(frozen=True)
+class TruthFile:
+    """Ground truth of the boundary score: as `read` sees boundaries, or the regions of a file, H x W integers; or what
+    each annotator drew, G x H x W."""
+
+    read: MaskFile | AnnotatorsFile | None = None
     variable: str = ""
 
     def __call__(self, path: Path) -> np.ndarray:
         if self.read is None:
             return _integers(path, self.variable)
+        if isinstance(self.read, AnnotatorsFile):
+            return self.read.each(path)
         return (self.read(path)[..., 0] == 1).astype(np.uint8)
 
 

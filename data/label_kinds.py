@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.boxes_file import VEHICLES, has_boxes, read_boxes
-from data.label_files import ClassFile, ColourFile, DepthFile, MaskFile, NormalsFile, RegionsFile, TruthFile
+from data.label_files import (
+    AnnotatorsFile,
+    ClassFile,
+    ColourFile,
+    DepthFile,
+    MaskFile,
+    NormalsFile,
+    RegionsFile,
+    TruthFile,
+)
 from data.labels import VOID, DisparityLabel
 from data.spec import LabelSpec
 from evaluation.boundary.settings import BoundaryTruth
@@ -162,23 +171,31 @@ class Saliency(Mask):
 
 @dataclass(frozen=True)
 class Boundaries(Mask):
-    """Boundaries: drawn, or with `encoding: regions` those between the regions of a map.
+    """Boundaries: drawn, or with `encoding: regions` those between the regions of a map, or with `encoding: annotators`
+    drawn by several people, whose boundaries are the bits of whole numbers.
 
+    agree: the share of the people that makes a boundary to train on; what fewer drew is void. The score asks all.
     max_dist: how far a predicted boundary may lie from a true one in the boundary score, a share of the diagonal.
     """
 
-    encoding: Literal["drawn", "regions"] = "drawn"
+    encoding: Literal["drawn", "regions", "annotators"] = "drawn"
+    agree: float = 0.3
     max_dist: float = 0.0075
 
     def __post_init__(self):
         super().__post_init__()
         self.require(0 < self.max_dist < 1, "max_dist", "a share of the diagonal, in (0, 1)")
+        self.require(0 < self.agree <= 1, "agree", "a share of the people, in (0, 1]")
 
     def spec(self, files: tuple[str, ...]) -> LabelSpec:
-        drawn = self.encoding == "drawn"
-        truth = BoundaryTruth(files, TruthFile(self.reader() if drawn else None, self.variable),
-                              "boundary" if drawn else "regions", self.max_dist)
-        return LabelSpec(files, self.reader() if drawn else RegionsFile(self.variable), boundary=truth)
+        if self.encoding == "regions":
+            read, kind, truth = RegionsFile(self.variable), "regions", TruthFile(None, self.variable)
+        elif self.encoding == "annotators":
+            read, kind = AnnotatorsFile(self.agree, self.variable), "bsds"
+            truth = TruthFile(read)
+        else:
+            read, kind, truth = self.reader(), "boundary", TruthFile(self.reader(), self.variable)
+        return LabelSpec(files, read, boundary=BoundaryTruth(files, truth, kind, self.max_dist))
 
 
 @dataclass(frozen=True)

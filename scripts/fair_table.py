@@ -2,7 +2,7 @@
 
     python scripts/fair_table.py configs/suites/rooms.yml                     # what is not there yet, then the page
     python scripts/fair_table.py configs/suites/rooms.yml --only 'bim-*' --jobs 2
-    python scripts/fair_table.py configs/suites/nyud.yml --devices cuda:0 cuda:1 cuda:2 cuda:3
+    python scripts/fair_table.py configs/suites/people.yml --devices cuda:0 cuda:1 --jobs 4   # four at a time on each
     python scripts/fair_table.py configs/suites/rooms.yml --list
     python scripts/fair_table.py configs/suites/rooms.yml --page              # from the records alone
     python scripts/fair_table.py configs/suites/rooms.yml --again RECORD.json # one cell again, against its record
@@ -16,18 +16,19 @@ selection are refused. docs/fair_table.md says what a suite file holds.
 
 import sys
 import tempfile
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.command_line import Command
-from scripts.fair.cell import CellError, CellLeft, Place, Searches, outcome_of, run_cell
+from scripts.fair.cell import CellError, CellLeft, Place, outcome_of, run_cell, run_trial
 from scripts.fair.page import results_folder, write_page
 from scripts.fair.records import (
     RecordError,
@@ -77,30 +78,39 @@ def fair_table(suite: Path, only: Sequence[str], share: str, devices: Sequence[s
 def run_all(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], results: Path) -> dict[str, str]:
     """Runs these cells, as many at a time as there are places; name -> reason of those that failed.
 
-    A training that was asked to leave, and Ctrl-C, end the suite: no further cell begins.
+    First all trials of the learning rates, once for each row; then the cells, in their order. A training that was asked
+    to leave, and Ctrl-C, end the suite: no further cell begins.
     """
-    failed, free, searches, told = {}, SimpleQueue(), Searches(), threading.Lock()
+    failed: dict[str, str] = {}
+    free: SimpleQueue[Place] = SimpleQueue()
     for place in places:
         free.put(place)
 
-    def run(number: int, cell: Cell) -> None:
+    def somewhere(work: Callable[[Place], Any]) -> Any:
         place = free.get()
         try:
-            config, outcome = run_cell(cell, place, searches)
-            write_record(results / f"{cell.name}.json", record_of(cell, config, outcome, place.device, place.threads))
-            words = f"score {selection_score(outcome['scores']):.4f}"
-        except (CellError, ValueError, OSError) as error:
-            failed[cell.name], words = str(error), f"FAILED: {error}"
+            return work(place)
         finally:
             free.put(place)
-        with told:
-            print(f"[{number}/{len(cells)}] {cell.name}: {words}", flush=True)
+
+    def run(cell: Cell, trials: Sequence[Future], place: Place) -> str:
+        try:
+            config, outcome = run_cell(cell, [trial.result() for trial in trials], place)
+            write_record(results / f"{cell.name}.json", record_of(cell, config, outcome, place.device, place.threads))
+            return f"score {selection_score(outcome['scores']):.4f}"
+        except (CellError, ValueError, OSError) as error:
+            failed[cell.name] = str(error)
+            return f"FAILED: {error}"
 
     with ThreadPoolExecutor(len(places)) as pool:
-        futures = [pool.submit(run, number, cell) for number, (cell, _) in enumerate(cells, 1)]
+        # Trials were handed in before the cells that wait for them: they are over, or run in another thread.
+        rows = {cell.row: cell for cell, _ in reversed(cells)}
+        trials = {row: [pool.submit(somewhere, partial(run_trial, rows[row], rate))
+                        for rate in rows[row].suite.suite.search.lr] for row in dict.fromkeys(c.row for c, _ in cells)}
+        futures = {pool.submit(somewhere, partial(run, cell, trials[cell.row])): cell.name for cell, _ in cells}
         try:
-            for future in as_completed(futures):
-                future.result()
+            for number, future in enumerate(as_completed(futures), 1):
+                print(f"[{number}/{len(cells)}] {futures[future]}: {future.result()}", flush=True)
         except (CellLeft, KeyboardInterrupt):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -147,13 +157,14 @@ def _records(folder: Path) -> dict[str, dict]:
 
 
 def _places(devices: Sequence[str], jobs: int, work: Path) -> list[Place]:
-    """One per device; on the CPU `jobs` of them, which share its threads."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    known = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"] * jobs
+    """`jobs` on each device, which share the machine's threads."""
+    known = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     for device in devices:
-        if device != "cpu" and device not in known:
-            raise ValueError(f"--devices {device}: this machine has {', '.join(dict.fromkeys(known))}")
-    return [Place(work, device, threads) for device in devices or known]
+        if device not in ("cpu", *known):
+            raise ValueError(f"--devices {device}: this machine has {', '.join(known)}")
+    chosen = list(devices or known) * jobs
+    threads = max(1, torch.get_num_threads() // len(chosen))
+    return [Place(work, device, threads) for device in chosen]
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -168,7 +179,7 @@ main = Command(__doc__, fair_table, {
     "--only": dict(nargs="+", default=(), metavar="PATTERN", help="cells of these names"),
     "--share": dict(default="0/1", metavar="I/N", help="the I-th of N parts of the rows, for arrays of jobs"),
     "--devices": dict(nargs="+", default=(), metavar="DEVICE", help="cuda:0 cuda:1 ...; default: all, else the CPU"),
-    "--jobs": dict(type=int, default=1, metavar="N", help="cells at a time on a CPU"),
+    "--jobs": dict(type=int, default=1, metavar="N", help="cells at a time on each device"),
     "--work": dict(type=Path, default=Path("runs/suites"), metavar="DIR", help="where the runs lie"),
     "--results": dict(type=Path, metavar="DIR", help="where the records lie; default: docs/results/SUITE"),
     "--list": dict(action="store_true", help="the cells, and which of them are recorded"),

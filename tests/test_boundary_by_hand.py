@@ -196,6 +196,15 @@ def test_a_benchmark_counts_and_reports():
         f"ground truth boundary, max_dist 0.06, protocol plain, {pick_backend()} matching")
 
 
+def test_a_benchmark_asks_every_annotator():
+    read = lambda path: np.stack([column(at) > 0 for at in (20, 30)]).astype(np.uint8)  # noqa: E731
+    benchmark = BoundaryEvaluator(source(truth=BoundaryTruth(("{id}",), read, "bsds", 0.06)),
+                                  BoundarySettings(protocol="plain", workers=0))
+    benchmark.update(*batch(column(20)))
+    benchmark.reduce()
+    assert benchmark.totals.counts[0].tolist() == [30, 60, 30, 30]     # one of them drew the line, the other did not
+
+
 def test_settings_choose_distance_kind_images_and_workers(monkeypatch):
     monkeypatch.setattr("evaluation.boundary.evaluator.default_workers", lambda processes: 5 * processes)
 

@@ -132,13 +132,13 @@ def records_of(number=2):
                   "task_dictionary": {"edge_w": 0.95}, "optimizer_kwargs": {"lr": 1e-3}, "max_iter": 10, "trBatch": 2,
                   "loss_kwargs": {"loss_weights": {}}, "train_db_name": {"folder": "here", "images": "x"},
                   "val_db_name": "NYUD", "image_size": [64, 96], "global_batch": 0, "precision": "fp32",
-                  "optimizer": "adamw", "scheduler": "poly"}
+                  "optimizer": "adamw", "scheduler": "poly", "deterministic": True}
     return {f"r{seed}": json.loads(json.dumps({
         "format": 1, "row": "fcn-swin", "decoder": "fcn", "backbone": "swin", "seed": seed, "task": "", "commit": "c",
         "date": "2000-01-01", "machine": "m", "data": {"train": {"sha256": "a", "images": 1},
                                                        "test": {"sha256": "b", "images": 1}},
         "backbone_weights": "random", "experiment": experiment, "selection": "last update", "search": [],
-        "units": {}, "scores": {"depth": {"rmse": 0.5 + seed / 10}}, "curve": [], "losses": [],
+        "not_deterministic": [], "units": {}, "scores": {"depth": {"rmse": 0.5 + seed / 10}}, "curve": [], "losses": [],
         "cost": {"images_per_s": 1.0, "memory_gib": None, "parameters": 5, "gmacs": 0.1}})) for seed in range(number)}
 
 

@@ -18,6 +18,7 @@ from data.datasets import DATASETS
 from data.datasets.cityscapes import CLASS_NAMES as CITYSCAPES
 from data.datasets.cityscapes import TRAIN_IDS
 from data.label_files import (
+    AnnotatorsFile,
     ClassFile,
     ColourFile,
     DepthFile,
@@ -147,6 +148,19 @@ def test_boundaries_of_regions(tmp_path):
     assert TruthFile(MaskFile())(drawn).tolist() == [[0, 1, 1]]
     with pytest.raises(ValueError, match=r"r\.mat: say which variable"):
         RegionsFile()(path)
+
+
+def test_boundaries_of_several_annotators(tmp_path):
+    bits = np.array([[0, 1, 3, 7, 16]], np.uint16)                       # five people: 0, 1, 2, 3 and 1 of them
+    path = save(tmp_path / "a.png", bits)
+    assert AnnotatorsFile(0.4)(path)[0, :, 0].tolist() == [0, 255, 1, 1, 255]
+    assert AnnotatorsFile(0.6)(path)[0, :, 0].tolist() == [0, 255, 255, 1, 255]
+    truth = TruthFile(AnnotatorsFile(0.4))(path)
+    assert truth.shape == (5, 1, 5) and truth[:, 0].tolist() == [
+        [0, 1, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+    assert TruthFile(AnnotatorsFile(0.4))(save(tmp_path / "n.png", bits * 0)).shape == (1, 1, 5)
+    with pytest.raises(ValueError, match=r"n\.npy: bits of annotators .* found -1"):
+        AnnotatorsFile(0.4)(save(tmp_path / "n.npy", np.array([[-1]])))
 
 
 def test_arrays_have_names(tmp_path):
@@ -297,7 +311,7 @@ def test_boundaries_are_written_at_the_images_own_size(tmp_path):
     (("names.txt", "nmes.txt"), r"train_db_name': list of names not found: .*own/nmes\.txt"),
     (("names.txt", "[a, b, a]"), r"semseg\.classes' must be a list of 1 to 255 different names, or the name of a"),
     (("[0.6, 8]", "[8, 0.6]"), r"tasks\.depth\.valid' must be two growing numbers in \[0, 255\]"),
-    (("edge: {}", "edge: {encoding: dotted}"), r"tasks\.edge\.encoding' must be one of drawn, regions"),
+    (("edge: {}", "edge: {encoding: dotted}"), r"tasks\.edge\.encoding' must be one of drawn, regions, annotators"),
     (("edge: {}", "edge: 5"), r"'train_db_name\.tasks\.edge' must be a group that says what its labels are"),
     (("edge: {}", "edge: {full: 0}"), r"tasks\.edge\.full' must be above 0, or empty"),
     (("images: photos", "image: photos"), r"unknown key 'train_db_name\.image' of a data set's description; did"),

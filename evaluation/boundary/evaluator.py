@@ -103,6 +103,7 @@ def count_prediction(prediction: np.ndarray, read: Callable[..., np.ndarray], fi
     """`image_counts` against the ground truth that `read(*files)` gives. Errors name the file."""
     raw = read(*files)
     try:
-        return image_counts(prediction, [truth_boundary(raw, kind)], protocol)
+        drawn = raw if raw.ndim == 3 else raw[None]
+        return image_counts(prediction, [truth_boundary(one, kind) for one in drawn], protocol)
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error

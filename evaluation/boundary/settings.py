@@ -38,9 +38,9 @@ class BoundarySettings(Options):
 class BoundaryTruth:
     """Ground truth of the boundary score, as a data set describes it.
 
-    files: patterns below the data set's folder, with {id}; read(*paths) -> H x W integers. max_dist: tolerance of a
-    match, as a share of the image's diagonal. published_list: file that names the images which published scores
-    cover, where that is not the whole split.
+    files: patterns below the data set's folder, with {id}; read(*paths) -> H x W integers, or G x H x W of several
+    annotators. max_dist: tolerance of a match, as a share of the image's diagonal. published_list: file that names the
+    images which published scores cover, where that is not the whole split.
     """
 
     files: tuple[str, ...]

@@ -10,9 +10,8 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from utils.engine.results import Results, load_results, read_results, selection_
 
 MAIN = Path(__file__).resolve().parents[2] / "main.py"
 MEMORY = re.compile(r"  mem ([\d.]+)G  eta ")       # of a log line
+UNORDERED = re.compile(r"(\S+) does not have a deterministic implementation")         # of a warning of PyTorch
+Trial = dict[str, Any]
 
 
 class CellError(Exception):
@@ -48,28 +49,19 @@ class Place:
         return {**os.environ, **own}
 
 
-@dataclass
-class Searches:
-    """Rows whose learning rate is being searched: their other seeds wait for it."""
-
-    locks: dict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
-
-
-def learning_rate(cell: Cell, place: Place, searches: Searches) -> tuple[float, list[dict[str, float]]]:
-    """The best rate for this row, and the trials: rate, and the selection score on the images held out (null: NaN)."""
-    search = cell.suite.suite.search
-    if not search.lr:
-        return cell.config(place.folder).optimizer_kwargs.lr, []
-    with searches.locks[cell.row]:
-        trials = [{"lr": rate, "score": _trial(cell, place, rate)} for rate in search.lr]
+def best_rate(cell: Cell, trials: Sequence[Trial]) -> float:
+    """The learning rate of the trial with the highest score."""
     best = max(trials, key=lambda trial: -math.inf if trial["score"] is None else trial["score"])
     if best["score"] is None:
-        raise CellError(f"{cell.row}: no learning rate of the search trains it: {trials}")
-    return best["lr"], trials
+        raise CellError(f"{cell.row}: no learning rate of the search trains it: {list(trials)}")
+    return best["lr"]
 
 
-def _trial(cell: Cell, place: Place, rate: float) -> float | None:
-    """The selection score of a short training; None where it fails, as too high a rate makes it."""
+def run_trial(cell: Cell, rate: float, place: Place) -> Trial:
+    """A learning rate, and the selection score that a short training with it has on the images held out.
+
+    The score is null where the training fails or ends in numbers that are not finite, as too high a rate makes it.
+    """
     search = cell.suite.suite.search
     folder = place.folder / "search" / f"{cell.row.replace(':', '_').replace('@', '_at_')}-lr{rate:g}"
     done = folder / "score.json"
@@ -84,7 +76,7 @@ def _trial(cell: Cell, place: Place, rate: float) -> float | None:
             (folder / "failed.txt").write_text(reason, encoding="utf-8")
         finite = score is not None and math.isfinite(score)
         done.write_text(json.dumps(score if finite else None), encoding="ascii")
-    return json.loads(done.read_text(encoding="ascii"))
+    return {"lr": rate, "score": json.loads(done.read_text(encoding="ascii"))}
 
 
 def train(experiment: Path, config: Config, place: Place) -> None:
@@ -106,11 +98,14 @@ def run_main(arguments: list[str], place: Place, log: Path) -> None:
         raise CellError(f"exit status {done.returncode}: {' '.join(last) or 'no output'} ({log})")
 
 
-def run_cell(cell: Cell, place: Place, searches: Searches) -> tuple[Config, dict[str, Any]]:
-    """Trains and scores the cell; its experiment, and what a record says of its outcome."""
-    rate, trials = learning_rate(cell, place, searches)
-    config = cell.config(place.folder, optimizer_kwargs={"lr": rate})
-    return config, {**outcome_of(cell.file(place.folder), config, place), "search": trials}
+def run_cell(cell: Cell, trials: Sequence[Trial], place: Place) -> tuple[Config, dict[str, Any]]:
+    """Trains and scores the cell; its experiment, and what a record says of its outcome.
+
+    trials: of its row; the best one's rate is taken, the experiment's own where there are none.
+    """
+    keys = {"optimizer_kwargs": {"lr": best_rate(cell, trials)}} if trials else {}
+    config = cell.config(place.folder, **keys)
+    return config, {**outcome_of(cell.file(place.folder), config, place), "search": list(trials)}
 
 
 def outcome_of(experiment: Path, config: Config, place: Place) -> dict[str, Any]:
@@ -124,6 +119,7 @@ def outcome_of(experiment: Path, config: Config, place: Place) -> dict[str, Any]
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="ascii").splitlines()]
     rates = [row["images_per_s"] for row in rows if row["kind"] == "train"]
     log = (config.run_dir / "log.txt").read_text(encoding="utf-8", errors="replace")
+    told = experiment.with_suffix(".train.log").read_text(encoding="utf-8", errors="replace")
     return {
         "experiment": config.to_dict(), "scores": scores, "selection": about["selection"],
         "units": about["units"],
@@ -131,6 +127,7 @@ def outcome_of(experiment: Path, config: Config, place: Place) -> dict[str, Any]
                   for file in _evaluations(config)],
         "losses": [{key: value for key, value in row.items() if key == "step" or key.startswith("loss/")}
                    for row in rows if row["kind"] == "train"],
+        "not_deterministic": sorted(set(UNORDERED.findall(told))),
         "cost": {"images_per_s": statistics.median(rates) if rates else None,
                  "memory_gib": max(map(float, MEMORY.findall(log)), default=None)},
     }

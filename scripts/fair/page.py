@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evaluation.evaluator import Score
 from scripts.compare import mean_and_spread
@@ -151,10 +152,22 @@ def _conditions(records: Mapping[str, Record], rows: Sequence[Row]) -> str:
         f"{experiment['scheduler']}",
         "trained on " + "; ".join(f"{train} images, scored on {test}" for train, test in data),
         f"weights: {', '.join(seen('selection'))}; the test split was scored once per network, and chose nothing",
-        f"machine: {'; '.join(seen('machine'))}",
+        f"machine: {'; '.join(seen('machine'))}; {_determinism(experiment, records)}",
         f"dates: {', '.join(seen('date'))}; commits: {', '.join(c[:9] + c[40:] for c in seen('commit'))}",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _determinism(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> str:
+    """What a repetition on the same machine may differ by."""
+    rows = {}
+    for record in records.values():
+        for name in record["not_deterministic"]:
+            rows.setdefault(name, set()).add(record["row"])
+    if not experiment["deterministic"]:
+        return "arithmetic as fast as it comes, whose last digits may differ from run to run on a GPU"
+    return "deterministic arithmetic" + "".join(
+        f", but for {name} ({', '.join(sorted(of))})" for name, of in sorted(rows.items()))
 
 
 def _legend(gains: Mapping[str, Sequence[float]]) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
@@ -24,7 +25,7 @@ from scripts.fair.suite import Cell
 from utils.durable import write_text
 from utils.engine.build import build_split, model_from_config
 from utils.engine.config import Config
-from utils.engine.cost import counted
+from utils.engine.cost import Counts, counted
 from utils.engine.pretrained import published_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,10 @@ NOT_COMPARED = (
     "scan_backend", "find_unused_parameters", "skip_data_check", "data_cache", "save_interval", "watchdog",
     "loader_timeout")
 Record = dict[str, Any]
+# Of this process: one cell at a time is counted, or has its weights read.
+COUNTS: dict[str, Counts] = {}
+WEIGHTS: dict[str, str] = {}
+COUNTING = threading.Lock()
 
 
 class RecordError(ValueError):
@@ -47,7 +52,7 @@ class RecordError(ValueError):
 
 def record_of(cell: Cell, config: Config, outcome: Mapping[str, Any], place: str, threads: int) -> Record:
     """What is written about a finished cell."""
-    counts = counted(config)
+    counts = _counts(config)
     return _plain({
         "format": FORMAT, "suite": cell.suite.name, "row": cell.row, "decoder": cell.decoder,
         "backbone": config.backbone, "seed": cell.seed, "task": cell.task, "commit": commit(),
@@ -57,6 +62,15 @@ def record_of(cell: Cell, config: Config, outcome: Mapping[str, Any], place: str
         **outcome,
         "cost": {**outcome["cost"], "parameters": counts.parameters["total"], "gmacs": counts.total},
     })
+
+
+def _counts(config: Config) -> Counts:
+    """`counted`, once for the cells that differ in what it does not depend on."""
+    kept = json.dumps({**config.to_dict(), "seed": 0, "version_name": "", "optimizer_kwargs": {}}, sort_keys=True)
+    with COUNTING:
+        if kept not in COUNTS:
+            COUNTS[kept] = counted(config)
+        return COUNTS[kept]
 
 
 def conditions(record: Record) -> dict[str, Any]:
@@ -190,15 +204,22 @@ def weights_hash(config: Config) -> str:
     """Of the published weights that the backbone starts from; "random" where it starts from none."""
     if config.pretrained is False:
         return "random"
-    state, total = published_weights(model_from_config(config).encoder, config.pretrained)[0], hashlib.sha256()
-    for key in sorted(state):
-        total.update(key.encode())
-        total.update(state[key].contiguous().numpy().tobytes())
-    return total.hexdigest()
+    kept = json.dumps([config.backbone, config.to_dict()["backbone_kwargs"], config.pretrained])
+    with COUNTING:
+        if kept not in WEIGHTS:
+            state, total = published_weights(model_from_config(config).encoder, config.pretrained)[0], hashlib.sha256()
+            for key in sorted(state):
+                total.update(key.encode())
+                total.update(state[key].contiguous().numpy().tobytes())
+            WEIGHTS[kept] = total.hexdigest()
+        return WEIGHTS[kept]
 
 
 def commit() -> str:
-    """The commit of this program, with "+" where files differ from it; "unknown" outside a repository."""
+    """The commit of this program, with "+" where files differ from it.
+
+    Outside a repository, as in a container, what $SOURCE_COMMIT says, else "unknown".
+    """
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
@@ -208,7 +229,7 @@ def commit() -> str:
 
     head = git("rev-parse", "HEAD")
     if head is None:
-        return "unknown"
+        return os.environ.get("SOURCE_COMMIT") or "unknown"
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.cu") else "")
 
 

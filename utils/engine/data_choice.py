@@ -72,8 +72,8 @@ def check_choices(train: DataChoice, val: DataChoice, tasks: Sequence[str], imag
     for choice, key in ((train, "train_db_name"), (val, "val_db_name")):
         spec = choice.spec
         absent = [task for task in tasks if task not in spec.labels]
-        # A model of several data sets may be scored on one of them, which has some of the tasks.
-        if absent and (choice is train or len(train.parts) == 1 or len(absent) == len(tasks)):
+        # A model may be scored on a data set that has some of its tasks.
+        if absent and (choice is train or len(absent) == len(tasks)):
             refuse("task_dictionary", f"{choice} has no labels for {', '.join(absent)}; its tasks: "
                                       f"{', '.join(spec.labels)}")
         if idle := [part.spec.name for part in choice.parts if not set(tasks) & set(part.spec.labels)]:
