@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -64,7 +65,7 @@ def fair_table(suite: Path, only: Sequence[str], share: str, devices: Sequence[s
     try:
         if check:
             with tempfile.TemporaryDirectory() as fresh:
-                return compare(cells, [Place(Path(fresh), p.device, p.threads) for p in places], results)
+                return compare(cells, [replace(place, folder=Path(fresh)) for place in places], results)
         missing = [(cell, config) for cell, config in cells if not (results / f"{cell.name}.json").is_file()]
         failed = run_all(missing, places, results)
     except (CellLeft, KeyboardInterrupt):
@@ -96,7 +97,7 @@ def run_all(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], resul
     def run(cell: Cell, trials: Sequence[Future], place: Place) -> str:
         try:
             config, outcome = run_cell(cell, [trial.result() for trial in trials], place)
-            write_record(results / f"{cell.name}.json", record_of(cell, config, outcome, place.device, place.threads))
+            write_record(results / f"{cell.name}.json", record_of(cell, config, outcome, place))
             return f"score {selection_score(outcome['scores']):.4f}"
         except (CellError, ValueError, OSError) as error:
             failed[cell.name] = str(error)
@@ -125,7 +126,7 @@ def repeat(path: Path, place: Place) -> int:
     with tempfile.TemporaryDirectory() as fresh:
         file = Path(fresh) / f"{path.stem}.yml"
         experiment_file(record, file, out_dir=fresh, version_name=path.stem, resume="never")
-        scores = outcome_of(file, load_config(file), Place(Path(fresh), place.device, place.threads))["scores"]
+        scores = outcome_of(file, load_config(file), replace(place, folder=Path(fresh)))["scores"]
     differences = same_scores(record, scores)
     print(*differences, sep="\n")
     print(f"{path.stem}: {len(differences)} score(s) differ from the record's, of {sum(map(len, scores.values()))}")
@@ -164,7 +165,7 @@ def _places(devices: Sequence[str], jobs: int, work: Path) -> list[Place]:
             raise ValueError(f"--devices {device}: this machine has {', '.join(known)}")
     chosen = list(devices or known) * jobs
     threads = max(1, torch.get_num_threads() // len(chosen))
-    return [Place(work, device, threads) for device in chosen]
+    return [Place(work, device, threads, jobs) for device in chosen]
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -112,6 +113,51 @@ def test_a_training_that_is_asked_to_leave_ends_the_suite(suite, monkeypatch, tm
     assert "the same command goes on" in capsys.readouterr().err and not (tmp_path / "records").exists()
 
 
+def test_cells_share_a_device_and_a_row_is_searched_once(suite, monkeypatch, tmp_path):
+    at_work, most, trials, given = set(), [], [], {}
+
+    def busy(name):
+        at_work.add(name)
+        most.append(len(at_work))
+        time.sleep(0.02)
+        at_work.remove(name)
+
+    def trial(cell, rate, place):
+        busy((cell.row, rate))
+        trials.append((cell.row, rate))
+        return {"lr": rate, "score": -rate}
+
+    def run(cell, found, place):
+        busy(cell.name)
+        given[cell.name] = [t["lr"] for t in found], place
+        return None, {"scores": {"depth": {"rmse": 1.0}}}
+
+    monkeypatch.setattr(fair_table, "run_trial", trial)
+    monkeypatch.setattr(fair_table, "run_cell", run)
+    monkeypatch.setattr(fair_table, "record_of", lambda *_: {})
+    monkeypatch.setattr(fair_table, "write_record", lambda *_: None)
+    cells = checked_cells(load_suite(suite(seeds=[0, 1])), tmp_path)
+    assert fair_table.run_all(cells, fair_table._places(["cpu"], 3, tmp_path), tmp_path) == {}
+    assert len(trials) == len(set(trials)) == 8 and {row for row, _ in trials} == {cell.row for cell, _ in cells}
+    assert set(given) == {cell.name for cell, _ in cells} and max(most) == 3
+    assert all(rates == [1e-3, 1e-2] and place.sharing == 3 for rates, place in given.values())
+
+
+def test_the_page_says_what_a_repetition_may_differ_by(suite, tmp_path):
+    records = records_of(2)
+    loaded = load_suite(suite(search={}))
+    page = write_page(loaded, records, tmp_path).read_text()
+    assert "\n- deterministic arithmetic\n" in page and "| training images/s |" in page
+    records["r1"]["not_deterministic"] = ["grid_sampler_2d_backward_cuda"]
+    records["r1"]["sharing"] = 12
+    page = write_page(loaded, records, tmp_path).read_text()
+    assert "deterministic arithmetic, but for grid_sampler_2d_backward_cuda (fcn-swin)\n" in page
+    assert "cells at a time on it: 1, 12" in page and "images/s" not in page
+    for record in records.values():
+        record["experiment"]["deterministic"] = False
+    assert "whose last digits may differ from run to run" in write_page(loaded, records, tmp_path).read_text()
+
+
 def test_check_compares_with_the_records(suite, in_process, tmp_path, capsys):
     file = suite(search={}, single_task="", decoders={"fcn": {}}, ranked=False)
     where = ["--work", str(tmp_path / "runs"), "--results", str(tmp_path / "records"), "--jobs", "1"]
@@ -135,7 +181,7 @@ def records_of(number=2):
                   "optimizer": "adamw", "scheduler": "poly", "deterministic": True}
     return {f"r{seed}": json.loads(json.dumps({
         "format": 1, "row": "fcn-swin", "decoder": "fcn", "backbone": "swin", "seed": seed, "task": "", "commit": "c",
-        "date": "2000-01-01", "machine": "m", "data": {"train": {"sha256": "a", "images": 1},
+        "date": "2000-01-01", "machine": "m", "sharing": 1, "data": {"train": {"sha256": "a", "images": 1},
                                                        "test": {"sha256": "b", "images": 1}},
         "backbone_weights": "random", "experiment": experiment, "selection": "last update", "search": [],
         "not_deterministic": [], "units": {}, "scores": {"depth": {"rmse": 0.5 + seed / 10}}, "curve": [], "losses": [],

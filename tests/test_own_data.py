@@ -163,6 +163,14 @@ def test_boundaries_of_several_annotators(tmp_path):
         AnnotatorsFile(0.4)(save(tmp_path / "n.npy", np.array([[-1]])))
 
 
+def test_a_network_may_be_scored_on_some_of_its_tasks():
+    config = load_config(ROOT / "configs" / "photos" / "bsds500_test.yml")
+    assert config.tasks == ("sal", "edge") and list(config.val_db_name.spec.labels) == ["edge"]
+    with pytest.raises(ConfigError, match="BSDS_SOD has no labels for depth"):
+        load_config(ROOT / "configs" / "photos" / "boundaries.yml", ["task_dictionary.include_depth=true",
+                                                                     "loss_kwargs.loss_weights.depth=1"])
+
+
 def test_arrays_have_names(tmp_path):
     np.savez(tmp_path / "two.npz", a=np.zeros((1, 1), int), b=np.ones((1, 1), int))
     assert ClassFile({1: 0}, variable="b")(tmp_path / "two.npz").tolist() == [[[0]]]

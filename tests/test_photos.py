@@ -6,6 +6,7 @@ The photographs are not part of this repository; without them these tests are sk
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from scipy.io import savemat
 from data.base import MultiTaskDataset
 from data.datasets import DATASETS
 from data.datasets.nyud import CLASS_NAMES
+from data.label_kinds import Boundaries
 from data.loader import build_train_loader
 from data.transforms import build_transform
 from tests.conftest import TINY
@@ -26,6 +28,8 @@ from utils.engine.tasks import label_rules
 from utils.engine.train import train
 
 LAYOUTS = {"BSDS_SOD": "PASCALContext", "CCP": "PASCALContext", "CamVid": "PASCALContext", "NYUv2_20": "NYUD"}
+ANNOTATORS = "edge: {files: boundaries_bits, encoding: annotators}"
+ONE_ANNOTATOR = "edge: {files: pascal-context/trainval, variable: LabelMap, encoding: regions}"     # as in the layout
 EVERY = 40                           # of the images of a list
 
 
@@ -40,7 +44,8 @@ def photos(tmp_path_factory) -> Path:
         own.mkdir()
         for path in (source / name).iterdir():
             (own / path.name).symlink_to(path.resolve(), target_is_directory=path.is_dir())
-        shutil.copy(ROOT / "configs" / "suites" / "data" / f"{name}.yml", own / "dataset.yml")
+        description = (ROOT / "configs" / "suites" / "data" / f"{name}.yml").read_text()
+        (own / "dataset.yml").write_text(description.replace(ANNOTATORS, ONE_ANNOTATOR))
         (root / "layouts" / name).mkdir(parents=True)
         (root / "layouts" / name / DATASETS.load(layout).folder).symlink_to(own, target_is_directory=True)
     (root / "NYUv2_20" / "names.txt").write_text("\n".join(CLASS_NAMES))
@@ -89,6 +94,17 @@ def test_a_description_gives_the_samples_of_the_layout(photos, name, training):
         assert mine["meta"] == theirs["meta"]
         for key in ("image", *labels):
             assert torch.equal(mine[key], theirs[key]), (name, own.ids[index], key)
+
+
+def test_boundaries_of_the_regions_are_among_those_of_all_annotators(photos):
+    own = described(photos / "BSDS_SOD").spec
+    several = Boundaries(encoding="annotators", agree=0.01).spec(("boundaries_bits/{id}.png",))
+    name = (photos / "BSDS_SOD" / "ImageSets" / "Context" / "train.txt").read_text().split()[0]
+    drawn = several.read(photos / "BSDS_SOD" / "boundaries_bits" / f"{name}.png")[..., 0] == 1
+    regions = own.labels["edge"].read(photos / "BSDS_SOD" / "pascal-context" / "trainval" / f"{name}.mat")[..., 0] == 1
+    near = cv2.dilate(drawn.astype(np.uint8), np.ones((5, 5))) > 0
+    assert near[regions].mean() > 0.99 and 4 <= len(several.boundary.read(
+        photos / "BSDS_SOD" / "boundaries_bits" / f"{name}.png")) <= 9
 
 
 def test_one_training_mixes_all_four(photos, tmp_path):

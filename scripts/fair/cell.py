@@ -36,11 +36,15 @@ class CellLeft(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where cells run. threads: of a process on a CPU. device: `cpu`, or `cuda:N`, of which a cell sees that one."""
+    """Where cells run. device: `cpu`, or `cuda:N`, of which a cell sees that one.
+
+    threads: of a process on a CPU. sharing: how many cells run on the device at a time.
+    """
 
     folder: Path
     device: str = "cpu"
     threads: int = 1
+    sharing: int = 1
 
     def environment(self) -> dict[str, str]:
         own = {"OMP_NUM_THREADS": str(self.threads)}

@@ -152,7 +152,8 @@ def _conditions(records: Mapping[str, Record], rows: Sequence[Row]) -> str:
         f"{experiment['scheduler']}",
         "trained on " + "; ".join(f"{train} images, scored on {test}" for train, test in data),
         f"weights: {', '.join(seen('selection'))}; the test split was scored once per network, and chose nothing",
-        f"machine: {'; '.join(seen('machine'))}; {_determinism(experiment, records)}",
+        f"machine: {'; '.join(seen('machine'))}; cells at a time on it: {', '.join(seen('sharing'))}",
+        _determinism(experiment, records),
         f"dates: {', '.join(seen('date'))}; commits: {', '.join(c[:9] + c[40:] for c in seen('commit'))}",
     ]
     return "\n".join(f"- {line}" for line in lines)
@@ -189,11 +190,15 @@ def _table(rows: Sequence[Row], gains: Mapping[str, Sequence[float]]) -> str:
 
 
 def _costs(rows: Sequence[Row]) -> str:
-    lines = ["| | parameters, millions | GMACs per image | training images/s | memory, GiB |", "| --- " * 5 + "|"]
+    """Images/s say nothing of a network where several cells ran on a device at a time: then they are left out."""
+    alone = all(record["sharing"] == 1 for row in rows for record in row.records)
+    titles = ["parameters, millions", "GMACs per image", "memory, GiB", *(["training images/s"] if alone else [])]
+    lines = [f"| | {' | '.join(titles)} |", "| --- " * (len(titles) + 1) + "|"]
     for row in rows:
         rate, memory = row.cost("images_per_s"), row.cost("memory_gib")
-        lines.append(f"| {row.name} | {(row.cost('parameters') or 0) / 1e6:.2f} | {row.cost('gmacs') or 0:.2f} | "
-                     f"{'-' if rate is None else f'{rate:.3g}'} | {'-' if memory is None else f'{memory:.1f}'} |")
+        cells = [f"{(row.cost('parameters') or 0) / 1e6:.2f}", f"{row.cost('gmacs') or 0:.2f}",
+                 "-" if memory is None else f"{memory:.1f}", "-" if rate is None else f"{rate:.3g}"]
+        lines.append(f"| {row.name} | {' | '.join(cells[:len(titles)])} |")
     return "\n".join(lines)
 
 

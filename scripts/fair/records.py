@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 
+from scripts.fair.cell import Place
 from scripts.fair.suite import Cell
 from utils.durable import write_text
 from utils.engine.build import build_split, model_from_config
@@ -50,13 +51,14 @@ class RecordError(ValueError):
     """A record that cannot be used, and why."""
 
 
-def record_of(cell: Cell, config: Config, outcome: Mapping[str, Any], place: str, threads: int) -> Record:
+def record_of(cell: Cell, config: Config, outcome: Mapping[str, Any], place: Place) -> Record:
     """What is written about a finished cell."""
     counts = _counts(config)
     return _plain({
         "format": FORMAT, "suite": cell.suite.name, "row": cell.row, "decoder": cell.decoder,
         "backbone": config.backbone, "seed": cell.seed, "task": cell.task, "commit": commit(),
-        "date": datetime.now(timezone.utc).date().isoformat(), "machine": machine(place, threads),
+        "date": datetime.now(timezone.utc).date().isoformat(), "machine": machine(place.device, place.threads),
+        "sharing": place.sharing,
         "versions": {name: version(name) for name in PACKAGES},
         "data": data_hash(config), "backbone_weights": weights_hash(config),
         **outcome,
