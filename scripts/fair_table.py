@@ -121,8 +121,12 @@ def run_all(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], resul
 
 
 def repeat(path: Path, place: Place) -> int:
-    """Trains and scores a recorded cell once more, in a folder that is removed, and prints which scores differ."""
+    """Trains and scores a recorded cell once more, in a folder that is removed, and prints which scores differ.
+
+    With as many threads as the record says: their number decides the order of sums on a CPU.
+    """
     record = read_record(path)
+    place = replace(place, threads=record["threads"])
     with tempfile.TemporaryDirectory() as fresh:
         file = Path(fresh) / f"{path.stem}.yml"
         experiment_file(record, file, out_dir=fresh, version_name=path.stem, resume="never")

@@ -181,8 +181,8 @@ def records_of(number=2):
                   "optimizer": "adamw", "scheduler": "poly", "deterministic": True}
     return {f"r{seed}": json.loads(json.dumps({
         "format": 1, "row": "fcn-swin", "decoder": "fcn", "backbone": "swin", "seed": seed, "task": "", "commit": "c",
-        "date": "2000-01-01", "machine": "m", "sharing": 1, "data": {"train": {"sha256": "a", "images": 1},
-                                                       "test": {"sha256": "b", "images": 1}},
+        "date": "2000-01-01", "machine": "m", "threads": 1, "sharing": 1,
+        "data": {"train": {"sha256": "a", "images": 1}, "test": {"sha256": "b", "images": 1}},
         "backbone_weights": "random", "experiment": experiment, "selection": "last update", "search": [],
         "not_deterministic": [], "units": {}, "scores": {"depth": {"rmse": 0.5 + seed / 10}}, "curve": [], "losses": [],
         "cost": {"images_per_s": 1.0, "memory_gib": None, "parameters": 5, "gmacs": 0.1}})) for seed in range(number)}

@@ -58,7 +58,7 @@ def record_of(cell: Cell, config: Config, outcome: Mapping[str, Any], place: Pla
         "format": FORMAT, "suite": cell.suite.name, "row": cell.row, "decoder": cell.decoder,
         "backbone": config.backbone, "seed": cell.seed, "task": cell.task, "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(), "machine": machine(place.device, place.threads),
-        "sharing": place.sharing,
+        "threads": place.threads, "sharing": place.sharing,
         "versions": {name: version(name) for name in PACKAGES},
         "data": data_hash(config), "backbone_weights": weights_hash(config),
         **outcome,
