@@ -6,6 +6,7 @@ but the step.
 """
 
 import ctypes
+import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -139,6 +140,7 @@ def init_worker(worker_id: int = 0) -> None:
 
 
 def _start_worker(worker_id: int) -> None:
+    gc.freeze()                         # what a fork inherits is its parent's to collect, other loaders' queues too
     obey_the_parent()
     init_worker(worker_id)
 

@@ -5,12 +5,14 @@ before the run has saved; one that ignored them could not be ended by the run ei
 it leaves. So a worker ends on a SIGTERM of its own parent alone.
 """
 
+import atexit
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +41,19 @@ class Loader(DataLoader):
 
     PyTorch raises the loss of a worker in the middle of whatever the main thread is doing, by a SIGCHLD handler.
     Without it the loss is noticed where the batch is missing, within five seconds.
+
+    Its workers end with `close`, or with the loader, whichever comes first. PyTorch ends them when the iterator is
+    collected; of what is collected together with it, as it is out of a cycle of references, its queues may be the
+    first: then no worker hears of the end, and each costs five seconds.
     """
+
+    _end: weakref.finalize | None = None
+
+    def close(self) -> None:
+        """Ends the workers; another iteration starts new ones."""
+        if self._end is not None:
+            self._end()
+        self._iterator = None
 
     def __iter__(self) -> Iterator[Any]:
         if not self.num_workers:
@@ -54,7 +68,15 @@ class Loader(DataLoader):
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if child_handler is not None:
             signal.signal(signal.SIGCHLD, child_handler)
-        return _watched(batches, self.timeout)
+        if self._end is None or not self._end.alive:
+            self._end = weakref.finalize(self, _end_workers, batches, os.getpid())
+            atexit.register(self._end)                    # before PyTorch's own, which wait for each worker
+        return _watched(batches, self)
+
+
+def _end_workers(batches: Any, owner: int) -> None:
+    if os.getpid() == owner:            # not in a worker, which inherits the loaders that were there when it was forked
+        batches._shutdown_workers()
 
 
 def obey_the_parent() -> None:
@@ -106,7 +128,8 @@ class _Patience:
                 return
 
 
-def _watched(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
+def _watched(batches: Iterator[Any], loader: Loader) -> Iterator[Any]:
+    seconds = loader.timeout
     patience = _Patience(seconds)
     try:
         while True:
@@ -120,6 +143,8 @@ def _watched(batches: Iterator[Any], seconds: float) -> Iterator[Any]:
             yield batch
     finally:
         patience.close()
+        if not loader.persistent_workers:
+            loader.close()
 
 
 def _explained(error: Exception, too_long: bool, seconds: float) -> Exception:

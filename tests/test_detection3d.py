@@ -384,7 +384,7 @@ def test_a_card_gives_the_same():
         loss.backward()
         cameras = [some_boxes(0, torch.float64)] * 2  # which stay on the host
         found = decode(output, cameras, Limits(score=0.0))
-        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in head.parameters()),
+        results.append([loss.detach().cpu(), *(p.grad.to("cpu", copy=True) for p in head.parameters()),
                         *(value.cpu() for image in found for value in image)])
     for cpu, card in zip(*results, strict=True):
         torch.testing.assert_close(card, cpu, rtol=1e-8, atol=1e-10)

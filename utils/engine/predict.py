@@ -57,6 +57,7 @@ def infer(config: Config, checkpoint: Path, output_dir: Path, split: Literal["te
         evaluators, review = build_evaluators(contexts), Review(contexts, output_dir) if config.report else None
         results = evaluate(model, loader, evaluators, config, device, export_dir=output_dir, progress=progress,
                            on_batch=review)
+        loader.close()
         if distributed.is_main():
             save_results(output_dir / "results.json", results, checkpoint=str(checkpoint), split=scored,
                          dataset=str(config.train_db_name if held_out else config.val_db_name), selection=chosen,

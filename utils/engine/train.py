@@ -53,6 +53,8 @@ def train(config: Config, resume: bool) -> dict:
         try:
             results = _loop(run, departure)
             logger.info("best.pt: %s; last.pt: %s", selection.of_best(config.val_from_train), selection.LAST)
+            run.train_loader.close()
+            run.val_loader.close()
             return results
         finally:
             run.writer.close()
