@@ -160,7 +160,7 @@ class TrainLoader(Loader):
 
 def _loader(dataset: MultiTaskDataset | MixedDataset, num_workers: int, timeout: float, start: str | None,
             kind: type[Loader] = Loader, **kwargs) -> Loader:
-    processes = dict(timeout=timeout, multiprocessing_context=start, persistent_workers=True) if num_workers else {}
+    processes = dict(timeout=timeout, multiprocessing_context=start) if num_workers else {}
     return kind(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
                 worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(), **processes, **kwargs)
 

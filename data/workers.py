@@ -13,13 +13,14 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data.lending import LentMemory, Sender
 from utils.exits import end_children, one_sentence
 
 FOR_THE_PARENT = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -42,12 +43,19 @@ class Loader(DataLoader):
     PyTorch raises the loss of a worker in the middle of whatever the main thread is doing, by a SIGCHLD handler.
     Without it the loss is noticed where the batch is missing, within five seconds.
 
-    Its workers end with `close`, or with the loader, whichever comes first. PyTorch ends them when the iterator is
-    collected; of what is collected together with it, as it is out of a cycle of references, its queues may be the
-    first: then no worker hears of the end, and each costs five seconds.
+    Workers stay from one iteration to the next, and lend the memory of their batches (`data.lending`). They end with
+    `close`, or with the loader, whichever comes first. PyTorch ends them when the iterator is collected; of what is
+    collected together with it, as it is out of a cycle of references, its queues may be the first: then no worker hears
+    of the end, and each costs five seconds.
     """
 
     _end: weakref.finalize | None = None
+
+    def __init__(self, dataset: Dataset, collate_fn: Callable[[list], Any] = default_collate, num_workers: int = 0,
+                 **kwargs: Any):
+        super().__init__(dataset, collate_fn=collate_fn, num_workers=num_workers, persistent_workers=num_workers > 0,
+                         **kwargs)
+        self._collate = collate_fn
 
     def close(self) -> None:
         """Ends the workers; another iteration starts new ones."""
@@ -58,6 +66,8 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         if not self.num_workers:
             return super().__iter__()
+        if self._iterator is None:                        # new workers, which know nothing of the memory of others
+            self.collate_fn = Sender(self._collate, LentMemory(self.num_workers))
         in_main = threading.current_thread() is threading.main_thread()
         child_handler = signal.getsignal(signal.SIGCHLD) if in_main and hasattr(signal, "SIGCHLD") else None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT) if CAN_TELL_THE_SENDER else None

@@ -1,12 +1,13 @@
-"""Images per second of the training loader beside the usual pipeline of this field, and memory over epochs.
+"""What a worker of the training loader spends on an image, beside the usual pipeline of this field; memory over epochs.
 
     python scripts/bench_data.py [--root DIR] [--images 24] [--batches 24] [--repeats 5] [--epochs 10]
 
 Renders images of 425 x 560 pixels in the layout of NYUD-v2 (once, into --root), then takes batches of four, with four
 tasks and all training augmentation to 448 x 576, from three pipelines that take turns: `plain_pipeline.py` (NumPy and
-OpenCV on float32 arrays, step by step), our loader from the files, and our loader with its cache of decoded files.
-`sample` is processor time of one sample, `worker` that of a worker of the loader (with collation and shared memory);
-images/s is by the clock, which means little while other programs share the processor.
+OpenCV on float32 arrays, step by step, in PyTorch's loader), our loader from the files, and our loader with its cache
+of decoded files. `ms per image` is a worker's processor time, all that it does included; images/s is by the clock,
+which means little while other programs share the processor. `decoding` is what Pillow takes to unpack the files of an
+image, the least that any pipeline built on it can take without the cache.
 """
 
 import itertools
@@ -14,53 +15,63 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from PIL import Image
+from torch.utils.data import DataLoader
+
 from data.base import MultiTaskDataset
 from data.cache import DecodedCache
 from data.datasets import DATASETS
-from data.loader import build_train_loader, init_worker
+from data.loader import build_train_loader
 from data.transforms import build_transform
 from scripts.command_line import Command
 from scripts.example_data.write import write_example
 from scripts.measuring import markdown, medians
-from scripts.plain_pipeline import PlainNYUD
+from scripts.plain_pipeline import PlainNYUD, plain_loader
 from utils.engine.tasks import label_rules
 
 BATCH = 4
 SIZE = (425, 560)
 
 
-def data_sets(root: Path) -> dict:
-    """The three pipelines; the cache is filled."""
+def pipelines(root: Path) -> dict[str, Callable[[int], DataLoader]]:
+    """The three loaders, by the number of their workers; the cache is filled."""
     spec = DATASETS.load("NYUD")
     labels = label_rules(spec.tasks)
     transform = build_transform(spec.image_size, None, True, labels)
+    files = MultiTaskDataset(spec, root, "train", labels, transform)
     cached = MultiTaskDataset(spec, root, "train", labels, transform, DecodedCache(root / "cache", 64e9))
     for name in cached.ids:
         cached.load(name)
-    return {"plain": PlainNYUD(root / spec.folder, labels, spec.image_size),
-            "ours": MultiTaskDataset(spec, root, "train", labels, transform), "ours, cached": cached}
+    return {"plain": partial(plain_loader, PlainNYUD(root / spec.folder, spec.image_size), BATCH),
+            "ours": partial(build_train_loader, files, BATCH),
+            "ours, cached": partial(build_train_loader, cached, BATCH)}
 
 
-def processor_time(dataset, images: int, seed: int) -> float:
-    """Milliseconds per image in this process, set up like a worker."""
-    start = time.process_time()
-    for i in range(images):
-        dataset[(i % len(dataset), seed + i)]
-    return (time.process_time() - start) / images * 1e3
+def decoding(root: Path, repeats: int) -> float:
+    """Milliseconds of processor time that Pillow takes for the files of an image."""
+    folder, times = root / "NYUDv2", []
+    files = [path for kind in ("images", "segmentation", "normals", "edge") for path in (folder / kind).glob("*.png")]
+    for _ in range(repeats):
+        start = time.process_time()
+        for path in files:
+            Image.open(path).load()
+        times.append(time.process_time() - start)
+    return statistics.median(times) / (len(files) / 4) * 1e3
 
 
 class Rate:
     """A running loader: images per second by the clock, and milliseconds of its workers' processor time per image."""
 
-    def __init__(self, dataset, workers: int):
+    def __init__(self, loader: DataLoader):
         before = children()
-        self.batches = iter(build_train_loader(dataset, BATCH, workers))
-        for _ in range(len(dataset) // BATCH):             # an epoch to warm up
+        self.batches = iter(loader)
+        for _ in range(len(loader.dataset) // BATCH):      # an epoch to warm up
             next(self.batches)
         self.workers = children() - before
 
@@ -88,41 +99,37 @@ def resident_memory() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def memory_over_epochs(dataset, epochs: int) -> list[float]:
-    """MiB after each epoch with one worker."""
-    batches = iter(build_train_loader(dataset, BATCH, 1))
-    found = []
+def memory_over_epochs(loader: DataLoader, epochs: int) -> list[float]:
+    """MiB after each epoch."""
+    batches, found = iter(loader), []
     for _ in range(epochs):
-        for _ in range(len(dataset) // BATCH):
+        for _ in range(len(loader.dataset) // BATCH):
             next(batches)
         found.append(resident_memory())
     return found
 
 
-def rates(sets: Mapping, workers: int, batches: int, repeats: int) -> dict[str, tuple[float, float]]:
+def rates(loaders: Mapping[str, DataLoader], batches: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Medians of what `Rate` gives; the pipelines take turns, and those that wait sleep (their queues are full)."""
-    running = {name: Rate(dataset, workers) for name, dataset in sets.items()}
+    running = {name: Rate(loader) for name, loader in loaders.items()}
     found = [{name: rate(batches) for name, rate in running.items()} for _ in range(repeats)]
-    return {name: medians([turn[name] for turn in found]) for name in sets}
+    return {name: medians([turn[name] for turn in found]) for name in loaders}
 
 
 def bench(root: Path, images: int, batches: int, repeats: int, epochs: int) -> None:
     """Prints the table and the memory."""
     write_example(root, images, 1, SIZE, workers=1, layouts=["NYUDv2"])
-    sets = data_sets(root)
-    init_worker()
-    turns = [{name: processor_time(dataset, images, seed) for name, dataset in sets.items()}
-             for seed in range(0, repeats * images, images)]
-    alone = {name: statistics.median(turn[name] for turn in turns) for name in sets}
-    one, two = (rates(sets, workers, batches, repeats) for workers in (1, 2))
+    build = pipelines(root)
+    one, two = (rates({name: loader(workers) for name, loader in build.items()}, batches, repeats)
+                for workers in (1, 2))
     print(markdown([{
-        "pipeline": name, "sample, ms": alone[name], "of plain": alone["plain"] / alone[name],
-        "worker, ms per image": one[name][1], "of plain ": one["plain"][1] / one[name][1],
-        "images/s, 1 worker": one[name][0], " of plain": one[name][0] / one["plain"][0],
-        "2 workers, ms per image": two[name][1], "images/s, 2 workers": two[name][0],
-        "of 1 worker": two[name][0] / one[name][0]} for name in sets]))
-    for name in ("ours", "ours, cached"):
-        after = memory_over_epochs(sets[name], epochs)
+        "pipeline": name, "1 worker, ms per image": one[name][1], "of plain": one["plain"][1] / one[name][1],
+        "images/s": one[name][0], " of plain": one[name][0] / one["plain"][0],
+        "2 workers, ms per image": two[name][1], "images/s ": two[name][0],
+        "of 1 worker": two[name][0] / one[name][0]} for name in build]))
+    print(f"decoding: {decoding(root, repeats):.2f} ms per image")
+    for name in ("ours", "ours, cached") if epochs else ():
+        after = memory_over_epochs(build[name](1), epochs)
         print(f"{name}: MiB after each epoch", *(f"{value:.0f}" for value in after))
 
 

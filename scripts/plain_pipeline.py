@@ -1,16 +1,18 @@
 """The usual training pipeline of this field, written plainly: every map float32 from the file on, one NumPy or OpenCV
-operation after the other on whole arrays (the steps: InvPT and its successors). It is what `bench_data.py` compares
-our loader with; nothing trains with it.
+operation after the other on whole arrays (the steps: InvPT and its successors), in PyTorch's loader. It is what
+`bench_data.py` compares ours with; nothing trains with it.
 """
 
 import random
-from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, default_collate
+
+from data.loader import TrainBatchSampler
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = {"image": 0, "semseg": 255, "depth": 0, "normals": 0, "edge": 255}      # of the border
@@ -104,12 +106,11 @@ def finish(sample: dict, size: tuple[int, int]) -> dict:
 
 
 class PlainNYUD:
-    """A data set of the training split: `dataset[(index, seed)]`, as ours; `labels` are the rules that collate them."""
+    """A data set of the training split: `dataset[(index, seed)]`, as ours."""
 
-    def __init__(self, folder: Path, labels: Mapping, size: tuple[int, int]):
-        self.folder, self.size, self.labels = folder, size, labels
+    def __init__(self, folder: Path, size: tuple[int, int]):
+        self.folder, self.size = folder, size
         self.ids = (folder / "gt_sets" / "train.txt").read_text(encoding="utf-8").split()
-        self.present, self.draws = np.ones((len(self.ids), len(labels)), bool), None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -120,3 +121,19 @@ class PlainNYUD:
         sample = load(self.folder, self.ids[index])
         sample = finish(photometric(flip(crop(scale(sample), self.size))), self.size)
         return sample | {"meta": {"name": self.ids[index]}}
+
+
+def collate(samples: list[dict]) -> dict:
+    """Maps stacked, "meta" a list."""
+    return {key: [sample[key] for sample in samples] if key == "meta" else
+            default_collate([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def plain_loader(dataset: PlainNYUD, batch_size: int, num_workers: int) -> DataLoader:
+    """PyTorch's own loader, endless, in which each worker computes on one thread."""
+    return DataLoader(dataset, batch_sampler=TrainBatchSampler(len(dataset), batch_size), num_workers=num_workers,
+                      collate_fn=collate, worker_init_fn=_one_thread, pin_memory=torch.cuda.is_available())
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)
