@@ -6,6 +6,7 @@
     python scripts/fair_table.py configs/suites/rooms.yml --list
     python scripts/fair_table.py configs/suites/rooms.yml --page              # from the records alone
     python scripts/fair_table.py configs/suites/rooms.yml --again RECORD.json # one cell again, against its record
+    python scripts/fair_table.py configs/suites/rooms.yml --strip photo.jpg   # what all decoders say of a picture
     python scripts/fair_table.py configs/suites/smoke.yml --check             # all cells again, against the records
 
 Each cell (decoder x backbone x seed, and networks of one task each) is a normal run of main.py in a folder of its own
@@ -40,6 +41,7 @@ from scripts.fair.records import (
     same_scores,
     write_record,
 )
+from scripts.fair.strip import STRIP, draw_strip
 from scripts.fair.suite import Cell, checked_cells, load_suite
 from utils import exits
 from utils.engine.config import Config, load_config
@@ -47,7 +49,8 @@ from utils.engine.results import selection_score
 
 
 def fair_table(suite: Path, only: Sequence[str], share: str, devices: Sequence[str], jobs: int, work: Path,
-               results: Path | None, list: bool, page: bool, again: Path | None, check: bool) -> int:
+               results: Path | None, list: bool, page: bool, again: Path | None, strip: Path | None,
+               check: bool) -> int:
     """Does what is asked; 1 where a cell failed or differs, `exits.CONTINUE` where the suite was asked to leave."""
     loaded = load_suite(suite)
     results, work = results or results_folder(loaded), work / loaded.name
@@ -62,6 +65,9 @@ def fair_table(suite: Path, only: Sequence[str], share: str, devices: Sequence[s
             print(f"{'recorded' if (results / f'{cell.name}.json').is_file() else 'missing':9}{cell.name}")
         return 0
     places = _places(devices, jobs, work)
+    if strip is not None:
+        print(f"wrote {results / STRIP}: {draw_strip(cells, strip, places[0].device, results / STRIP)} row(s)")
+        return 0
     try:
         if check:
             with tempfile.TemporaryDirectory() as fresh:
@@ -190,6 +196,7 @@ main = Command(__doc__, fair_table, {
     "--list": dict(action="store_true", help="the cells, and which of them are recorded"),
     "--page": dict(action="store_true", help="write the page from the records, run nothing"),
     "--again": dict(type=Path, metavar="RECORD", help="repeat one recorded cell and compare"),
+    "--strip": dict(type=Path, metavar="PICTURE", help="what every decoder says of a picture, from the runs in --work"),
     "--check": dict(action="store_true", help="train all cells again and compare with their records"),
 })
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import yaml
+from PIL import Image
 
 import main as program
 from models.decoders import DECODERS
@@ -14,6 +15,7 @@ from scripts import fair_table
 from scripts.fair import cell as cell_module
 from scripts.fair.page import write_page
 from scripts.fair.records import RecordError, read_record, read_records, require_comparable, write_record
+from scripts.fair.strip import draw_strip
 from scripts.fair.suite import checked_cells, load_suite
 from tests.conftest import TINY
 from tests.shared import ROOT
@@ -86,6 +88,13 @@ def test_a_suite_is_run_recorded_and_written_up(suite, in_process, tmp_path, cap
     assert fair_table.main([str(suite()), *where]) == 0 and len(in_process) == 16
     assert fair_table.main([str(suite()), *where, "--page"]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "records").iterdir()} == before
+    # A row per decoder of what they say of a picture; only then has the page one.
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
+    assert fair_table.main([str(suite()), *where, "--strip", str(tmp_path / "red.png")]) == 0
+    with Image.open(tmp_path / "records" / "strip.jpg") as strip:
+        assert strip.size == (3 * 154, 2 * (18 + 100 + 4)) and strip.getpixel((70, 60))[0] > 240
+    assert "strip.jpg" not in page and fair_table.main([str(suite()), *where, "--page"]) == 0
+    assert "](strip.jpg)" in (tmp_path / "records" / "README.md").read_text()
     # One cell from its record alone: equal to the last digit.
     capsys.readouterr()
     again = tmp_path / "records" / "multi_scale-swin-seed0.json"
@@ -261,6 +270,12 @@ def test_shares_of_a_suite_are_whole_rows(suite, tmp_path):
     assert only.name == "multi_scale-swin-seed1"
     with pytest.raises(ConfigError, match="--only bim: no cell of .*tiny.yml is called so; the first of 8 is fcn"):
         checked_cells(loaded, tmp_path, only=["bim"])
+
+
+def test_a_strip_needs_weights(suite, tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "black.png")
+    with pytest.raises(FileNotFoundError, match=r"no cell of the suite has weights, such as .*fcn-swin-seed0/last\.pt"):
+        draw_strip(checked_cells(load_suite(suite()), tmp_path), tmp_path / "black.png", "cpu", tmp_path / "strip.jpg")
 
 
 @pytest.mark.parametrize("changed, words", [

@@ -13,6 +13,7 @@ from evaluation.evaluator import Score
 from scripts.compare import mean_and_spread
 from scripts.fair.plots import Point, draw_cost, draw_curves
 from scripts.fair.records import ROOT, Record, require_comparable
+from scripts.fair.strip import STRIP
 from scripts.fair.suite import LoadedSuite
 from utils.durable import write_text
 from utils.engine.results import (
@@ -84,6 +85,9 @@ def write_page(loaded: LoadedSuite, records: Mapping[str, Record], folder: Path)
         parts += ["## Learning curves", f"![Selection score by update]({CURVES})",
                   "Mean over the seeds on the images held out of the training split; the selection score is the mean\n"
                   "of the logarithms of the tasks' main scores, negated where lower is better."]
+    if (folder / STRIP).is_file():
+        parts += ["## One picture", f"![What every decoder says of a picture]({STRIP})",
+                  "A picture that none of them was trained on or scored with, and the networks of the first seed."]
     parts += ["## How the learning rates were found", _search(rows)] if suite.search.lr else []
     parts += ["## To check it", f"One cell, from its record; it says which digits differ:\n\n```bash\n{command} "
               f"--again docs/results/{loaded.name}/{next(iter(records))}.json\n```\n\nThis page, from the records: "
