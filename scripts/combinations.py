@@ -29,13 +29,14 @@ from models.decoders import DECODERS
 from models.necks import NECKS
 from scripts.benchmark import Step
 from scripts.command_line import Command
+from scripts.docs_site.parts import with_part
 from scripts.measuring import Row, markdown
 from utils.engine.arguments import FLAGS, MODES
 from utils.engine.config import load_config
 from utils.engine.tasks import TASKS, label_kinds
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, BEGIN, END = ROOT / "docs" / "combinations.md", "<!-- combinations -->\n", "<!-- /combinations -->\n"
+PAGE, PART = ROOT / "docs" / "combinations.md", "combinations"
 
 # One small backbone of every kind of map: its name, and options that make it quick to build.
 SMALL_VIT = {"embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -145,22 +146,10 @@ def text() -> str:
     return "\n".join(f"{words}\n\n{markdown(rows)}\n" for words, rows in parts)
 
 
-def shown(page: str) -> str:
-    """The tables that a page shows; ValueError where it has no place for them."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no place for the tables: {BEGIN.strip()} ... {END.strip()}")
-    return page.partition(BEGIN)[2].partition(END)[0]
-
-
-def with_tables(page: str, tables: str) -> str:
-    """The page with these tables."""
-    return page.replace(f"{BEGIN}{shown(page)}{END}", f"{BEGIN}{tables}{END}")
-
-
 def combinations(write: bool) -> None:
     """Prints the tables, or puts them into the page."""
     if write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), text()), encoding="utf-8")
+        PAGE.write_text(with_part(PAGE.read_text(encoding="utf-8"), PART, text()), encoding="utf-8")
     else:
         print(text())
 

@@ -53,8 +53,8 @@ class BridgeNetConfig(DecoderOptions):
     refine_depth: tuple[int, int, int] | None = None
     dilations: tuple[int, ...] = (1, 2, 5)  # of a TFR stack's blocks, repeated
     squeeze_ratio: int = 2  # stage width / width inside a TFR block
-    num_heads: int = 2
-    mlp_ratio: float = 4.0
+    num_heads: int = 2  # of the attention
+    mlp_ratio: float = 4.0  # hidden width of an MLP / its width
     attention_scale: Literal["width", "head"] = "width"
     refine_from: Literal["preliminary", "tpp"] = "preliminary"
     drop_path_rate: float = 0.15  # of a TFR stack's last block, rising linearly from 0

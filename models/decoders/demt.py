@@ -49,9 +49,9 @@ class DeMTConfig(DecoderOptions):
     two are the same for batches of one, which the published runs had on each of 8 processes.
     """
 
-    dim: int = 256  # C; the published HRNet-18 models have 128
-    num_heads: int = 4  # N
-    mixer_depth: int = 1
+    dim: int = 256  # C, width of the tokens; the published HRNet-18 models have 128
+    num_heads: int = 4  # N, of the attention
+    mixer_depth: int = 1  # blocks of each task's mixer
     mixer_order: Literal["auto", "channel_first", "spatial_first"] = "auto"
     attention: Literal["per_sample", "batch"] = "per_sample"
 

@@ -22,9 +22,9 @@ from models.decoders.options import DecoderOptions
 
 @dataclass(frozen=True)
 class FCNConfig(DecoderOptions):
-    """Options of the decoder. reduction: the task features have floor(K / reduction) channels."""
+    """Options of the decoder."""
 
-    reduction: int = 4
+    reduction: int = 4  # the task features have floor(K / reduction) channels
 
     def __post_init__(self):
         self.require_counts("reduction")

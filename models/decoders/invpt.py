@@ -47,8 +47,8 @@ class InvPTConfig(DecoderOptions):
     embed_dim: int = 512  # E, width of the preliminary features
     PRED_OUT_NUM_CONSTANT: int = 64  # P: the stages have the widths E + P, (E + P) / 2, (E + P) / 4
     mtt_resolution_downsample_rate: int = 2  # ViT grid / first grid; the skip maps leave no other choice
-    num_heads: int = 2
-    mlp_ratio: float = 4.0
+    num_heads: int = 2  # of the attention
+    mlp_ratio: float = 4.0  # hidden width of an MLP / its width
     attention_scale: Literal["width", "head"] = "width"
     drop_path_rate: float = 0.0
 

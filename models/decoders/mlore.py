@@ -49,8 +49,8 @@ class MLoREConfig(DecoderOptions):
     fold: whether `infer` and `predict` fold the modules, which takes room for 9 C^2 (E + T + 1) numbers per module.
     """
 
-    final_embed_dim: int = 640  # C
-    topk: int = 9  # k
+    final_embed_dim: int = 640  # C, width of every task's maps
+    topk: int = 9  # k, experts that are kept for an image and task
     spe_rank: int = 64  # rank of the task's own expert
     pre_softmax: bool = False
     rank_list: tuple[int, ...] = ()

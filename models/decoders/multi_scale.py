@@ -22,9 +22,9 @@ from models.decoders.options import DecoderOptions
 
 @dataclass(frozen=True)
 class MultiScaleConfig(DecoderOptions):
-    """Options of the decoder. channels: C, the width of every task's pyramid."""
+    """Options of the decoder."""
 
-    channels: int = 128
+    channels: int = 128  # C, the width of every task's pyramid
 
     def __post_init__(self):
         self.require_counts("channels")

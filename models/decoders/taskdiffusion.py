@@ -47,20 +47,18 @@ NOISE_SEED = 0
 @dataclass(frozen=True)
 class TaskDiffusionConfig(MLoREConfig):
     """Options of the decoder: those of MLoRE, which belong to its mixtures of experts but for the width, and its own.
+    Of these timesteps, randsteps and module_layer are keys of the published experiment files.
 
-    experts: task features from mixtures of experts instead of plain convolutions.
-    timesteps, randsteps, module_layer: keys of the published experiment files; randsteps is the number of draws of the
-    first noise, whose predictions are averaged.
     mask_void: False codes void pixels as the published training did, see `ValueCode`; inference does not depend on it.
     """
 
-    final_embed_dim: int = 376  # C
+    final_embed_dim: int = 376
     topk: int = 3
     spe_rank: int = 72
     load_balancing_weight: float = 3e-4
-    experts: bool = False
-    timesteps: int = 3  # S
-    randsteps: int = 1
+    experts: bool = False  # task features from mixtures of experts instead of plain convolutions
+    timesteps: int = 3  # S, steps from noise to the prediction
+    randsteps: int = 1  # draws of the first noise, whose predictions are averaged
     module_layer: int = 3  # blocks per task behind the mixing
     bit_scale: float = 0.01  # the latent lies in (-bit_scale, bit_scale)
     mask_void: bool = True

@@ -32,26 +32,22 @@ from models.decoders.options import DecoderOptions
 class TaskPrompterConfig(DecoderOptions):
     """Options of the decoder and of the prompts in its backbone. All but the last are published keys.
 
-    embed_dim (ViT), level_embed_dim (Swin): E. chan_nheads: n * n; the sides of every grid must be multiples of
-    n. use_ctr: cross-task reweighting, ViT only. chan_embed_dim: width of the channel branch of a Swin, a square
-    number. img_ds_ratio: resizes the image inside a Swin. dd_label_map_size: (height, width) of predictions and
-    labels, for data sets that have a label size of their own; None: that size. Only the published prompt_len of 1
-    exists.
-
-    prompt_update (ViT): `linear`, as in the published models, updates the prompts by a linear map of their
-    channel query; `attention`, as in the paper's text, by what they gather from the channels. Weights of one do
-    not fit the other.
+    dd_label_map_size: (height, width) of predictions and labels, for data sets that have a label size of their own;
+    None: that size.
+    prompt_update: of the prompts of a ViT: `linear`, as in the published models, by a linear map of their channel
+    query; `attention`, as in the paper's text, by what they gather from the channels. Weights of one do not fit the
+    other.
     """
 
-    embed_dim: int = 768
-    final_embed_dim: int = 768  # F
-    prompt_len: int = 1
-    chan_nheads: int = 1
-    use_ctr: bool = False
-    head: Literal["conv", "deconv"] = "conv"
-    level_embed_dim: int = 256
-    chan_embed_dim: int = 256
-    img_ds_ratio: float = 1.0
+    embed_dim: int = 768  # E, width of both branches, on a ViT
+    final_embed_dim: int = 768  # F, width of every task's features
+    prompt_len: int = 1  # tokens of a task; the published models have no other number
+    chan_nheads: int = 1  # n * n; the sides of every grid must be multiples of n
+    use_ctr: bool = False  # cross-task reweighting, on a ViT only
+    head: Literal["conv", "deconv"] = "conv"  # deconv: twice the grid, half the width
+    level_embed_dim: int = 256  # E, width of both branches, on a Swin
+    chan_embed_dim: int = 256  # width of the channel branch of a Swin, a square number
+    img_ds_ratio: float = 1.0  # resizes the image inside a Swin
     dd_label_map_size: tuple[int, int] | None = None
     prompt_update: Literal["linear", "attention"] = "linear"
 

@@ -53,6 +53,24 @@ def keys() -> dict[str, tuple[str, ...]]:
     return dict(_keys(Config, ""))
 
 
+class Option(typing.NamedTuple):
+    """A key of an options class in words."""
+
+    name: str
+    values: str         # what it may hold
+    default: str
+    comment: str
+
+
+def options(table: Mapping, entry: str) -> list[Option]:
+    """The options of a table's entry."""
+    cls, own = table.options(entry), table.defaults(entry)
+    hints, comments = typing.get_type_hints(cls), _notes(cls).comments
+    return [Option(field.name, _words(hints[field.name], field),
+                   _yaml(own[field.name]) if field.name in own else _default(field).removeprefix("default: "),
+                   comments.get(field.name, "")) for field in dataclasses.fields(cls)]
+
+
 def _keys(cls: type, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for field in dataclasses.fields(cls):
         hint = typing.get_type_hints(cls)[field.name]
@@ -171,7 +189,8 @@ def _notes(cls: type) -> _Notes:
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
             notes = _notes_in(base.__module__, base.__name__)
-            found.comments.update(notes.comments)
+            found.comments.update({name: words for name, words in notes.comments.items()
+                                   if words or name not in found.comments})
             found.sections.update(notes.sections)
     return found
 
