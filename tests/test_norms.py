@@ -1,4 +1,4 @@
-"""Layer norms by kernels: against float64, and whole layers with them against the same layers without."""
+"""What runs on a GPU alone: layer norms by kernels and other layers, against float64 and what runs elsewhere."""
 
 import copy
 
@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.blocks import layers, stacked
-from models.blocks.layers import ProductLayerNorm
+from models.blocks import layers, products, stacked
+from models.blocks.layers import HalfLinear, ProductLayerNorm
+from models.blocks.resize import Average, average
 from models.blocks.stacked import TaskLayerNorm, TaskLinear
 from models.ops import norms
-from models.ops.norms import Statistics, norm_backward, norm_forward, plain
+from models.ops.norms import Statistics, few_outputs, norm_backward, norm_forward, plain
 
 EPS = 1e-5
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -26,7 +27,7 @@ def draw(seed, *shape):
 @pytest.fixture
 def kernels_everywhere(monkeypatch):
     """Layers take the kernels also where Triton interprets them."""
-    for module in (stacked, layers):
+    for module in (stacked, products, layers):
         monkeypatch.setattr(module, "has_kernels", lambda x: True)
 
 
@@ -56,12 +57,34 @@ def test_against_float64(tasks, rows, channels, gated, dtype, device):
             assert (one.cpu() - expected).abs().max() <= limit
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tasks, rows, channels, outputs", [(1, 7, 192, 1), (2, 5, 24, 3), (1, 9, 40, 4), (2, 0, 8, 2)])
+def test_few_outputs_against_float64(tasks, rows, channels, outputs, device):
+    x, grad = draw(0, rows, tasks, channels).transpose(0, 1), draw(1, tasks, rows, outputs)
+    parameters = [draw(2, tasks, channels), draw(3, tasks, channels), draw(4, tasks, outputs, channels),
+                  draw(5, tasks, outputs)]
+    results = []
+    for dtype, run in ((torch.float32, few_outputs), (torch.float64, in_words)):
+        place = device if dtype == torch.float32 else "cpu"
+        leaves = [t.to(place, dtype).requires_grad_() for t in (x, *parameters)]
+        out = run(*leaves[:3], EPS, *leaves[3:])
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(place, dtype))])
+    for found, exact in zip(*results, strict=True):
+        assert found.dtype == torch.float32 and found.shape == exact.shape
+        if rows:
+            assert (found.cpu() - exact).abs().max() <= LIMITS[torch.float32] * exact.abs().max()
+
+
+def in_words(x, scale, shift, eps, weight, bias):
+    return plain(x, None, scale, shift, eps) @ weight.mT + bias[:, None]
+
+
 def both_ways(run, leaves, monkeypatch):
     """Results and gradients with kernels and without."""
     results = []
     for kernels in (True, False):
         with monkeypatch.context() as patch:
-            for module in (stacked, layers):
+            for module in (stacked, products, layers):
                 patch.setattr(module, "has_kernels", lambda x, kernels=kernels: kernels)
             out = run()
             results.append([out, *torch.autograd.grad(out, leaves, draw(9, *out.shape).to(out))])
@@ -69,18 +92,19 @@ def both_ways(run, leaves, monkeypatch):
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
-@pytest.mark.parametrize("way", ["forward", "for_product", "gated", "of_normed"])
+@pytest.mark.parametrize("way", ["forward", "for_product", "gated", "of_normed", "halves"])
 def test_layers_with_kernels_are_those_without(tasks, way, monkeypatch):
     norm = TaskLayerNorm(tasks, 6, tasks_last=way == "gated")
-    linear = TaskLinear(tasks, 6, 5)
+    linear = TaskLinear(tasks, 6, 8, bias=way != "halves")
     for number, parameter in enumerate((*norm.parameters(), *linear.parameters())):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     feat, gate = draw(0, tasks, 2, 3, 4, 6).requires_grad_(), draw(1, tasks, 2, 3, 4, 12).requires_grad_()
     last = feat.permute(1, 2, 3, 0, 4).contiguous()
     runs = {"forward": lambda: norm(feat), "for_product": lambda: norm.for_product(feat),
-            "gated": lambda: norm.gated(last, gate[..., 6:]), "of_normed": lambda: linear.of_normed(norm, feat)}
+            "gated": lambda: norm.gated(last, gate[..., 6:]), "of_normed": lambda: linear.of_normed(norm, feat),
+            "halves": lambda: torch.cat([half.flatten() for half in linear.halves(feat, norm)])}
     leaves = [feat, *norm.parameters(), *([gate] if way == "gated" else []),
-              *(linear.parameters() if way == "of_normed" else [])]
+              *(linear.parameters() if way in ("of_normed", "halves") else [])]
     for found, expected in both_ways(runs[way], leaves, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -98,6 +122,32 @@ def test_a_norm_before_products(kernels_everywhere, monkeypatch):
         torch.testing.assert_close(norm(feat), right)
     assert torch.equal(results[False], right.bfloat16()) and results[True].dtype == torch.bfloat16
     torch.testing.assert_close(results[True], results[False], rtol=2**-7, atol=1e-6)
+
+
+def test_linear_layers_as_on_a_gpu():
+    """Values and gradients of rows in bfloat16; the gradients of weight and bias are not rounded to it."""
+    rows, weight, bias, grad = (draw(0, 40, 6).bfloat16(), draw(1, 5, 6).bfloat16().float(),
+                                draw(2, 5).bfloat16().float(), draw(3, 40, 5).bfloat16())
+    leaves = [x.requires_grad_() for x in (rows, weight, bias)]
+    out = HalfLinear.apply(*leaves)
+    right = F.linear(rows.float(), weight, bias)
+    assert out.dtype == torch.bfloat16 and (out - right).abs().max() <= 2**-8 * right.abs().max()
+    found, exact = (torch.autograd.grad(y, leaves, grad.to(y)) for y in (out, right))
+    assert (found[0] - exact[0]).abs().max() <= 2**-7 * exact[0].abs().max()
+    for one, other in zip(found[1:], exact[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_means_over_whole_squares(side):
+    """The gradient that runs on a GPU, of maps in both memory formats."""
+    feat = draw(0, 2, 5, 6, 12).double()
+    for given in (feat, feat.contiguous(memory_format=torch.channels_last)):
+        leaf = given.clone().requires_grad_()
+        results = [(y, torch.autograd.grad(y, leaf, draw(1, *y.shape).double())[0])
+                   for y in (Average.apply(leaf, side), average(leaf, side))]
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
 
 
 def test_kernels_that_give_wrong_numbers_are_not_taken(monkeypatch):

@@ -76,7 +76,7 @@ def test_norms(tasks_last):
 def test_depthwise_convolutions():
     together = randomised(by_task(TaskDepthwise(3, 4), TASKS))
     feat = torch.randn(3, 2, 5, 6, 4)
-    out, state = together(feat), together.state_dict()
+    out, state = together(feat.permute(1, 2, 3, 0, 4)), together.state_dict()
     for index, task in enumerate(TASKS):
         plain = alone(nn.Conv2d(4, 4, 3, padding=1, groups=4), state, task)
         expected = plain(feat[index].movedim(-1, 1)).movedim(1, -1)

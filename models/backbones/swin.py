@@ -22,7 +22,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, Win
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.blocks.layers import ProductLayerNorm, init_linear
+from models.blocks.layers import ProductLayerNorm, ProductLinear, init_linear
 from models.blocks.task_maps import TaskMaps
 from utils.options import Options
 
@@ -80,7 +80,8 @@ class SwinBlock(SwinTransformerBlock):
 
     def __init__(self, *args, pad_before_roll: bool = True, **kwargs):
         super().__init__(*args, norm_layer=ProductLayerNorm, **kwargs)
-        self.attn.__class__ = FusedAttention  # the same weights: timm's block has no place for another attention
+        self.attn.__class__ = FusedAttention  # the same weights: timm's block has no place for other layers
+        ProductLinear.take_over(self)
         self.pad_before_roll = pad_before_roll
 
     def _attn(self, tokens: Tensor) -> Tensor:
@@ -105,12 +106,34 @@ class FusedAttention(WindowAttention):
 
     def fused(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three m d) -> three b m n d", three=3, m=self.num_heads)
-        bias = self._get_rel_pos_bias().to(q.dtype)  # (1, M, N, N)
+        bias = PositionBias.apply(self.relative_position_bias_table, self.relative_position_index, self.window_size)
+        bias = bias.to(q.dtype)  # (1, M, N, N)
         if mask is not None:
             bias = (bias + mask.to(q.dtype)[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             out = F.scaled_dot_product_attention(q, k, v, bias.expand(len(x), -1, -1, -1))
         return self.proj(rearrange(out, "b m n d -> b n (m d)"))
+
+
+class PositionBias(torch.autograd.Function):
+    """A bias for each head and offset, ((2 h - 1) (2 w - 1), M), to every pair of positions in a window, (1, M, N, N).
+
+    Pairs of one offset lie on diagonals, which the backward pass adds up as they are; PyTorch would sort all pairs.
+    """
+
+    @staticmethod
+    def forward(ctx, table, index, window):
+        ctx.window, ctx.dtype = window, table.dtype
+        return table.T.index_select(1, index.flatten()).view(1, -1, *index.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, w = ctx.window
+        pairs = rearrange(grad, "1 m (y x) (v u) -> m y v x u", y=h, v=h).flip(2, 4)  # (y, x) to (h - 1 - v, w - 1 - u)
+        pairs = F.pad(pairs, (0, w, 0, 0, 0, h)).contiguous()  # rows of 2 w, which start one later in rows of 2 w - 1
+        whole, of_m, row = 4 * h * h * w * w, 2 * w * w, 2 * w - 1
+        offsets = pairs.as_strided((len(pairs), h, 2 * h - 1, w, row), (whole, (2 * h - 1) * of_m, of_m, row, 1))
+        return offsets.sum((1, 3), dtype=ctx.dtype).flatten(1).T, None, None
 
 
 class SwinStage(nn.Module):

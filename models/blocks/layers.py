@@ -60,6 +60,51 @@ class ProductLayerNorm(nn.LayerNorm):
         return super().forward(feat).to(dtype)
 
 
+class ProductLinear(nn.Linear):
+    """A linear layer whose gradients of weight and bias are products on a GPU under autocast, and end in float32.
+
+    PyTorch's would sum the bias's row by row, which takes longer than the layer, and round the weight's to half
+    precision before they are float32.
+    """
+
+    @classmethod
+    def take_over(cls, module: nn.Module) -> None:
+        """Makes the plain linear layers inside such ones; parameters, their names and initial values stay."""
+        for layer in module.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = cls
+
+    def forward(self, feat: Tensor) -> Tensor:
+        dtype = product_dtype(feat, self.weight.dtype)
+        if not feat.is_cuda or dtype == self.weight.dtype or self.bias is None or torch.compiler.is_compiling():
+            return super().forward(feat)
+        rows = feat.to(dtype).flatten(0, -2)
+        return HalfLinear.apply(rows, self.weight, self.bias).unflatten(0, feat.shape[:-1])
+
+
+class HalfLinear(torch.autograd.Function):
+    """Rows (R, in) in half precision, weight (out, in) and bias (out,) in float32 -> (R, out) in half precision."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias):
+        weight = weight.to(rows.dtype)
+        ctx.save_for_backward(rows, weight)
+        return torch.addmm(bias.to(rows.dtype), rows, weight.T)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (grad @ weight if wanted[0] else None,
+                float32_product(grad.T, rows) if wanted[1] else None,
+                float32_product(grad.new_ones(1, len(grad)), grad)[0] if wanted[2] else None)
+
+
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """Of matrices in half precision; only CUDA can give it before it is rounded to theirs."""
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
+
+
 class ChannelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of every pixel, eps 1e-5 unless given: (B, C, H, W) -> (B, C, H, W)."""
 

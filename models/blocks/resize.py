@@ -31,6 +31,29 @@ def resized_rows(feat: Tensor, size: tuple[int, int], top: int, bottom: int) -> 
     return resize(rows, (bottom - top, width))
 
 
+def average(feat: Tensor, side: int) -> Tensor:
+    """Means over squares, (B, C, H, W) -> (B, C, H / side, W / side), rounded up: at borders over what is there."""
+    if feat.is_cuda and feat.shape[2] % side == 0 == feat.shape[3] % side:
+        return Average.apply(feat, side)
+    return F.avg_pool2d(feat, side, ceil_mode=True, count_include_pad=False)
+
+
+class Average(torch.autograd.Function):
+    """Whole squares alone. PyTorch's gradient looks for the squares of every pixel, which takes a GPU longer."""
+
+    @staticmethod
+    def forward(ctx, feat, side):
+        ctx.side = side
+        return F.avg_pool2d(feat, side)
+
+    @staticmethod
+    def backward(ctx, grad):
+        side = ctx.side
+        cells = (grad / side**2).movedim(1, -1)[:, :, None, :, None]  # (B, H / side, 1, W / side, 1, C)
+        fine = cells.expand(-1, -1, side, -1, side, -1).flatten(3, 4).flatten(1, 2)
+        return fine.movedim(-1, 1), None
+
+
 def concat_at_finest(feats: Sequence[Tensor]) -> Tensor:
     """Maps (B, C_i, h_i, w_i), finest first -> (B, sum C_i, h_0, w_0); the coarser ones bilinearly."""
     size = feats[0].shape[-2:]

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.ops.norms import Statistics, has_kernels, layer_norm, norm_backward, norm_forward
+from models.blocks.products import batched_linear, gated_norm, normed_halves, normed_linear
+from models.ops.norms import has_kernels, layer_norm
 from utils.precision import product_dtype
 
 
@@ -35,6 +36,17 @@ class TaskLinear(nn.Linear):
         weight, bias = self.per_task
         out = normed_linear(feat.flatten(1, -2), norm.weight, norm.bias, norm.eps, weight, bias)
         return out.unflatten(1, feat.shape[1:-1])
+
+    def halves(self, feat: Tensor, norm: "TaskLayerNorm | None" = None) -> tuple[Tensor, Tensor]:
+        """Two halves of the channels, of the normed map if there is a norm: the first as the scans take it,
+        (B, H, W, T, D), and the second, (T, B, H, W, D). For layers without bias."""
+        if norm is None or not has_kernels(feat):
+            whole = self(feat) if norm is None else self.of_normed(norm, feat)
+            first, second = whole.chunk(2, dim=-1)
+            return first.permute(1, 2, 3, 0, 4), second
+        shape, weight = feat.shape[1:-1], self.per_task[0]
+        first, second = normed_halves(feat.flatten(1, -2), *norm.per_task, norm.eps, weight)
+        return first.unflatten(0, shape), second.unflatten(1, shape)
 
     def of_common(self, feat: Tensor) -> Tensor:
         """All layers on one map: (..., in) -> (..., T, out)."""
@@ -85,7 +97,7 @@ class TaskLayerNorm(nn.Module):
         if has_kernels(feat):
             rows = feat.flatten(0, 2).transpose(0, 1)  # (T, B H W, C), as they lie
             return layer_norm(rows, *self.per_task, self.eps, dtype, gate.flatten(1, 3)).view(gate.shape)
-        return _GatedNorm.apply(feat, gate, *self.per_task, self.eps).to(dtype)
+        return gated_norm(feat, gate, *self.per_task, self.eps).to(dtype)
 
     def _normed(self, feat: Tensor, dtype: torch.dtype) -> Tensor:
         if has_kernels(feat):
@@ -103,14 +115,14 @@ class TaskLayerNorm(nn.Module):
 
 
 class TaskDepthwise(nn.Conv2d):
-    """One 3 x 3 depthwise convolution per task: (T, B, H, W, C) -> (B, H, W, T, C), as the scans take it."""
+    """One 3 x 3 depthwise convolution per task: (B, H, W, T, C) -> the same, as the scans take it."""
 
     def __init__(self, num_tasks: int, channels: int):
         super().__init__(num_tasks * channels, num_tasks * channels, 3, padding=1, groups=num_tasks * channels)
         self.num_tasks = num_tasks
 
     def forward(self, feat: Tensor) -> Tensor:
-        rows = feat.permute(1, 2, 3, 0, 4).flatten(3)  # (B, H, W, T C): channels side by side, one copy
+        rows = feat.flatten(3)  # (B, H, W, T C): channels side by side
         out = super().forward(rows.movedim(-1, 1))  # seen in PyTorch's channels_last format
         return out.movedim(1, -1).unflatten(3, (self.num_tasks, -1))
 
@@ -143,121 +155,6 @@ class TaskDropPath(nn.Module):
             return feat + branch
         kept = torch.bernoulli(self.keep.expand(*feat.shape[:2], *(1,) * (feat.dim() - 2)))
         return torch.addcmul(feat, branch, kept, value=1 / (1 - self.drop_prob))
-
-
-# ------------------------------------------------------------ products and norms
-# PyTorch's own formulas would transpose the gradients of weights, and keep maps that are made again in no time.
-
-
-def batched_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows (T, R, in), weight (T, out, in), bias (T, 1 or R, out) -> (T, R, out)."""
-    return _BatchedLinear.apply(*_for_products(rows, weight), bias)
-
-
-def normed_linear(rows: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor,
-                  bias: Tensor | None) -> Tensor:
-    """Layer norm of rows (T, R, in) with scale and shift (T in), then `batched_linear` with bias (T, 1, out).
-
-    Without kernels of our own those of several tasks go into the weights: one pass over the rows less each way. The
-    norm runs in float32.
-    """
-    kernels = has_kernels(rows)
-    if not kernels:
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if kernels or len(weight) == 1:
-        return _NormedLinear.apply(rows, scale, shift, _for_products(weight)[0], bias, eps)
-    per_task = (len(weight), 1, weight.shape[2])
-    shifted = (weight * shift.view(per_task)).sum(dim=2).unsqueeze(1)
-    bias = shifted if bias is None else shifted + bias
-    return _NormedLinear.apply(rows, None, None, _for_products(weight * scale.view(per_task))[0], bias, eps)
-
-
-def _for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the type that autocast asks products to have."""
-    return tuple(x.to(product_dtype(tensors[0], x.dtype)) for x in tensors)
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.to(rows.dtype), rows, weight.mT)
-
-
-class _BatchedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, weight, bias):
-        ctx.save_for_backward(rows, weight)
-        ctx.bias = None if bias is None else (bias.shape[1] == 1, bias.dtype)
-        return _product(rows, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        return (torch.bmm(grad, weight) if wanted[0] else None, torch.bmm(grad.mT, rows) if wanted[1] else None,
-                _bias_gradient(grad, *ctx.bias) if wanted[2] else None)
-
-
-def _bias_gradient(grad: Tensor, of_task: bool, dtype: torch.dtype) -> Tensor:
-    return (grad.sum(dim=1, keepdim=True) if of_task else grad).to(dtype)
-
-
-class _NormedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, scale, shift, weight, bias, eps):
-        normed, statistics = _normed(rows, scale, shift, eps, weight.dtype)
-        ctx.save_for_backward(rows, scale, shift, *statistics, weight)
-        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
-        return _product(normed, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, scale, shift, mean, rstd, weight = ctx.saved_tensors
-        normed = _normed(rows, scale, shift, ctx.eps, weight.dtype)[0]
-        grad_weight = torch.bmm(grad.mT, normed)
-        grads = _norm_gradients(torch.bmm(grad, weight), rows, mean, rstd, scale, shift)
-        grad_bias = None if ctx.bias_dtype is None else _bias_gradient(grad, True, ctx.bias_dtype)
-        return *grads, grad_weight, grad_bias, None
-
-
-def _normed(rows: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, dtype: torch.dtype,
-            ) -> tuple[Tensor, Statistics]:
-    """Layer norm of rows (T, R, C) with scale and shift (T C), in that dtype; none of the latter without kernels."""
-    if has_kernels(rows):
-        return norm_forward(rows, scale.view(len(rows), -1), shift.view(len(rows), -1), eps, dtype)
-    normed, *statistics = torch.native_layer_norm(rows, rows.shape[2:], scale, shift, eps)
-    return normed.to(dtype), Statistics(*statistics)
-
-
-def _norm_gradients(grad: Tensor, feat: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None = None,
-                    shift: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """Of a layer norm over the last axis: for what is normed, scale and shift."""
-    affine, tasks = scale is not None, len(feat)
-    if affine and has_kernels(feat):
-        grads = norm_backward(grad, feat, Statistics(mean, rstd), scale.view(tasks, -1), shift.view(tasks, -1))
-        return grads.x, grads.scale.flatten(), grads.shift.flatten()
-    return torch.ops.aten.native_layer_norm_backward(grad.to(feat.dtype), feat, feat.shape[-1:], mean, rstd, scale,
-                                                     shift, [True, affine, affine])
-
-
-class _GatedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, feat, gate, weight, bias, eps):
-        feat = feat.to(weight.dtype)
-        normed, mean, rstd = torch.native_layer_norm(feat, feat.shape[-1:], None, None, eps)
-        ctx.save_for_backward(feat, gate, mean, rstd, weight, bias)
-        ctx.eps = eps
-        return torch.addcmul(bias, normed, weight).permute(3, 0, 1, 2, 4) * F.silu(gate)
-
-    @staticmethod
-    def backward(ctx, grad):
-        feat, gate, mean, rstd, weight, bias = ctx.saved_tensors
-        normed = torch.native_layer_norm(feat, feat.shape[-1:], None, None, ctx.eps)[0]
-        affine = torch.addcmul(bias, normed, weight)
-        grad_gate = torch.ops.aten.silu_backward((grad * affine.permute(3, 0, 1, 2, 4)).to(gate.dtype), gate)
-        grad_affine = grad.permute(1, 2, 3, 0, 4) * F.silu(gate).permute(1, 2, 3, 0, 4)  # (B, H, W, T, C)
-        grad_bias = grad_affine.sum(dim=(0, 1, 2))
-        grad_weight = (grad_affine * normed).sum(dim=(0, 1, 2))
-        grad_feat = _norm_gradients((grad_affine * weight).contiguous(), feat, mean, rstd)[0]
-        return grad_feat, grad_gate, grad_weight, grad_bias, None
 
 
 # ------------------------------------------------------------ state dicts

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks.resize import average
 from models.blocks.s6 import S6
 from models.blocks.stacked import TaskDepthwise, TaskDropPath, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext
@@ -76,8 +77,7 @@ class MSScan(nn.Module):
             return ss2d_core(feat, group.weights, window=0 if self.pooled else size)
         tasks = feat.shape[3]
         maps = feat.flatten(3).movedim(-1, 1)  # (B, T D_g, H, W)
-        # Border cells are means over the pixels that exist.
-        coarse = F.avg_pool2d(maps, size, ceil_mode=True, count_include_pad=False).movedim(1, -1)
+        coarse = average(maps, size).movedim(1, -1)
         coarse = ss2d_core(coarse.unflatten(-1, (tasks, -1)), group.weights)  # (B, ceil(H / size), .., T, D_g)
         fine = F.interpolate(coarse.flatten(3).movedim(-1, 1), size=feat.shape[1:3], mode="bilinear",
                              align_corners=False)
@@ -136,7 +136,7 @@ class GatedBranch(nn.Module):
         self.drop_path = TaskDropPath(drop_path)
 
     def forward(self, feat: Tensor) -> Tensor:
-        inner, gate = self.in_proj.of_normed(self.norm, feat).chunk(2, dim=-1)  # (T, B, H, W, D) each
+        inner, gate = self.in_proj.halves(feat, self.norm)  # (B, H, W, T, D), (T, B, H, W, D)
         scanned = self.activate_and_scan(self.conv(inner))  # (B, H, W, T, D)
         return self.drop_path(feat, self.out_proj(self.out_norm.gated(scanned, gate)))
 

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks.stacked import JoinLinear, TaskLayerNorm, TaskLinear, by_task, normed_linear
+from models.blocks.products import normed_linear
+from models.blocks.stacked import JoinLinear, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext, Decoder, DecoderOutput
 
 STRIDES = (4, 8, 16, 32)

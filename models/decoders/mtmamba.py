@@ -44,7 +44,7 @@ class MTMambaConfig(DecoderOptions):
 
 
 class SS2DCore(nn.Module):
-    """Depth-wise convolution, SiLU, four-route scan, LayerNorm, per task: (T, B, H, W, D) -> the same.
+    """Depth-wise convolution, SiLU, four-route scan, LayerNorm, per task: (B, H, W, T, D) -> (T, B, H, W, D).
 
     With `source` (B, H, W, T, D) the scan's step sizes and input and output maps come from there; the sequences
     that are scanned still come from the first argument. The source is not convolved. With `gate` (T, B, H, W, D) the
@@ -79,8 +79,7 @@ class GatedSS2D(nn.Module):
 
     def forward(self, feat: Tensor, source: Tensor | None = None, norm: TaskLayerNorm | None = None) -> Tensor:
         """`norm`: what the first map goes through before."""
-        projected = self.in_proj(feat) if norm is None else self.in_proj.of_normed(norm, feat)
-        inner, gate = projected.chunk(2, dim=-1)  # (T, B, H, W, D) each
+        inner, gate = self.in_proj.halves(feat, norm)  # (B, H, W, T, D), (T, B, H, W, D)
         source = None if source is None else self.source_proj.of_common(source)
         return self.out_proj(self.core(inner, source, gate))
 
@@ -95,7 +94,7 @@ class PlainSS2D(nn.Module):
         self.core = SS2DCore(num_tasks, channels, width, state)
 
     def forward(self, feat: Tensor) -> Tensor:
-        return self.core(self.in_proj(feat))
+        return self.core(self.in_proj(feat).permute(1, 2, 3, 0, 4))
 
 
 class STMLayer(nn.Module):

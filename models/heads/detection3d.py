@@ -12,13 +12,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.detection3d.options import NUM_LEVELS, Detection3DOptions
 from losses.detection3d.points import REGRESSION, Output
 from models.blocks.deformable_conv import ModulatedDeformableConv
 from models.blocks.feature_pyramid import FeaturePyramid
+from models.blocks.resize import average
 from models.heads import FeatureLevels
 
 NUM_MAPS = NUM_LEVELS - 1
@@ -75,7 +75,7 @@ class Detection3DHead(nn.Module):
             nn.ParameterDict({name: torch.ones(()) for name in SCALED}) for _ in range(NUM_LEVELS))
 
     def forward(self, feats: Tensor | Sequence[Tensor]) -> Output:
-        maps = [_averaged(feats, side) for side in self.squares] if isinstance(feats, Tensor) else feats
+        maps = [average(feats, side) for side in self.squares] if isinstance(feats, Tensor) else feats
         def told(value: float) -> Tensor:
             return maps[0].new_full((len(maps[0]),), value, dtype=torch.float64)
 
@@ -99,8 +99,3 @@ def _normal(conv: nn.Conv2d, probability: float = 0.5) -> nn.Conv2d:
     nn.init.normal_(conv.weight, std=INIT_STD)
     nn.init.constant_(conv.bias, math.log(probability / (1 - probability)))
     return conv
-
-
-def _averaged(feat: Tensor, side: int) -> Tensor:
-    """Means over squares: (B, C, h, w) -> (B, C, h / side, w / side), rounded up."""
-    return F.avg_pool2d(feat, side, ceil_mode=True, count_include_pad=False)

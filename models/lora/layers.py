@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from models.blocks.layers import ProductLinear
 from models.blocks.stacked import TaskLinear, by_task
 from models.lora.settings import LoraSettings
 
@@ -24,7 +25,7 @@ from models.lora.settings import LoraSettings
 def adaptable(layer: nn.Module) -> bool:
     """Whether a layer can have an adapter: a linear layer, a convolution (of one group, without dilation, padded by
     zeros), or linear layers stacked by task."""
-    return type(layer) is nn.Linear or isinstance(layer, TaskLinear) or (
+    return type(layer) in (nn.Linear, ProductLinear) or isinstance(layer, TaskLinear) or (
         type(layer) is nn.Conv2d and (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros"))
 
 

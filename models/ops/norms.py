@@ -21,8 +21,9 @@ from utils.extension import first_line
 
 logger = logging.getLogger(__name__)
 
-TILE, PROGRAMS = 1024, 512  # values of a program; programs of a backward pass at most: each leaves a sum
-MAX_CHANNELS = 4096
+FORWARD, BACKWARD = 1024, 512  # values that a warp holds: whole rows where they are short, so that it waits for none
+WARPS = 1024  # of a backward pass at most: each program leaves sums
+MAX_CHANNELS, MAX_OUTPUTS = 4096, 4
 TRIAL_LIMIT = 1e-5
 
 
@@ -130,7 +131,7 @@ def norm_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: tor
     x, gate, scale, shift = _dense(x), _dense(gate), scale.contiguous(), shift.contiguous()
     value = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(tasks, rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = _tile(channels)
+    tile = _tile(channels, FORWARD)
     if x.numel():
         _kernels().norm_kernel[-(-rows // tile["ROWS"]), tasks](
             _map(x), _map(x if gate is None else gate), scale, shift, _map(value), mean, rstd, rows, eps,
@@ -143,23 +144,71 @@ def norm_backward(grad: Tensor, x: Tensor, statistics: Statistics, scale: Tensor
     """Gradients in the types of what they belong to; that of x lies in memory as x does."""
     tasks, rows, channels = x.shape
     grad, x, gate, scale, shift = _dense(grad), _dense(x), _dense(gate), scale.contiguous(), shift.contiguous()
-    tile = _tile(channels)
+    tile = _tile(channels, BACKWARD)
     grad_x = torch.empty_like(x)
     grad_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    programs = max(1, min(-(-rows // tile["ROWS"]), PROGRAMS // tasks))
-    parts = torch.zeros if not x.numel() else torch.empty
-    grad_scale, grad_shift = (parts(programs, tasks, channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    programs = _programs(tasks, rows, tile)
+    parts = _parts(x, programs, 2, tasks, channels)  # of the gradients of scale and shift
     if x.numel():
         _kernels().norm_backward_kernel[programs, tasks](
             _map(grad), _map(x), _map(x if gate is None else gate), scale, shift, *statistics,
-            _map(grad_x), _map(grad_x if gate is None else grad_gate), grad_scale, grad_shift, rows,
+            _map(grad_x), _map(grad_x if gate is None else grad_gate), parts, rows,
             GATED=gate is not None, CHANNELS=channels, **tile)
-    return Gradients(grad_x, grad_gate, grad_scale.sum(0).to(scale.dtype), grad_shift.sum(0).to(shift.dtype))
+    grad_scale, grad_shift = parts.sum(0)
+    return Gradients(grad_x, grad_gate, grad_scale.to(scale.dtype), grad_shift.to(shift.dtype))
 
 
-def _tile(channels: int) -> dict[str, int]:
+def few_outputs(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (t, i, c), normed, times scale, plus shift (t, c), through linear layers with weight (t, n, c) and bias (t, n)
+    -> (t, i, n), float32. For maps that `has_kernels` and n <= MAX_OUTPUTS: what is normed is never in memory."""
+    return _FewOutputs.apply(x, scale, shift, eps, weight, bias)
+
+
+class _FewOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps, weight, bias):
+        x, (tasks, rows, channels), outputs = _dense(x), x.shape, weight.shape[1]
+        scale, shift, weight, bias = (tensor.contiguous() for tensor in (scale, shift, weight, bias))
+        out = torch.empty(tasks, rows, outputs, dtype=torch.float32, device=x.device)
+        mean, rstd = (torch.empty(tasks, rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        tile = _tile(channels, FORWARD)
+        if x.numel():
+            _kernels().norm_product_kernel[-(-rows // tile["ROWS"]), tasks](
+                _map(x), scale, shift, weight, bias, out, mean, rstd, rows, eps, OUTPUTS=outputs, CHANNELS=channels,
+                **tile)
+        ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, shift, weight, mean, rstd = ctx.saved_tensors
+        (tasks, rows, channels), outputs, grad = x.shape, weight.shape[1], grad.contiguous()
+        tile, grad_x = _tile(channels, BACKWARD), torch.empty_like(x)
+        programs = _programs(tasks, rows, tile)
+        totals = _parts(x, programs, tasks, outputs, channels)
+        if x.numel():
+            _kernels().norm_product_backward_kernel[programs, tasks](
+                grad, _map(x), scale, weight, mean, rstd, _map(grad_x), totals, rows, OUTPUTS=outputs,
+                CHANNELS=channels, **tile)
+        totals, sums = totals.sum(0), grad.sum(1)  # (t, n, c), (t, n)
+        grad_weight = totals * scale[:, None] + sums[..., None] * shift[:, None]
+        grad_scale, grad_shift = (weight * totals).sum(1), (weight * sums[..., None]).sum(1)
+        return grad_x, grad_scale, grad_shift, None, grad_weight.to(weight.dtype), sums
+
+
+def _parts(x: Tensor, *shape: int) -> Tensor:
+    """What the programs of a backward pass over x leave; where there is nothing to do, none of them runs."""
+    return (torch.empty if x.numel() else torch.zeros)(shape, dtype=torch.float32, device=x.device)
+
+
+def _tile(channels: int, values: int) -> dict[str, int]:
     width = 1 << max(channels - 1, 1).bit_length()
-    return {"WIDTH": width, "ROWS": max(1, TILE // width), "num_warps": 8 if width > TILE else 4}
+    return {"WIDTH": width, "ROWS": max(1, values // width), "num_warps": max(1, width // values)}
+
+
+def _programs(tasks: int, rows: int, tile: dict[str, int]) -> int:
+    """Of a backward pass, for each task."""
+    return max(1, min(-(-rows // tile["ROWS"]), WARPS // tile["num_warps"] // tasks))
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
