@@ -71,6 +71,8 @@ def write_page(loaded: LoadedSuite, records: Mapping[str, Record], folder: Path)
         if row.task:
             single[row.records[0]["backbone"]][row.task] = _means(row)
     gains = {row.name: _gains(row, single[row.records[0]["backbone"]]) for row in several}
+    # On one backbone the plots name the decoders alone.
+    short = {row.name: row.name if len(single) > 1 else row.records[0]["decoder"] for row in several}
     several.sort(key=lambda row: -_rank(row, gains[row.name]))
     parts = [f"# {suite.title}", suite.about.strip(), _conditions(records, rows),
              "## Scores", _legend(gains), _table(several, gains)]
@@ -78,9 +80,9 @@ def write_page(loaded: LoadedSuite, records: Mapping[str, Record], folder: Path)
         parts += ["Networks of one task each, with which delta_m compares:",
                   _table([row for row in rows if row.task], {})]
     if several:
-        draw_cost([_point(row, gains[row.name]) for row in several], folder / COST)
+        draw_cost([_point(row, short[row.name], gains[row.name]) for row in several], folder / COST)
         parts += ["## Cost and accuracy", f"![Accuracy against multiply-adds]({COST})", _costs(several)]
-    if curves := {row.name: curve for row in several if (curve := _curve(row))}:
+    if curves := {short[row.name]: curve for row in several if (curve := _curve(row))}:
         draw_curves(curves, folder / CURVES)
         parts += ["## Learning curves", f"![Selection score by update]({CURVES})",
                   "Mean over the seeds on the images held out of the training split; the selection score is the mean\n"
@@ -122,9 +124,9 @@ def _rank(row: Row, gains: Sequence[float]) -> float:
     return statistics.fmean(selection_score(_results(record)) for record in row.records)
 
 
-def _point(row: Row, gains: Sequence[float]) -> Point:
+def _point(row: Row, name: str, gains: Sequence[float]) -> Point:
     values = list(gains) or [selection_score(_results(record)) for record in row.records]
-    return Point(row.name, row.cost("gmacs") or 0.0, statistics.fmean(values),
+    return Point(name, row.cost("gmacs") or 0.0, statistics.fmean(values),
                  statistics.stdev(values) if len(values) > 1 else 0.0, "delta_m %" if gains else "selection score")
 
 
