@@ -77,6 +77,7 @@ def test_every_way_of_being_damaged_is_one_sentence(tmp_path, monkeypatch, error
     def broken(*args, **kwargs):
         raise error("broken chunk")
     monkeypatch.setattr(Image, "open", broken)
+    (tmp_path / "a.png").write_bytes(b"anything")
     with pytest.raises(ValueError, match=r"^cannot read .*a\.png: broken chunk; the file is damaged or not a picture$"):
         read_rgb(tmp_path / "a.png")
 

@@ -1,10 +1,11 @@
 """Reading single files: pictures, depth maps, 8-bit label maps, Matlab files. Errors name the file.
 
-Pillow decodes everything: unlike OpenCV it refuses truncated files, keeps palette indices and ignores the
-EXIF orientation unless asked. 8-bit label maps are translated by a table of 256 values (one pass, exact);
-NaN in the table marks values that must not occur.
+Pillow decodes everything but plain PNG files (`utils.png`): unlike OpenCV it refuses truncated files, keeps palette
+indices and ignores the EXIF orientation unless asked. 8-bit label maps are translated by a table of 256 values (one
+pass, exact); NaN in the table marks values that must not occur.
 """
 
+import io
 import os
 import warnings
 import zipfile
@@ -14,6 +15,8 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+
+from utils.png import check_whole, decode, png_content
 
 DEPTH_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 MAX_DEPTH_M = 255.0      # 255 marks void in every label, so a measured depth must stay below it
@@ -29,7 +32,11 @@ def _decode(path: Path, apply_exif: bool = False, as_stored: bool = False,
     mode: the Pillow mode to convert to; empty: the file's own.
     """
     try:
-        with Image.open(path) as image:
+        if (content := png_content(path)) is not None:
+            if not (apply_exif or mode) and (pixels := decode(content)) is not None:
+                return pixels, "RGB" if pixels.ndim == 3 else "L"
+            check_whole(content)
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             if as_stored and (reason := _blurs(image)):
                 raise ValueError(reason)
             step = _spread(image) if as_stored else 1

@@ -18,6 +18,7 @@ from utils.engine.resume import restore
 from utils.engine.run import Run, build_run
 from utils.engine.test_time import check_test_time
 from utils.logging import RunWriter, setup_logging
+from utils.png import decoder_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -74,3 +75,4 @@ def _open(run: Run) -> None:
     logger.info("%d updates of %d images (trBatch %d x %d process(es) x %d accumulation) on %s, %s", run.total_steps,
                 run.images_per_update, config.trBatch, distributed.world_size(), run.accumulate, run.device,
                 config.precision)
+    logger.info("PNG files of 8 bits are decoded by %s", decoder_in_words())
