@@ -10,9 +10,10 @@ Axes: t tasks, each with a scale and a shift of its own; i rows of a task; c cha
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def norm_forward(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: tor
     mean, rstd = (torch.empty(tasks, rows, dtype=torch.float32, device=x.device) for _ in range(2))
     tile = _tile(channels, FORWARD)
     if x.numel():
-        _kernels().norm_kernel[-(-rows // tile["ROWS"]), tasks](
+        _launch("norm_kernel", -(-rows // tile["ROWS"]), tasks)(
             _map(x), _map(x if gate is None else gate), scale, shift, _map(value), mean, rstd, rows, eps,
             GATED=gate is not None, CHANNELS=channels, **tile)
     return value, Statistics(mean, rstd)
@@ -150,7 +151,7 @@ def norm_backward(grad: Tensor, x: Tensor, statistics: Statistics, scale: Tensor
     programs = _programs(tasks, rows, tile)
     parts = _parts(x, programs, 2, tasks, channels)  # of the gradients of scale and shift
     if x.numel():
-        _kernels().norm_backward_kernel[programs, tasks](
+        _launch("norm_backward_kernel", programs, tasks)(
             _map(grad), _map(x), _map(x if gate is None else gate), scale, shift, *statistics,
             _map(grad_x), _map(grad_x if gate is None else grad_gate), parts, rows,
             GATED=gate is not None, CHANNELS=channels, **tile)
@@ -173,7 +174,7 @@ class _FewOutputs(torch.autograd.Function):
         mean, rstd = (torch.empty(tasks, rows, dtype=torch.float32, device=x.device) for _ in range(2))
         tile = _tile(channels, FORWARD)
         if x.numel():
-            _kernels().norm_product_kernel[-(-rows // tile["ROWS"]), tasks](
+            _launch("norm_product_kernel", -(-rows // tile["ROWS"]), tasks)(
                 _map(x), scale, shift, weight, bias, out, mean, rstd, rows, eps, OUTPUTS=outputs, CHANNELS=channels,
                 **tile)
         ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
@@ -187,7 +188,7 @@ class _FewOutputs(torch.autograd.Function):
         programs = _programs(tasks, rows, tile)
         totals = _parts(x, programs, tasks, outputs, channels)
         if x.numel():
-            _kernels().norm_product_backward_kernel[programs, tasks](
+            _launch("norm_product_backward_kernel", programs, tasks)(
                 grad, _map(x), scale, weight, mean, rstd, _map(grad_x), totals, rows, OUTPUTS=outputs,
                 CHANNELS=channels, **tile)
         totals, sums = totals.sum(0), grad.sum(1)  # (t, n, c), (t, n)
@@ -217,6 +218,14 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 def _map(x: Tensor) -> Map:
     return Map(x, *x.stride()[:2])
+
+
+def _launch(name: str, *grid: int) -> Callable[..., None]:
+    """A kernel on a grid of programs, on the device of the first map that it is called with."""
+    def run(x: Map | Tensor, *others: Any, **constants: Any) -> None:
+        with torch.cuda.device_of(x.data):
+            getattr(_kernels(), name)[grid](x, *others, **constants)
+    return run
 
 
 @functools.cache

@@ -116,13 +116,13 @@ DEVICE void from_float(float x, Half& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y
 // log(1 + e^x) = max(x, 0) + log1p(w), w = e^-|x|, by a polynomial that keeps the relative error of small results
 // below 2e-7; above 20 it is x, as in PyTorch, because w is then below the last digit.
 DEVICE float softplus(float x, float& w) {
-  constexpr float c[10] = {1.0f, -0.49999892711639404f, 0.33329710364341736f, -0.24951615929603577f,
-                           0.1966327428817749f, -0.1526966691017151f, 0.10543623566627502f, -0.056373611092567444f,
-                           0.019542526453733444f, -0.0031760570127516985f};
+  constexpr float c[9] = {1.0f, -0.49999648332595825f, 0.3332132399082184f, -0.24857163429260254f,
+                          0.1915365308523178f, -0.13753797113895416f, 0.07920446991920471f, -0.0300657507032156f,
+                          0.005364812910556793f};
   w = exp2_fast(-kLog2E * fabsf(x));
-  float sum = c[9];
+  float sum = c[8];
   UNROLL
-  for (int i = 8; i >= 0; --i) sum = sum * w + c[i];
+  for (int i = 7; i >= 0; --i) sum = sum * w + c[i];
   return fmaxf(x, 0.0f) + sum * w;
 }
 
