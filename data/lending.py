@@ -9,6 +9,7 @@ Where all blocks of a worker are in use (somebody collects batches) its batches 
 """
 
 import io
+import os
 import pickle
 import uuid
 import weakref
@@ -52,7 +53,7 @@ class LentMemory:
         if block is not None:
             self.blocks[place] = block
         lent = self.blocks[place].numpy()[:]             # an array of its own, to which all tensors of the batch refer
-        weakref.finalize(lent, _give_back, self.states.numpy(), place).atexit = False
+        weakref.finalize(lent, _give_back, self.states.numpy(), place, os.getpid()).atexit = False
         memory = torch.from_numpy(lent)
         return _Unpacker(packed, [_part(memory, *row) for row in layout]).load()
 
@@ -66,8 +67,9 @@ class LentMemory:
         return int(free[0])
 
 
-def _give_back(states: np.ndarray, place: Place) -> None:
-    states[place] = FREE
+def _give_back(states: np.ndarray, place: Place, owner: int) -> None:
+    if os.getpid() == owner:            # not in a process that was forked from the run, which may still read it
+        states[place] = FREE
 
 
 _MEMORIES: weakref.WeakValueDictionary[str, LentMemory] = weakref.WeakValueDictionary()      # of this process, by name
@@ -86,8 +88,12 @@ class Sender:
             return self.collate(samples)
         place = worker, number
         old = self.memory.blocks.get(place)
-        with _Filling(torch.empty(0, dtype=torch.uint8) if old is None else old) as filling:
-            packed, layout = filling.pack(self.collate(samples))
+        try:
+            with _Filling(torch.empty(0, dtype=torch.uint8) if old is None else old) as filling:
+                packed, layout = filling.pack(self.collate(samples))
+        except BaseException:
+            self.memory.states[place] = FREE
+            raise
         self.memory.blocks[place] = new = filling.memory
         return _Parcel((self.memory.name, place, packed, layout, None if new is old else new))
 
