@@ -15,25 +15,33 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as reasons
 
+CANNOT_LOAD = tuple(kind for kind in vars(reasons).values() if isinstance(kind, type) and issubclass(kind, Exception))
 GREY = 255 * np.array([0.485, 0.456, 0.406], dtype=np.float32)         # what networks see as nothing
 
 
 def read_picture(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB."""
-    if path.suffix == ".npy":
-        image = np.load(path)
-    elif path.read_bytes()[:2] == b"P6":
-        image = read_ppm(path.read_bytes())
-    else:
-        try:
-            from PIL import Image
-        except ImportError:
-            sys.exit(f"{path}: without Pillow only .npy and .ppm can be read (pip install pillow)")
-        image = np.asarray(Image.open(path).convert("RGB"))
+    try:
+        image = decoded(path)
+    except ImportError:
+        sys.exit(f"{path}: without Pillow only .npy and .ppm can be read (pip install pillow)")
+    except (OSError, ValueError, EOFError) as error:
+        sys.exit(f"{path} cannot be read as a picture: {error}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         sys.exit(f"{path} must hold (H, W, 3) uint8, got {image.shape} {image.dtype}")
     return image
+
+
+def decoded(path: Path) -> np.ndarray:
+    """What the file holds; ImportError, OSError, ValueError or EOFError where it cannot be told."""
+    if path.suffix == ".npy":
+        return np.load(path)
+    if path.read_bytes()[:2] == b"P6":
+        return read_ppm(path.read_bytes())
+    from PIL import Image
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def read_ppm(data: bytes) -> np.ndarray:
@@ -43,7 +51,7 @@ def read_ppm(data: bytes) -> np.ndarray:
         start = data.index(field, start) + len(field)
     width, height, largest = map(int, fields[1:])
     if largest != 255:
-        sys.exit(f"a .ppm must have 8 bits, this one counts to {largest}")
+        raise ValueError(f"a .ppm must have 8 bits, this one counts to {largest}")
     return np.frombuffer(data, np.uint8, height * width * 3, start + 1).reshape(height, width, 3)
 
 
@@ -94,7 +102,11 @@ def main() -> None:
     for path in (args.model, args.picture):
         if not path.is_file():
             sys.exit(f"no file {path}")
-    session = onnxruntime.InferenceSession(str(args.model), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(args.model), providers=["CPUExecutionProvider"])
+    except CANNOT_LOAD as error:
+        sys.exit(f"{args.model} cannot be loaded by onnxruntime {onnxruntime.__version__}; is the file whole, with its "
+                 f".data beside it? It says: {str(error).splitlines()[0]}")
     stored = session.get_modelmeta().custom_metadata_map.get("mtdp")
     if stored is None:
         sys.exit(f"{args.model} was not written by --run_mode export --format onnx")

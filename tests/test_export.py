@@ -116,6 +116,12 @@ def test_onnx_says_what_it_is_and_predicts_without_this_program(onnx_file, fcn, 
             assert np.abs(arrays[0] - ours).mean() < 0.1 * np.abs(ours).max()
     done = subprocess.run([*script, str(tmp_path / "none.png")], capture_output=True, text=True)
     assert done.returncode == 1 and "no file" in done.stderr
+    for name in ("torn.onnx", "torn.png"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+    for files, said in ((["torn.onnx", "photo.npy"], "torn.onnx cannot be loaded by onnxruntime"),
+                        ([onnx_file, "torn.png"], "torn.png cannot be read as a picture")):
+        done = subprocess.run([*script[:2], *map(str, files)], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_torch_export_is_read_without_this_program(fcn, tmp_path):
@@ -196,6 +202,15 @@ def test_what_differs_is_told_and_removed(fcn, tmp_path, caplog):
         check(job, network, lambda image: {name: value + 0.1 for name, value in zip(
             network.names, network(image), strict=True)}, [tmp_path / "wrong"])
     assert not (tmp_path / "wrong").exists()
+
+
+def test_what_onnxruntime_cannot_load_is_told_and_removed(fcn, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, **kwargs: session(b"no graph", **kwargs))
+    with pytest.raises(ValueError, match="cannot run what PyTorch wrote of model .*removed again: "):
+        export("onnx", fcn, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def refuse(*_, **__):

@@ -6,6 +6,7 @@ have as many columns as there are tasks (onnxscript 0.7.2). onnxruntime optimise
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,12 +40,23 @@ def export_onnx(job: Job) -> list[Path]:
                          f"{first_line(error)}") from error
     program.model.metadata_props[METADATA] = as_json(job.about(chosen))
     program.save(str(path), external_data=large)
+    wrote = [path, *([Path(f"{path}.data")] if large else [])]
+    reasons = onnxruntime.capi.onnxruntime_pybind11_state
+    refusals = tuple(kind for kind in vars(reasons).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    try:
+        check(job, network, _runner(path, network.names), wrote)
+    except refusals as error:
+        for file in wrote:
+            file.unlink()
+        raise ValueError(f"export: onnxruntime {onnxruntime.__version__} cannot run what PyTorch wrote of model "
+                         f"'{job.config.model}'; the file(s) are removed again: {first_line(error)}") from error
+    return wrote
+
+
+def _runner(path: Path, names: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+    import onnxruntime
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(image: Tensor) -> dict[str, Tensor]:
-        return dict(zip(network.names, map(torch.from_numpy, session.run(network.names, {INPUT: image.numpy()})),
-                        strict=True))
-
-    wrote = [path, *([Path(f"{path}.data")] if large else [])]
-    check(job, network, run, wrote)
-    return wrote
+        return dict(zip(names, map(torch.from_numpy, session.run(names, {INPUT: image.numpy()})), strict=True))
+    return run
