@@ -71,7 +71,8 @@ def colour_classes(class_id: np.ndarray, colours: np.ndarray = VOC) -> np.ndarra
 
 def _classes_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
     """The eight classes with the largest area."""
-    area = cv2.calcHist([np.ascontiguousarray(prediction, np.uint8)], [0], None, [256], [0, 256])[:, 0]
+    area = cv2.calcHist([np.ascontiguousarray(prediction, np.uint8)], [0], None, [256], [0, 256])
+    area = area.ravel()                                     # (256, 1) of OpenCV 4, (256,) of OpenCV 5
     names, colours = context.class_names, palette(context)
     return [(tuple(map(int, colours[i % len(colours)])), names[i] if i < len(names) else str(i))
             for i in np.argsort(-area, kind="stable")[:8].tolist() if area[i]]
