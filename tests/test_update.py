@@ -1,12 +1,15 @@
 """One update: nothing in it waits for the device, bad numbers change no weight, and a recording of it is the same."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses.balancing import BALANCING
+from models.blocks.deformable_conv import NOT_RECORDED, ModulatedDeformableConv
 from models.decoders import DECODERS
 from scripts.benchmark import Step, random_batch
 from tests.conftest import TINY
@@ -20,7 +23,7 @@ from utils.engine.config import load_config
 from utils.engine.tasks import TASKS
 from utils.engine.train import train
 from utils.engine.update import Update, recorded, unrecordable
-from utils.recording import Recorded
+from utils.recording import Recorded, reason_against
 
 CPU = torch.device("cpu")
 
@@ -264,9 +267,21 @@ def test_reasons_not_to_record(monkeypatch):
     assert "find_unused_parameters reads on the host" in unrecordable(step)
 
 
+def test_a_network_with_kernels_on_another_stream_is_not_recorded(caplog, monkeypatch):
+    """A graph would lack torchvision's deformable convolutions and give wrong numbers without a word."""
+    step = a_step("model=demt", "model_kwargs={dim: 8}")
+    step.device = torch.device("cuda")
+    assert unrecordable(step) == NOT_RECORDED and reason_against(nn.Conv2d(1, 1, 1)) is None
+    assert reason_against(nn.Sequential(ModulatedDeformableConv(1, 1))) == NOT_RECORDED
+    monkeypatch.setattr(evaluation, "CudaRecorder", None)
+    evaluation._tell_unrecorded.cache_clear()
+    evaluation.forward_pass(step.model, replace(step.config, cuda_graph=True), step.device)
+    assert f"forward passes run as without it: {NOT_RECORDED}" in caplog.text
+
+
 def test_on_a_cpu_it_is_said_that_nothing_is_recorded(caplog):
     with caplog.at_level(logging.WARNING):
-        evaluation._tell_there_is_no_cuda.cache_clear()
+        evaluation._tell_unrecorded.cache_clear()
         step = a_step("cuda_graph=on")
         evaluation.forward_pass(step.model, step.config, CPU)
     assert isinstance(step.update, Update)

@@ -11,12 +11,17 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 8         # kinds of inputs that are recorded; each graph keeps the memory it works in
+
+
+def reason_against(model: nn.Module) -> str | None:
+    """Why a graph of a model would not do what the model does: what a module of it says as `not_recorded`; or None."""
+    return next((reason for part in model.modules() if (reason := getattr(part, "not_recorded", None))), None)
 
 
 class Recorder(Protocol):

@@ -1,7 +1,8 @@
 """Modulated deformable convolution (DCNv2): a 3 x 3 convolution that reads displaced points and weighs each of them.
 
 Reference: Zhu et al., "Deformable ConvNets v2: More Deformable, Better Results", CVPR 2019. The sampling is
-torchvision's, whose backward pass on CUDA adds up in no fixed order.
+torchvision's, whose backward pass on CUDA adds up in no fixed order and whose kernels run on CUDA's default stream
+whatever the current one is: a graph recorded on another stream would lack them, and say nothing.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 POINTS = 9
+NOT_RECORDED = "torchvision's deformable convolution runs on a stream of its own, which a graph does not see"
 
 
 class ModulatedDeformableConv(nn.Conv2d):
@@ -16,6 +18,8 @@ class ModulatedDeformableConv(nn.Conv2d):
 
     An ordinary convolution gives the displacements, rows before columns for each point, and the logits of the factors.
     """
+
+    not_recorded = NOT_RECORDED  # see `utils.recording.reason_against`
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)

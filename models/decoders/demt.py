@@ -27,6 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from models.blocks.deformable_conv import NOT_RECORDED
 from models.blocks.layers import conv_bn_relu, without_autocast
 from models.blocks.resize import concat_at_finest
 from models.decoder import BuildContext, Decoder, DecoderOutput
@@ -66,6 +67,8 @@ class DeformableConv(nn.Module):
     Sampling is bilinear with zeros outside the map. In float32 whatever the precision of the rest: coordinates
     reach 140, where bfloat16 is a whole pixel apart.
     """
+
+    not_recorded = NOT_RECORDED  # see `utils.recording.reason_against`
 
     def __init__(self, channels: int):
         super().__init__()

@@ -20,7 +20,7 @@ from utils.engine.results import VALID_PIXELS, Results
 from utils.engine.tasks import TASKS
 from utils.engine.test_time import averaged
 from utils.precision import autocast
-from utils.recording import CudaRecorder, Recorded
+from utils.recording import CudaRecorder, Recorded, reason_against
 from utils.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -86,16 +86,18 @@ def forward_pass(model: nn.Module, config: Config, device: torch.device) -> Call
         with autocast(device, config.precision):
             return model(image).final
 
-    if config.cuda_graph and device.type == "cuda":
-        forward = Recorded(forward, CudaRecorder(device), "a forward pass")
-    elif config.cuda_graph:
-        _tell_there_is_no_cuda(device.type)
+    if config.cuda_graph:
+        reason = reason_against(model) if device.type == "cuda" else f"it needs CUDA, this run is on {device.type}"
+        if reason is None:
+            forward = Recorded(forward, CudaRecorder(device), "a forward pass")
+        else:
+            _tell_unrecorded(reason)
     return averaged(forward, config)
 
 
 @functools.cache
-def _tell_there_is_no_cuda(device: str) -> None:
-    logger.warning("cuda_graph: forward passes run as without it: it needs CUDA, this run is on %s", device)
+def _tell_unrecorded(reason: str) -> None:
+    logger.warning("cuda_graph: forward passes run as without it: %s", reason)
 
 
 def log_reports(evaluators: Evaluators) -> None:

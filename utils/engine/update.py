@@ -19,7 +19,7 @@ from utils.engine.averages import MovingAverage
 from utils.engine.config import Config
 from utils.engine.tasks import tasks_named
 from utils.precision import autocast
-from utils.recording import CudaRecorder, Recorded, Recorder
+from utils.recording import CudaRecorder, Recorded, Recorder, reason_against
 from utils.sharded import norms_of
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def unrecordable(run: Trained) -> str | None:
         "find_unused_parameters reads on the host what is used":
             config.find_unused_parameters and distributed.world_size() > 1,
     }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+    return next((reason for reason, applies in reasons.items() if applies), None) or reason_against(run.model)
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:
