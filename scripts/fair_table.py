@@ -85,9 +85,11 @@ def fair_table(suite: Path, only: Sequence[str], share: str, devices: Sequence[s
 def run_all(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], results: Path) -> dict[str, str]:
     """Runs these cells, as many at a time as there are places; name -> reason of those that failed.
 
-    First all trials of the learning rates, once for each row; then the cells, in their order. A training that was asked
-    to leave, and Ctrl-C, end the suite: no further cell begins.
+    First the trials of the learning rates, once for each row, none where a record of the row has them; then the
+    cells, in their order. A training that was asked to leave, and Ctrl-C, end the suite: no further cell begins.
     """
+    recorded = {(record["row"], trial["lr"]): trial for record in read_records(results).values()
+                for trial in record["search"]}
     failed: dict[str, str] = {}
     free: SimpleQueue[Place] = SimpleQueue()
     for place in places:
@@ -112,7 +114,8 @@ def run_all(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], resul
     with ThreadPoolExecutor(len(places)) as pool:
         # Trials were handed in before the cells that wait for them: they are over, or run in another thread.
         rows = {cell.row: cell for cell, _ in reversed(cells)}
-        trials = {row: [pool.submit(somewhere, partial(run_trial, rows[row], rate))
+        trials = {row: [pool.submit(recorded.get, (row, rate)) if (row, rate) in recorded else
+                        pool.submit(somewhere, partial(run_trial, rows[row], rate))
                         for rate in rows[row].suite.suite.search.lr] for row in dict.fromkeys(c.row for c, _ in cells)}
         futures = {pool.submit(somewhere, partial(run, cell, trials[cell.row])): cell.name for cell, _ in cells}
         try:

@@ -218,9 +218,9 @@ def weights_hash(config: Config) -> str:
 
 
 def commit() -> str:
-    """The commit of this program, with "+" where files differ from it.
+    """What $SOURCE_COMMIT says, for copies of the program; else the repository's, with "+" where files differ from it.
 
-    Outside a repository, as in a container, what $SOURCE_COMMIT says, else "unknown".
+    "unknown" where there is neither.
     """
     def git(*arguments: str) -> str | None:
         try:
@@ -229,9 +229,11 @@ def commit() -> str:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if given := os.environ.get("SOURCE_COMMIT"):
+        return given
     head = git("rev-parse", "HEAD")
     if head is None:
-        return os.environ.get("SOURCE_COMMIT") or "unknown"
+        return "unknown"
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.cu") else "")
 
 
