@@ -34,6 +34,7 @@ from scripts.measuring import Row, markdown
 from utils.engine.arguments import FLAGS, MODES
 from utils.engine.config import load_config
 from utils.engine.tasks import TASKS, label_kinds
+from utils.meta import meta_device
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PART = ROOT / "docs" / "combinations.md", "combinations"
@@ -63,7 +64,7 @@ def _pair(decoder: str, backbone: str, options: Mapping[str, Any]) -> str:
     for neck in NECKS:
         wide = {"embed_dim": 24} if "embed_dim" in {f.name for f in fields(NECKS.options(neck))} else {}
         try:
-            with torch.device("meta"):
+            with meta_device():
                 build_model(decoder, backbone, {"semseg": 5, "depth": 1}, (64, 64), backbone_kwargs=options, neck=neck,
                             neck_kwargs=wide)
         except ValueError:

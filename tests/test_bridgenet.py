@@ -23,6 +23,7 @@ from utils.engine.checkpoint import convert_released
 from utils.engine.config import load_config
 from utils.engine.tasks import TASKS
 from utils.engine.train import train
+from utils.meta import meta_device
 from utils.options import parse
 
 NYUD, PASCAL = (str(ROOT / "configs" / f"bridgenet_{name}.yml") for name in ("nyud", "pascal"))
@@ -71,23 +72,16 @@ def test_one_changed_array_of_a_renamed_case_fails(tmp_path, capsys, part, key, 
     assert "0 passed, 1 failed" in capsys.readouterr().out
 
 
-@pytest.fixture
-def without_values(monkeypatch):
-    """Models on the meta device are built without drawing initial weights, which takes most of the time there."""
-    for name in ("kaiming_uniform_", "uniform_", "xavier_uniform_", "trunc_normal_", "zeros_", "ones_"):
-        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-
-
 @cache
 def manifest():
     return json.loads((golden("bridgenet") / "manifest_full.json").read_text())
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_shipped_files_build_the_published_models_key_by_key(name, without_values):
+def test_shipped_files_build_the_published_models_key_by_key(name):
     entry = manifest()[name]
     config = load_config(ROOT / "configs" / f"{OFFICIAL[name]}.yml")
-    with torch.device("meta"):
+    with meta_device():
         model = model_from_config(config)
         original = {key: torch.empty(shape) for key, shape in entry["keys"].items()}
     assert list(config.input_size) == entry["image_size"] and list(model.heads) == list(entry["tasks"])
@@ -242,9 +236,9 @@ def test_option_values_are_checked(options, message):
         parse(BridgeNetConfig, options)
 
 
-def test_defaults_are_the_published_models(without_values):
+def test_defaults_are_the_published_models():
     for tasks, depth in ((TASKS_3, 18), ({**TASKS_3, "sal": 2, "human_parts": 7}, 12)):
-        with torch.device("meta"):
+        with meta_device():
             decoders = [build(tasks, backbone=name, sizes=sizes, refine_depth=None).decoder
                         for name, sizes in (("internimage", INTERN), ("vit", VIT))]
         assert [decoder.downsample for decoder in decoders] == [1, 2]

@@ -5,6 +5,7 @@ import os
 import torch
 
 from utils.batches import batches_on, to_device
+from utils.meta import meta_device
 from utils.precision import autocast, set_determinism, set_float32_arithmetic
 
 CPU = torch.device("cpu")
@@ -50,3 +51,12 @@ def test_determinism_is_what_was_asked_for_last(monkeypatch):
         assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         set_determinism(False)
+
+
+def test_on_the_meta_device_nothing_is_drawn_and_elsewhere_everything():
+    with meta_device():
+        layer = torch.nn.Linear(3, 5)
+        torch.nn.init.trunc_normal_(layer.weight)
+        here = torch.zeros(2, device="cpu").add_(1)
+    assert layer.weight.is_meta and layer.weight.shape == (5, 3) and layer.weight.requires_grad
+    assert here.tolist() == [1, 1] and torch.nn.Linear(3, 5).weight.abs().sum() > 0

@@ -20,6 +20,7 @@ from utils.engine.build import model_from_config
 from utils.engine.checkpoint import convert_released
 from utils.engine.config import Config, config_from_dict, load_config, save_config
 from utils.engine.official_files import ORIGINALS, translate
+from utils.meta import meta_device
 from utils.options import ConfigError, parse
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "attn_mask", "relative_position_index")
@@ -134,18 +135,11 @@ def weights(state: dict) -> int:
     return sum(value.numel() for key, value in state.items() if not key.endswith(BUFFERS))
 
 
-@pytest.fixture
-def without_values(monkeypatch):
-    """Models on the meta device are built without drawing initial weights, which takes most of the time there."""
-    for name in ("kaiming_uniform_", "uniform_", "xavier_uniform_", "trunc_normal_", "normal_", "zeros_", "ones_"):
-        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-
-
 @pytest.mark.parametrize("name", COUNTERPARTS)
-def test_an_official_file_builds_the_published_model(tmp_path, name, without_values):
+def test_an_official_file_builds_the_published_model(tmp_path, name):
     entry = manifest(name.partition("__")[0])[COUNTERPARTS[name][1]]
     config = official(tmp_path, name)
-    with torch.device("meta"):
+    with meta_device():
         model = model_from_config(config)
         original = {key: torch.empty(shape) for key, shape in (entry.get("keys") or entry["state_dict"]).items()}
     total = next(entry[key] for key in ("params_total", "total_params", "total_parameters") if key in entry)

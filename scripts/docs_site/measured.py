@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from utils.engine.build import model_from_config
 from utils.engine.config import load_config
+from utils.meta import meta_device
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"BatchNorm2d": "batch norm", "LayerNorm": "layer norm", "Linear": "linear"}
@@ -23,7 +24,7 @@ class MeasuredModel:
 
     def __init__(self, experiment: str) -> None:
         self.config = load_config(ROOT / experiment, ["pretrained=false"])
-        with torch.device("meta"):
+        with meta_device():
             self.model = model_from_config(self.config).eval()
             image = torch.empty(1, 3, *self.config.input_size)
         self.tasks = self.config.tasks

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.ops.selective_scan import count_scan_flops
 from utils.engine.build import model_from_config
 from utils.engine.config import Config
+from utils.meta import meta_device
 from utils.precision import autocast
 
 REPEATS = 5
@@ -30,7 +31,7 @@ class Counts(NamedTuple):
 
 def counted(config: Config) -> Counts:
     """Parameters and multiply-adds of one image, without allocating anything."""
-    with torch.device("meta"):
+    with meta_device():
         model = model_from_config(config).eval()
         image = torch.empty(1, 3, *config.input_size)
     parts = {name: getattr(model, name) for name in ("encoder", "neck", "decoder", "heads")} | {"total": model}
