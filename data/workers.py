@@ -139,6 +139,7 @@ class _Patience:
 
 
 def _watched(batches: Iterator[Any], loader: Loader) -> Iterator[Any]:
+    """The batches; as long as they are asked for, the loader is there, and with it its workers."""
     seconds = loader.timeout
     patience = _Patience(seconds)
     try:
@@ -153,8 +154,6 @@ def _watched(batches: Iterator[Any], loader: Loader) -> Iterator[Any]:
             yield batch
     finally:
         patience.close()
-        if not loader.persistent_workers:
-            loader.close()
 
 
 def _explained(error: Exception, too_long: bool, seconds: float) -> Exception:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_what_ends_a_worker_is_told_with_what_helps(monkeypatch, tmp_path, said,
     monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(free))
     with pytest.raises(error, match=words):
-        next(workers._watched(broken(), 0))
+        next(workers._watched(broken(), SimpleNamespace(timeout=0)))
 
 
 def test_a_worker_that_stops_while_it_hands_a_batch_over_is_not_waited_for_for_ever(monkeypatch):
@@ -86,7 +87,7 @@ def test_a_worker_that_stops_while_it_hands_a_batch_over_is_not_waited_for_for_e
 
     monkeypatch.setattr(workers, "GRACE_S", 0.1)
     monkeypatch.setattr(workers, "end_children", ended.set)
-    batches = workers._watched(stuck(), 0.5)
+    batches = workers._watched(stuck(), SimpleNamespace(timeout=0.5))
     assert next(batches) == "batch"
     time.sleep(1.5)                                         # between two batches nobody waits
     assert not ended.is_set()

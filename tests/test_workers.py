@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def cycle_of(workers: int) -> list:
     """A loader, what it gives, and the list itself: only the garbage collector can end this."""
-    loader = Loader(list(range(8)), num_workers=workers, worker_init_fn=_start_worker, persistent_workers=True)
+    loader = Loader(list(range(8)), num_workers=workers, worker_init_fn=_start_worker)
     batches = iter(loader)
     next(batches)
     cycle = [batches, loader, loader._iterator]
@@ -43,7 +43,7 @@ def test_workers_end_with_a_loader_that_is_garbage():
 
 
 def test_a_closed_loader_starts_again():
-    loader = Loader(list(range(4)), num_workers=1, worker_init_fn=_start_worker, persistent_workers=True)
+    loader = Loader(list(range(4)), num_workers=1, worker_init_fn=_start_worker)
     first = [int(batch) for batch in loader]
     loader.close()
     assert not multiprocessing.active_children()
