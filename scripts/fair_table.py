@@ -42,7 +42,7 @@ from scripts.fair.records import (
     write_record,
 )
 from scripts.fair.strip import STRIP, draw_strip
-from scripts.fair.suite import Cell, checked_cells, load_suite
+from scripts.fair.suite import Cell, LoadedSuite, checked_cells, load_suite
 from utils import exits
 from utils.engine.config import Config, load_config
 from utils.engine.results import selection_score
@@ -55,7 +55,7 @@ def fair_table(suite: Path, only: Sequence[str], share: str, devices: Sequence[s
     loaded = load_suite(suite)
     results, work = results or results_folder(loaded), work / loaded.name
     if again is not None:
-        return repeat(again, _places(devices, 1, work)[0])
+        return repeat(again, loaded, _places(devices, 1, work)[0])
     if page:
         print(f"wrote {write_page(loaded, _records(results), results)}")
         return 0
@@ -129,16 +129,19 @@ def run_all(cells: Sequence[tuple[Cell, Config]], places: Sequence[Place], resul
     return failed
 
 
-def repeat(path: Path, place: Place) -> int:
+def repeat(path: Path, loaded: LoadedSuite, place: Place) -> int:
     """Trains and scores a recorded cell once more, in a folder that is removed, and prints which scores differ.
 
-    With as many threads as the record says: their number decides the order of sums on a CPU.
+    With as many threads as the record says: their number decides the order of sums on a CPU. Where the data lie the
+    suite says, if its `db_root` does.
     """
+    common = loaded.suite.common
+    data = {"db_root": common["db_root"]} if "db_root" in common else {}
     record = read_record(path)
     place = replace(place, threads=record["threads"])
     with tempfile.TemporaryDirectory() as fresh:
         file = Path(fresh) / f"{path.stem}.yml"
-        experiment_file(record, file, out_dir=fresh, version_name=path.stem, resume="never")
+        experiment_file(record, file, out_dir=fresh, version_name=path.stem, resume="never", **data)
         scores = outcome_of(file, load_config(file), replace(place, folder=Path(fresh)))["scores"]
     differences = same_scores(record, scores)
     print(*differences, sep="\n")

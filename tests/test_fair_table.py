@@ -79,6 +79,7 @@ def test_a_suite_is_run_recorded_and_written_up(suite, in_process, tmp_path, cap
     best = max(record["search"], key=lambda trial: trial["score"])["lr"]
     assert record["experiment"]["optimizer_kwargs"]["lr"] == best
     assert record["selection"] == "last update" and [point["step"] for point in record["curve"]] == [0, 2]
+    assert "out_dir" not in record["experiment"] and str(tmp_path) not in json.dumps(record)
     assert record["data"]["train"]["images"] == 9 and record["data"]["test"]["images"] == 5
     assert record["cost"]["parameters"] > 1000 and record["cost"]["gmacs"] > 0 and record["cost"]["images_per_s"] > 0
     page = (tmp_path / "records" / "README.md").read_text()

@@ -125,7 +125,7 @@ def outcome_of(experiment: Path, config: Config, place: Place) -> dict[str, Any]
     log = (config.run_dir / "log.txt").read_text(encoding="utf-8", errors="replace")
     told = experiment.with_suffix(".train.log").read_text(encoding="utf-8", errors="replace")
     return {
-        "experiment": config.to_dict(), "scores": scores, "selection": about["selection"],
+        "experiment": portable(config), "scores": scores, "selection": about["selection"],
         "units": about["units"],
         "curve": [{"step": int(file.stem.removeprefix("step_")), "scores": _in_sum(load_results(file))}
                   for file in _evaluations(config)],
@@ -135,6 +135,15 @@ def outcome_of(experiment: Path, config: Config, place: Place) -> dict[str, Any]
         "cost": {"images_per_s": statistics.median(rates) if rates else None,
                  "memory_gib": max(map(float, MEMORY.findall(log)), default=None)},
     }
+
+
+def portable(config: Config) -> dict[str, Any]:
+    """The experiment without the places of this machine: where the run lies, and an absolute path of the data."""
+    values = config.to_dict()
+    del values["out_dir"]
+    if Path(values["db_root"]).is_absolute():
+        del values["db_root"]
+    return values
 
 
 def _in_sum(results: Results) -> Results:

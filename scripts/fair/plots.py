@@ -32,6 +32,8 @@ def draw_cost(points: Sequence[Point], path: Path) -> None:
         axes.errorbar(point.gmacs, point.accuracy, yerr=point.spread or None, fmt="o", capsize=3, color=_colour(number))
         axes.annotate(point.name, (point.gmacs, point.accuracy), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("multiply-adds per image, 10^9")
     axes.set_ylabel(points[0].axis)
     axes.grid(alpha=0.3)
