@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 FORWARD, BACKWARD = 1024, 512  # values that a warp holds: whole rows where they are short, so that it waits for none
 WARPS = 1024  # of a backward pass at most: each program leaves sums
 MAX_CHANNELS, MAX_OUTPUTS = 4096, 4
-TRIAL_LIMIT = 1e-5
+TRIAL_LIMIT = 1e-4  # as of the scan
 
 
 class Map(NamedTuple):
@@ -102,20 +102,24 @@ def find_kernels(device: torch.device) -> str | None:
 
 
 def trial(device: torch.device) -> str | None:
-    """A small gated norm with gradients against float64."""
+    """A small gated norm and a norm with few outputs, with gradients, against float64."""
     generator = torch.Generator().manual_seed(0)
-    x, gate, grad = (torch.randn(2, 37, 24, generator=generator) for _ in range(3))
-    scale, shift = (torch.randn(2, 24, generator=generator) for _ in range(2))
-    inputs = [tensor.double().requires_grad_() for tensor in (x, gate, scale, shift)]
-    right = plain(*inputs, 1e-5)
-    truth = right, *torch.autograd.grad(right, inputs, grad.double())
-    x, gate, grad, scale, shift = (tensor.to(device) for tensor in (x, gate, grad, scale, shift))
-    value, statistics = norm_forward(x, scale, shift, 1e-5, x.dtype, gate)
-    found = value, *norm_backward(grad, x, statistics, scale, shift, gate)
-    for value, expected in zip(found, truth, strict=True):
-        error = float((value.cpu() - expected.detach()).abs().max() / expected.detach().abs().max())
-        if not error <= TRIAL_LIMIT:
-            return f"their trial gave wrong numbers, off by {error:.1e} of the largest value"
+    x, gate, scale, shift, weight, bias = (torch.randn(*shape, generator=generator) for shape in (
+        (2, 37, 24), (2, 37, 24), (2, 24), (2, 24), (2, 3, 24), (2, 3)))
+    cases = {"gated": ((x, gate, scale, shift), lambda x, gate, *to: layer_norm(x, *to, 1e-5, x.dtype, gate),
+                       lambda x, gate, *to: plain(x, gate, *to, 1e-5)),
+             "few outputs": ((x, scale, shift, weight, bias), lambda x, a, b, *to: few_outputs(x, a, b, 1e-5, *to),
+                             lambda x, a, b, w, c: plain(x, None, a, b, 1e-5) @ w.mT + c[:, None])}
+    for name, (inputs, ours, in_words) in cases.items():
+        results = []
+        for run, place, dtype in ((ours, device, torch.float32), (in_words, torch.device("cpu"), torch.float64)):
+            leaves = [tensor.to(place, dtype).requires_grad_() for tensor in inputs]
+            out = run(*leaves)
+            results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+        for value, right in zip(*results, strict=True):
+            error = float((value.cpu() - right).abs().max() / right.abs().max())
+            if not error <= TRIAL_LIMIT:
+                return f"their trial gave wrong numbers, {name}: off by {error:.1e} of the largest value"
     return None
 
 
