@@ -30,6 +30,7 @@ from scripts import scan_contenders as scans
 from scripts.command_line import Command
 from scripts.measuring import Cost, Row, markdown, measure
 from scripts.scan_contenders import CHANNELS, PASSES, STATE
+from utils.machine import cpu_info
 
 # ---- one scan ----
 
@@ -147,9 +148,7 @@ def _row(what: str, contender: str, cost: Cost, ours: Cost) -> Row:
 
 
 def machine() -> dict[str, str | int | float]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = cpu_info().get("model name", platform.processor())
     return {"date": datetime.date.today().isoformat(), "processor": model, "cores": os.cpu_count() or 0,
             "vectors": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
             "load": round(os.getloadavg()[0], 2)}

@@ -1,9 +1,13 @@
-"""The small parts below everything: arithmetic by name, batches on their way."""
+"""The small parts below everything: arithmetic by name, batches on their way, memory."""
 
 import os
+import subprocess
+import sys
 
+import pytest
 import torch
 
+from tests.shared import ROOT
 from utils.batches import batches_on, to_device
 from utils.meta import meta_device
 from utils.precision import autocast, set_determinism, set_float32_arithmetic
@@ -60,3 +64,23 @@ def test_on_the_meta_device_nothing_is_drawn_and_elsewhere_everything():
         here = torch.zeros(2, device="cpu").add_(1)
     assert layer.weight.is_meta and layer.weight.shape == (5, 3) and layer.weight.requires_grad
     assert here.tolist() == [1, 1] and torch.nn.Linear(3, 5).weight.abs().sum() > 0
+
+
+KEPT = """
+import resource, sys, torch
+from utils.machine import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+torch.zeros(2**24 + 2**16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc, which is Linux's")
+def test_freed_memory_is_kept_where_asked_for():
+    """Then a map of 64 MiB takes the place of one a little larger; without, the system gives all of its 16384 pages."""
+    pages = [int(subprocess.run([sys.executable, "-c", KEPT, how], cwd=ROOT, check=True, capture_output=True,
+                                text=True).stdout) for how in ("kept", "given back")]
+    assert pages[0] < 100 < 1000 < pages[1]

@@ -27,6 +27,8 @@ from types import ModuleType
 
 import torch
 
+from utils.machine import cpu_info
+
 logger = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17")
@@ -144,9 +146,8 @@ def _find_ninja() -> bool:
 
 def _processor() -> str:
     """The instruction sets of this machine, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    about = cpu_info()
+    return about.get("flags") or about.get("Features") or platform.processor()
 
 
 def first_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ from utils.engine.build import build_split, model_from_config
 from utils.engine.config import Config
 from utils.engine.cost import Counts, counted
 from utils.engine.pretrained import published_weights
+from utils.machine import cpu_info
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT = 1
@@ -241,11 +242,7 @@ def machine(device: str, threads: int) -> str:
     """In words: the card, or the processor and how many threads of it were used."""
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.partition(":")[2].strip() for line in info.read_text().splitlines()
-                    if line.startswith("model name")), cpu)
+    cpu = cpu_info().get("model name") or platform.processor() or platform.machine()
     return f"{cpu}, {threads} of {os.cpu_count()} thread(s)"
 
 

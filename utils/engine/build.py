@@ -22,12 +22,15 @@ from models.blocks.recompute import recompute_blocks
 from models.build import build_model
 from models.lora.layers import merge_adapters
 from models.model import MultiTaskModel
+from models.ops.products import speed_up_products
 from models.ops.scan_choice import set_scan_backend
+from utils.distributed import pick_device
 from utils.engine import selection
 from utils.engine.checkpoint import load_model, read_checkpoint, weights_of
 from utils.engine.config import Config
 from utils.engine.first_weights import begin, require_whole
 from utils.engine.tasks import TASKS, label_rules, tasks_named
+from utils.machine import keep_freed_memory
 from utils.precision import set_determinism, set_float32_arithmetic
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ def model_from_config(config: Config) -> MultiTaskModel:
     set_scan_backend(config.scan_backend)
     set_float32_arithmetic(config.precision)
     set_determinism(config.deterministic)
+    speed_up_products()
     outputs = {task: config.dataset.tasks[task] for task in config.tasks}
     rows, contexts = tasks_named(config.tasks), task_contexts(config)
     heads = {task: row.head(contexts[task]) for task, row in rows.items() if row.head is not None}
@@ -66,7 +70,12 @@ def model_from_config(config: Config) -> MultiTaskModel:
 
 
 def prepare_for_training(model: MultiTaskModel, config: Config) -> None:
-    """Memory format, activation checkpointing and compilation, in place; weights and their names stay as they are."""
+    """Memory format, activation checkpointing and compilation, in place; weights and their names stay as they are.
+
+    On a CPU the process keeps from now on the memory that it has freed.
+    """
+    if pick_device(config.device).type == "cpu":
+        keep_freed_memory()
     parts = {"backbone": model.encoder, "decoder": model.decoder}
     if config.activation_checkpointing != "none":
         counts = {name: recompute_blocks(part) for name, part in parts.items()
