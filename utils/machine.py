@@ -31,8 +31,8 @@ def release_freed_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Leaves freed memory with this process, where the C library is glibc, which gives maps of many MiB back to the
-    system each time: fetched again, every page of them is cleared first, an eighth of a training step on a CPU."""
+    """Leaves freed memory with this process, where the C library is glibc. It gives maps of more than 32 MiB back to
+    the system each time, which clears every page of them before they can be written again."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)

@@ -1,10 +1,10 @@
 """Products of float32 matrices on processors for which PyTorch's are slow.
 
 PyTorch leaves them to MKL, which uses the widest vectors (AVX-512) of Intel's processors only; others that have them
-are kept at half their speed. There our kernels (`csrc/products.cpp`) stand in for PyTorch's own of `mm`, `addmm`,
-`bmm` and `baddbmm` on the CPU, by torch.library: below gradients, autocast, compilers and counters, which see what they
-always see. What is not float32, small or narrow stays where it was. Results differ in rounding, not with the number
-of threads.
+reach half their speed (docs/training_speed.md). There our kernels (`csrc/products.cpp`) stand in for PyTorch's own of
+`mm`, `addmm`, `bmm` and `baddbmm` on the CPU, by torch.library: below gradients, autocast, compilers and counters,
+which see what they always see. What is not float32, small or narrow stays where it was. Results differ in rounding,
+not with the number of threads.
 """
 
 import functools
