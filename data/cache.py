@@ -1,16 +1,15 @@
 """Decoded files on disk: after the first epoch no PNG, JPEG or Matlab file has to be unpacked any more.
 
 One entry per image and set of labels. It holds what the readers gave, losslessly: maps of at most 256 different values
-as 8 bits and a table. Entries are memory-mapped, so all workers and ranks of a machine share one copy in the page
-cache. An entry is used only while sizes and modification times of its files are the noted ones and, when a process
-first sees it, its checksum holds; else it is written anew. The folder never grows beyond its bound by more than one
-entry per process: what does not fit is read from its files, every time.
+as 8 bits and a table. All workers and ranks of a machine read it from one copy in the system's page cache, at one go:
+mapping it into memory costs more, page by page. An entry is used only while sizes and modification times of its files
+are the noted ones and, when a process first sees it, its checksum holds; else it is written anew. The folder never
+grows beyond its bound by more than one entry per process: what does not fit is read from its files, every time.
 """
 
 import hashlib
 import json
 import logging
-import mmap
 import os
 import tempfile
 import zlib
@@ -21,8 +20,9 @@ import cv2
 import numpy as np
 
 logger = logging.getLogger(__name__)
-MAGIC = b"mtdpmap1"          # change it where the meaning of an entry changes
+MAGIC = b"mtdpmap2"          # change it where the meaning of an entry changes
 SUFFIX = ".maps"
+ALIGNMENT = 64               # bytes: where header and maps begin
 Maps = dict[str, np.ndarray]
 
 
@@ -49,21 +49,20 @@ class DecodedCache:
     def _load(self, entry: Path, stamp: list) -> Maps | None:
         """The maps, or None: no entry, one of other files, or a damaged one."""
         try:
-            with entry.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-                start = len(MAGIC) + 8
-                if memory[:len(MAGIC)] != MAGIC:
+            memory = np.fromfile(entry, np.uint8)
+            start = len(MAGIC) + 8
+            if memory[:len(MAGIC)].tobytes() != MAGIC:
+                return None
+            data = start + int.from_bytes(memory[len(MAGIC):start], "little")
+            header = json.loads(memory[start:data].tobytes())
+            if header["stamp"] != stamp:
+                return None
+            if entry.name not in self.verified:
+                if zlib.crc32(memory[data:]) != header["crc32"]:
+                    logger.warning("%s is damaged and is written anew", entry)
                     return None
-                data = start + int.from_bytes(memory[len(MAGIC):start], "little")
-                header = json.loads(memory[start:data])
-                if header["stamp"] != stamp:
-                    return None
-                if entry.name not in self.verified:
-                    with memoryview(memory) as view, view[data:] as content:
-                        if zlib.crc32(content) != header["crc32"]:
-                            logger.warning("%s is damaged and is written anew", entry)
-                            return None
-                    self.verified.add(entry.name)
-                return {key: _unpacked(memory, data + offset, *rest) for key, offset, *rest in header["maps"]}
+                self.verified.add(entry.name)
+            return {key: _unpacked(memory[data + offset:], *rest) for key, offset, *rest in header["maps"]}
         except (FileNotFoundError, ValueError):            # no entry; an empty or cut one, or no JSON in it
             return None
 
@@ -72,10 +71,11 @@ class DecodedCache:
         for key, value in maps.items():
             packed, table = _packed(value)
             rows.append((key, offset, packed.dtype.str, packed.shape, table))
-            parts.append(packed.tobytes())
-            offset += packed.nbytes
+            parts.append(_filled_up(packed.tobytes(), b"\0"))
+            offset += len(parts[-1])
         content = b"".join(parts)
         header = json.dumps({"stamp": stamp, "crc32": zlib.crc32(content), "maps": rows}).encode()
+        header = _filled_up(header, b" ", len(MAGIC) + 8)
         try:
             used = sum(file.stat().st_size for file in os.scandir(self.folder))
             if used + len(content) + len(header) + 16 > self.max_bytes:
@@ -114,11 +114,16 @@ def _packed(array: np.ndarray) -> tuple[np.ndarray, list[float] | None]:
     return array, None
 
 
-def _unpacked(memory: mmap.mmap, offset: int, dtype: str, shape: list[int], table: list[float] | None) -> np.ndarray:
-    """A copy: nothing refers to the mapped file when it is closed."""
-    stored = np.frombuffer(memory, dtype, int(np.prod(shape)), offset).reshape(shape)
+def _filled_up(content: bytes, filling: bytes, before: int = 0) -> bytes:
+    """Longer, so that what follows is aligned; `before`: bytes that come first."""
+    return content + filling * (-(before + len(content)) % ALIGNMENT)
+
+
+def _unpacked(memory: np.ndarray, dtype: str, shape: list[int], table: list[float] | None) -> np.ndarray:
+    """The map whose bytes `memory` begins with; a view of it where there is no table."""
+    stored = memory[:int(np.prod(shape)) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
     if table is None:
-        return stored.copy()
+        return stored
     full = np.zeros(256, np.float32)
     full[:len(table)] = table
     return cv2.LUT(stored, full).reshape(shape)
