@@ -27,7 +27,6 @@ BLOCKS = 8          # of a worker at most: two batches made ahead, and those tha
 ALIGNMENT = 64      # bytes: a line of the processor's cache
 FREE, IN_USE = 0, 1
 
-
 Layout = list[tuple[int, torch.dtype, torch.Size]]        # of the tensors in a block: first byte, type, shape
 Place = tuple[int, int]                                   # worker, and which of its blocks
 
