@@ -12,7 +12,8 @@ from tests.shared import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", ROOT / "pretrained_ckpts" / "README.md",
          *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = ("python", ".venv/bin/python", "torchrun", "bash", "sbatch", "source", "pip", "mkdocs", "node", "cd")
+PROGRAMS = ("python", ".venv/bin/python", "torchrun", "bash", "sbatch", "source", "pip", "mkdocs", "node", "cd",
+            "tensorboard")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`((?:python|torchrun|bash|node) [^`]*(?:\.(?:py|sh|js)|-m )[^`]*)`")
 # Every program is a function that writes down its words; nothing else can be found.

@@ -1,6 +1,7 @@
 """The floors of the house: imports run down only, no two files import each other, tables are light and complete."""
 
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -156,6 +157,17 @@ def test_options_that_need_more_than_their_source_are_imported(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     assert Table("toy", {"a": f"{name}:P"}).options("a")().width == 8
     assert (name in sys.modules) != light
+
+
+def test_options_are_those_of_the_file_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file, table = tmp_path / "changing.py", Table("toy", {"a": "changing:P"})
+    for number, width in enumerate((8, 9)):
+        file.write_text("from dataclasses import dataclass\nfrom utils.options import Options\n"
+                        f"@dataclass(frozen=True)\nclass C(Options):\n    width: int = {width}\n"
+                        "class P:\n    Config = C\n")
+        os.utime(file, ns=(number, number))
+        assert table.options("a")().width == width
 
 
 @pytest.mark.parametrize("target", ["no_such_module:P", "utils.options:NoSuchClass", "utils:", "tests.no_such:P"])

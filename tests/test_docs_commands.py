@@ -72,7 +72,7 @@ ELSEWHERE = {
 }
 # Commands that no test runs, and why.
 NOT_RUN = {
-    r"^pip install": "installs packages", r"pytest|^cd ": "no command of ours",
+    r"^pip install": "installs packages", r"^tensorboard": "waits for a reader", r"pytest|^cd ": "no command of ours",
     r"cuda_graph": "needs a GPU",
     r"bench_(predict|data|boundary|guards)\.py|damaged_files|compare_balancing": "measures for minutes",
 }

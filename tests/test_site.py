@@ -13,7 +13,7 @@ from tests.test_report import browser_is_there
 
 pytest.importorskip("mkdocs", reason="needs mkdocs-material and mkdocstrings (requirements-dev.txt)")
 
-from scripts.docs_site.source_pages import address, linked_files, listing, origin, relinked
+from scripts.docs_site.source_pages import address, linked_files, listing, origin, relinked, titled
 
 CONFIG = ROOT / "scripts" / "docs_site" / "mkdocs.yml"
 
@@ -64,6 +64,12 @@ def test_links_are_led_from_where_a_file_stands():
         assert relinked(kept, "docs/x.md") == kept
     for path in ("models/decoder.py", "models/decoders", "configs/README.md", "docs/data.md"):
         assert origin(address(path)) == path
+
+
+def test_pages_are_called_by_their_titles():
+    assert titled("see [glossary.md](glossary.md#training)", "docs/x.md") == "see [Glossary](glossary.md#training)"
+    for kept in ("[words](glossary.md)", "[no_such.md](no_such.md)", "[bim.py](../models/decoders/bim.py)"):
+        assert titled(kept, "docs/x.md") == kept
 
 
 def test_pages_of_files_say_what_they_are():

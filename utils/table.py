@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,13 @@ def _parse(module: str) -> ast.Module | None:
         return None
     if spec is None or not str(spec.origin).endswith(".py"):
         return None
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"), spec.origin)
+    return _tree(str(spec.origin), Path(spec.origin).stat().st_mtime_ns)
+
+
+@cache
+def _tree(file: str, changed: int) -> ast.Module:
+    """The statements of a file, parsed once for each time it was changed."""
+    return ast.parse(Path(file).read_text(encoding="utf-8"), file)
 
 
 def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:

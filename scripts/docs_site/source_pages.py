@@ -18,6 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS, SOURCE = "docs", "source"
+PAGE_LINK = re.compile(r"\[[\w/.]+\.md\](\(([\w/.]+\.md)(?:#[^)]*)?\))")
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".sh": "bash", ".toml": "toml", ".js": "javascript"}
@@ -71,6 +72,19 @@ def relinked(text: str, path: str) -> str:
     return "".join([*whole, LINK.sub(moved, text[end:])])
 
 
+def titled(text: str, path: str) -> str:
+    """The text with links that are called by a page's file, `[data.md](data.md)`, called by its title."""
+    def named(match: re.Match) -> str:
+        target = resolved(match[2], path)
+        return match[0] if target is None else f"[{title(ROOT / target)}]{match[1]}"
+    return PAGE_LINK.sub(named, text)
+
+
+def title(page: Path) -> str:
+    """The first heading of a page."""
+    return re.search(r"^# (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
 def listing(path: str) -> str:
     """A page about a file that is not Markdown, or about a folder; its links are those of a page in the repository."""
     place = ROOT / path
@@ -120,9 +134,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links to the repository's files to their pages."""
+    """Leads links to the repository's files to their pages, and calls pages by their titles."""
     path = origin(page.file.src_uri)
-    return relinked(markdown, f"{path}/." if (ROOT / path).is_dir() else path)
+    path = f"{path}/." if (ROOT / path).is_dir() else path
+    return relinked(titled(markdown, path), path)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
