@@ -170,6 +170,9 @@ def test_the_page_says_what_a_repetition_may_differ_by(suite, tmp_path):
     for record in records.values():
         record["experiment"]["deterministic"] = False
     assert "whose last digits may differ from run to run" in write_page(loaded, records, tmp_path).read_text()
+    for record in records.values():
+        record["machine"] = "a processor, 1 of 2 thread(s)"
+    assert "depend on the number of threads alone" in write_page(loaded, records, tmp_path).read_text()
 
 
 def test_check_compares_with_the_records(suite, in_process, tmp_path, capsys):
@@ -195,7 +198,7 @@ def records_of(number=2):
                   "optimizer": "adamw", "scheduler": "poly", "deterministic": True}
     return {f"r{seed}": json.loads(json.dumps({
         "format": 1, "row": "fcn-swin", "decoder": "fcn", "backbone": "swin", "seed": seed, "task": "", "commit": "c",
-        "date": "2000-01-01", "machine": "m", "threads": 1, "sharing": 1,
+        "date": "2000-01-01", "machine": "m, CUDA 1", "threads": 1, "sharing": 1,
         "data": {"train": {"sha256": "a", "images": 1}, "test": {"sha256": "b", "images": 1}},
         "backbone_weights": "random", "experiment": experiment, "selection": "last update", "search": [],
         "not_deterministic": [], "units": {}, "scores": {"depth": {"rmse": 0.5 + seed / 10}}, "curve": [], "losses": [],

@@ -171,6 +171,8 @@ def _determinism(experiment: Mapping[str, Any], records: Mapping[str, Record]) -
     for record in records.values():
         for name in record["not_deterministic"]:
             rows.setdefault(name, set()).add(record["row"])
+    if not any("CUDA" in record["machine"] for record in records.values()):
+        return "arithmetic of a CPU, whose digits depend on the number of threads alone"
     if not experiment["deterministic"]:
         return "arithmetic as fast as it comes, whose last digits may differ from run to run on a GPU"
     return "deterministic arithmetic" + "".join(

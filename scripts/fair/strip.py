@@ -31,7 +31,8 @@ def draw_strip(cells: Sequence[tuple[Cell, Config]], picture: Path, device: str,
         if cell.task or cell.row in rows or not weights.is_file():
             continue
         found = load_model(weights, device).predict(image)
-        rows[cell.row] = _row(cell.row, {"picture": image, **{task: result.colour() for task, result in found.items()}})
+        name = cell.row if len(cell.suite.suite.backbones) > 1 else cell.decoder
+        rows[cell.row] = _row(name, {"picture": image, **{task: result.colour() for task, result in found.items()}})
     if not rows:
         raise FileNotFoundError(f"no cell of the suite has weights, such as {cells[0][1].run_dir / 'last.pt'}: run the "
                                 "suite first, with the same --work")
@@ -51,9 +52,10 @@ def _row(name: str, pictures: dict[str, np.ndarray]) -> Image.Image:
     height, width = next(iter(pictures.values())).shape[:2]
     tile = WIDTH, max(1, round(WIDTH * height / width))
     row = Image.new("RGB", (len(pictures) * (WIDTH + GAP), TITLE + tile[1] + GAP), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(11)
+    font = ImageFont.load_default(11)
     for column, (title, picture) in enumerate(pictures.items()):
-        left = column * (WIDTH + GAP)
-        draw.text((left + 2, 3), title if column else name, "black", font)
+        left, line = column * (WIDTH + GAP), Image.new("RGB", (WIDTH, TITLE), "white")
+        ImageDraw.Draw(line).text((2, 3), title if column else name, "black", font)
+        row.paste(line, (left, 0))
         row.paste(Image.fromarray(cv2.resize(picture, tile, interpolation=cv2.INTER_AREA)), (left, TITLE))
     return row
