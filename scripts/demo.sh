@@ -29,19 +29,30 @@ PYTHON
     mv "$photos.partial" "$photos"
 fi
 
-for layout in nyud pascal; do
-    run="runs/example_lite0_$layout"
-    echo "== training a small BIM on the $layout layout"
-    $python main.py --run_mode train --config_exp "configs/example/lite0_$layout.yml" --resume "db_root=$data" "$@"
-    echo "== evaluating and predicting"
-    $python main.py --run_mode infer --trained_model "$run/last.pt" "db_root=$data"
+# of_layout LAYOUT IMAGES LIST key=value ...: trains, evaluates, predicts. The first images of LIST lie in IMAGES.
+of_layout() {
+    local layout="$1" images="$2" list="$3" run="runs/example_lite0_$1"
+    shift 3
+    $python main.py --run_mode train --config_exp "configs/example/lite0_$layout.yml" --resume "db_root=$data" \
+        progress=false "$@"
+    $python main.py --run_mode infer --trained_model "$run/last.pt" "db_root=$data" progress=false
     $python main.py --run_mode predict --trained_model "$run/last.pt" --input "$photos"
-    folder="$([[ $layout == nyud ]] && echo NYUDv2/images || echo PASCALContext/JPEGImages)"
-    val="$([[ $layout == nyud ]] && echo NYUDv2/gt_sets/val.txt || echo PASCALContext/ImageSets/Context/val.txt)"
     mkdir -p "$run/examples"
-    for id in $(head -n 3 "$data/$val"); do cp "$data/$folder/$id".* "$run/examples/"; done
+    for id in $(head -n 3 "$data/$list"); do cp "$data/$images/$id".* "$run/examples/"; done
     $python main.py --run_mode predict --trained_model "$run/last.pt" --input "$run/examples" --output "$run/predict"
-done
+}
+
+# Two trainings side by side on half the cores each: small layers gain little from more threads.
+export OMP_NUM_THREADS="$(( cpus > 1 ? cpus / 2 : 1 ))"
+echo "== training a small BIM on each layout, evaluating and predicting"
+set -m                                                # each in a process group of its own, to be ended together
+trap 'for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done' EXIT
+of_layout nyud NYUDv2/images NYUDv2/gt_sets/val.txt "$@" 2>&1 | sed -u "s/^/nyud   | /" &
+nyud=$!
+of_layout pascal PASCALContext/JPEGImages PASCALContext/ImageSets/Context/val.txt "$@" 2>&1 | sed -u "s/^/pascal | /" &
+pascal=$!
+wait "$nyud"
+wait "$pascal"
 
 for layout in nyud pascal; do
     run="runs/example_lite0_$layout"
