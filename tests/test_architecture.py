@@ -7,7 +7,6 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import grimp
 import pytest
 
 from data.datasets import DATASETS
@@ -20,6 +19,8 @@ from utils.engine.optimizers import OPTIMIZERS
 from utils.engine.schedules import SCHEDULES
 from utils.engine.tasks import TASKS
 from utils.table import Table
+
+grimp = pytest.importorskip("grimp", reason="grimp and import-linter, which need Python 3.11, are not installed")
 
 PACKAGES = ("scripts", "utils", "data", "evaluation", "models", "losses")
 TABLES = {"task": TASKS, "data set": DATASETS, "decoder": DECODERS, "backbone": BACKBONES, "neck": NECKS,
