@@ -57,7 +57,7 @@ def test_the_limits_themselves_are_allowed(tmp_path, key, value):
 @pytest.mark.parametrize("changes, words", [
     ({"val_db_name": "PASCAL"}, ["val_db_name", "'PASCAL'", "PASCALContext"]),
     ({"val_db_name": "Cityscapes", "task_dictionary": {"include_normals": True}}, ["Cityscapes", "normals"]),
-    ({"val_db_name": "PASCALContext"}, ["PASCALContext", "no labels", "depth"]),
+    ({"val_db_name": "PASCALContext"}, ["semseg of PASCALContext", "NYUD", "21 outputs against 40"]),
     ({"train_db_name": "PASCALContext", "val_db_name": "NYUD"}, ["PASCALContext", "no labels", "depth"]),
     ({"task_dictionary": {"edge_w": 0.5}}, ["no task is on", "include_"]),
     ({"task_dictionary": {"include_edge": True, "edge_w": True}}, ["edge_w' must be a number, got True"]),
