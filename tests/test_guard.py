@@ -81,6 +81,7 @@ def test_bad_numbers_stop_the_run_at_once_and_are_written_down(tmp_path, losses,
 def test_the_layer_where_numbers_overflow_is_named_and_nothing_else_changes(tmp_path):
     run = FakeRun(tmp_path)
     with torch.no_grad():
+        run.model[0].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))   # squares and their mean are inf
         run.model[1].weight.fill_(1e20)
     state, drawn = {key: value.clone() for key, value in run.model.state_dict().items()}, torch.get_rng_state()
     batch = {"meta": [{"name": "c"}], "image": torch.tensor([[1.0, 1.0], [-1.0, 0.0]])}

@@ -9,8 +9,12 @@ from models.ops import products
 
 @pytest.fixture(scope="module", autouse=True)
 def _kernels():
+    """PyTorch's products, whatever models were built before; the next model puts ours in their place again."""
     if reason := products.find_products():
         pytest.skip(reason)
+    while products._kept:
+        products._kept.pop()._destroy()
+    products.speed_up_products.cache_clear()
 
 
 def laid_out(generator, transposed, *shape):
