@@ -197,7 +197,9 @@ def test_a_benchmark_counts_and_reports():
 
 
 def test_a_benchmark_asks_every_annotator():
-    read = lambda path: np.stack([column(at) > 0 for at in (20, 30)]).astype(np.uint8)  # noqa: E731
+    def read(path):
+        return np.stack([column(at) > 0 for at in (20, 30)]).astype(np.uint8)
+
     benchmark = BoundaryEvaluator(source(truth=BoundaryTruth(("{id}",), read, "bsds", 0.06)),
                                   BoundarySettings(protocol="plain", workers=0))
     benchmark.update(*batch(column(20)))

@@ -20,12 +20,8 @@ def place(rows, t, i, c):
 
 
 @triton.jit
-def norm_kernel(x, gate, scale, shift, out, mean, rstd, rows, eps, GATED: tl.constexpr, CHANNELS: tl.constexpr,
-                WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """out = (x - mean) * rstd * scale + shift, times gate * sigmoid(gate) if GATED; mean and rstd (t, i)."""
-    t, c = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exist = (i < rows)[:, None] & (c < CHANNELS)[None, :]
+def normed(x, scale, shift, t, i, c, exist, eps, CHANNELS: tl.constexpr):
+    """Rows, scaled and shifted, and their mean and the inverse of their deviation."""
     value = tl.load(place(x, t, i, c), exist, 0.0).to(tl.float32)
     centre = tl.sum(value, 1) / CHANNELS
     value = tl.where(exist, value - centre[:, None], 0.0)
@@ -33,6 +29,17 @@ def norm_kernel(x, gate, scale, shift, out, mean, rstd, rows, eps, GATED: tl.con
     factor = tl.load(scale + t * CHANNELS + c, c < CHANNELS, 0.0).to(tl.float32)
     addend = tl.load(shift + t * CHANNELS + c, c < CHANNELS, 0.0).to(tl.float32)
     value = value * inverse[:, None] * factor[None, :] + addend[None, :]
+    return value, centre, inverse
+
+
+@triton.jit
+def norm_kernel(x, gate, scale, shift, out, mean, rstd, rows, eps, GATED: tl.constexpr, CHANNELS: tl.constexpr,
+                WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """out = (x - mean) * rstd * scale + shift, times gate * sigmoid(gate) if GATED; mean and rstd (t, i)."""
+    t, c = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exist = (i < rows)[:, None] & (c < CHANNELS)[None, :]
+    value, centre, inverse = normed(x, scale, shift, t, i, c, exist, eps, CHANNELS)
     if GATED:
         opened = tl.load(place(gate, t, i, c), exist, 0.0).to(tl.float32)
         value = value * opened / (1 + tl.exp(-opened))
@@ -81,13 +88,7 @@ def norm_product_kernel(x, scale, shift, weight, bias, out, mean, rstd, rows, ep
     t, c = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exist = (i < rows)[:, None] & (c < CHANNELS)[None, :]
-    value = tl.load(place(x, t, i, c), exist, 0.0).to(tl.float32)
-    centre = tl.sum(value, 1) / CHANNELS
-    value = tl.where(exist, value - centre[:, None], 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(value * value, 1) / CHANNELS + eps)
-    factor = tl.load(scale + t * CHANNELS + c, c < CHANNELS, 0.0).to(tl.float32)
-    addend = tl.load(shift + t * CHANNELS + c, c < CHANNELS, 0.0).to(tl.float32)
-    value = value * inverse[:, None] * factor[None, :] + addend[None, :]
+    value, centre, inverse = normed(x, scale, shift, t, i, c, exist, eps, CHANNELS)
     for output in tl.static_range(OUTPUTS):
         row = t * OUTPUTS + output
         share = tl.load(weight + row * CHANNELS + c, c < CHANNELS, 0.0).to(tl.float32)
