@@ -45,6 +45,7 @@ def mkl_is_slow() -> bool:
 def speed_up_products() -> None:
     """From now on, in this process, where it is a gain. The kernels are compiled when the first product needs them."""
     if mkl_is_slow():
+        logger.info("products of float32 matrices: by kernels of ours (MKL's are slow on this processor)")
         _kept.append(replace_products())
 
 
