@@ -186,6 +186,30 @@ def test_large_maps_are_coloured_and_written_piece_by_piece(monkeypatch, tmp_pat
         assert np.array_equal(function(), wanted)           # the file, too: bytes are compared as they are
 
 
+def test_of_a_large_picture_no_vectors_are_held_whole(network, tmp_path, monkeypatch):
+    """And its files are those of a picture that is not large."""
+    from utils.engine import prediction, views
+    picture(tmp_path / "a.png", (50, 70))
+    files = lambda: {path: path.read_bytes() for path in (tmp_path / "out").rglob("a.*")}  # noqa: E731
+    asked, decoded = [], prediction.Rows.__getitem__
+
+    def noted(rows: prediction.Rows, part: slice) -> np.ndarray:
+        found = decoded(rows, part)
+        asked.append(found.shape)
+        return found
+
+    monkeypatch.setattr(prediction.Rows, "__getitem__", noted)
+    monkeypatch.setattr(views, "PIECE", 70 * 9)
+    network(tmp_path / "a.png")
+    wanted = files()
+    assert len(wanted) == 9 and (50, 70, 3) in asked
+    assert np.load(tmp_path / "out" / "raw" / "normals" / "a.npy").shape == (50, 70, 3)
+    asked.clear()
+    monkeypatch.setattr(prediction, "LARGE", 1)
+    network(tmp_path / "a.png", overwrite=True)
+    assert files() == wanted and max(rows for rows, _, channels in asked if channels == 3) == 10
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the environment decides on the encoding there")
 def test_an_ascii_console_ends_no_run(tmp_path):
     import subprocess

@@ -17,7 +17,7 @@ from tests.watched_run import answers, experiment
 from utils.engine import prediction
 from utils.engine.build import model_from_config
 from utils.engine.predict import predict
-from utils.engine.prediction import decode_by_strips
+from utils.engine.prediction import Rows
 from utils.engine.stored_model import find_checkpoint, own_config
 from utils.engine.tasks import TASKS
 
@@ -125,9 +125,13 @@ def test_strips_are_the_whole(monkeypatch):
             wanted = decode(resize(logits, size), [{}])[0].permute(1, 2, 0).numpy()
             for strip in (1, 40 * 53 * 5, 2**20):
                 monkeypatch.setattr(prediction, "STRIP", strip)
-                found = decode_by_strips(logits, size, decode)
-                assert found.shape == wanted.shape and found.dtype == (np.uint8 if task == "semseg" else np.float32)
+                rows = Rows(logits, size, decode)
+                found = rows[:]
+                assert found.shape == rows.shape == wanted.shape
+                assert found.dtype == (np.uint8 if task == "semseg" else np.float32)
                 np.testing.assert_allclose(found, wanted, atol=1e-5)
+                for part in (slice(3, 6), slice(6, 900), slice(-1, None)):
+                    assert np.array_equal(rows[part], found[part])
     feat = torch.randn(2, 3, 5, 6)
     assert torch.equal(resized_rows(feat, (5, 6), 1, 4), feat[..., 1:4, :])
     torch.testing.assert_close(resized_rows(feat, (9, 4), 2, 7),

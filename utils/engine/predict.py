@@ -136,7 +136,7 @@ def predict_pictures(predictor: Predictor, paths: Sequence[Path], names: Mapping
                       journal: Journal) -> list[Path]:
     """Writes the files of these pictures; returns those that could not be read."""
     def write(path: Path, framed: Framed, answer: Answer) -> None:
-        write_prediction(answer.results(framed.image), framed.image, output_dir, names[path])
+        write_prediction(answer.results(framed.image, to_write=True), framed.image, output_dir, names[path])
 
     failed = []
     with Progress(len(paths), "predict", "image", predictor.config.progress) as progress:

@@ -18,14 +18,15 @@ from utils.engine.views import Legend, save_rgb
 from utils.machine import release_freed_memory
 
 STRIP = 2**20               # logits that are upsampled at a time
-LARGE = 24e6                # values of a picture beside which it counts what the network has used before
+LARGE = 12e6                # values of a picture beside which it counts what else is held
 
 
 @dataclass(frozen=True)
 class TaskResult:
     """The prediction of one task for one picture.
 
-    prediction: as evaluators and views take it, maps (H, W, C); context: what is known of the task in this experiment.
+    prediction: as evaluators and views take it, maps (H, W, C), of a large picture that is being written perhaps its
+    `Rows`; context: what is known of the task in this experiment.
     """
 
     task: str
@@ -136,39 +137,63 @@ class Answer:
     outputs: dict[str, Any]
     contexts: Mapping[str, TaskContext]
 
-    def results(self, image: np.ndarray) -> Iterator[TaskResult]:
+    def results(self, image: np.ndarray, to_write: bool = False) -> Iterator[TaskResult]:
         """Task by task, at the size of `image` (H, W, 3), which shows what the network saw; only once.
 
-        What has been decoded is let go of.
+        What has been decoded is let go of. to_write: for `write_prediction` alone, which needs no whole map of what is
+        large and can be written by rows.
         """
-        return (self._result(task, image) for task in tuple(self.outputs))
+        return (self._result(task, image, to_write) for task in tuple(self.outputs))
 
     def at_network_size(self, task: str) -> Any:
         """The prediction of one task as small as it comes, for what needs no more: maps (h, w, C)."""
         output = self.outputs[task]
         is_map = isinstance(output, Tensor) and output.ndim == 4
-        return decode_by_strips(output, output.shape[-2:], TASKS.load(task).decode) if is_map else output
+        return Rows(output, output.shape[-2:], TASKS.load(task).decode)[:] if is_map else output
 
-    def _result(self, task: str, image: np.ndarray) -> TaskResult:
-        output = self.outputs.pop(task)
+    def _result(self, task: str, image: np.ndarray, to_write: bool) -> TaskResult:
+        output, row = self.outputs.pop(task), TASKS.load(task)
         if isinstance(output, Tensor) and output.ndim == 4:
-            output = decode_by_strips(output, image.shape[:2], TASKS.load(task).decode)
+            rows = Rows(output, image.shape[:2], row.decode)
+            output = rows if to_write and row.view.by_rows and image.size > LARGE else rows[:]
         return TaskResult(task, output, self.contexts[task], image)
 
 
-@torch.inference_mode()
-def decode_by_strips(logits: Tensor, size: tuple[int, int], decode: Callable[[Tensor, list], Tensor]) -> np.ndarray:
-    """`decode(resize(logits, size))` of maps (1, n, h, w) as (H, W, C): uint8 for classes, float32 else.
+class Rows:
+    """`decode(resize(logits, size))` of maps (1, n, h, w): (H, W, C), uint8 for classes, float32 else.
 
-    Strips of so many rows are decoded that `STRIP` logits are held at a time, whatever n and the size.
+    A slice of rows is decoded when it is asked for, by strips of so many rows that `STRIP` logits are held at a time,
+    whatever n and the size. The strips lie where they lie whatever is asked for: rounding depends on that. One is kept.
     """
-    rows = max(1, STRIP // (logits.shape[1] * size[1]))
-    found = None
-    for top in range(0, size[0], rows):
-        strip = decode(resized_rows(logits, size, top, min(top + rows, size[0])), [{}])[0]
-        part = strip.permute(1, 2, 0)                                   # (C, rows, W) -> (rows, W, C)
-        if found is None:
-            dtype = torch.float32 if part.is_floating_point() else torch.uint8 if logits.shape[1] <= 256 else part.dtype
-            found = torch.empty((*size, part.shape[2]), dtype=dtype)
-        found[top:top + rows] = part
-    return found.numpy()
+
+    def __init__(self, logits: Tensor, size: tuple[int, int], decode: Callable[[Tensor, list], Tensor]) -> None:
+        self._logits, self._size, self._decode = logits, tuple(size), decode
+        self._rows = max(1, STRIP // (logits.shape[1] * size[1]))
+        self._kept: tuple[int, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self._size, self[:1].shape[2])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        (first, last, _), found = part.indices(self._size[0]), None
+        for top in range(first // self._rows * self._rows, last, self._rows):
+            strip = self._strip(top)
+            begin, end = max(first, top), min(last, top + self._rows)
+            if found is None:
+                found = torch.empty((last - first, *strip.shape[1:]), dtype=self._stored(strip.dtype))
+            found[begin - first:end - first] = strip[begin - top:end - top]
+        return found.numpy()
+
+    @torch.inference_mode()
+    def _strip(self, top: int) -> Tensor:
+        if self._kept is None or self._kept[0] != top:
+            self._kept = None
+            rows = resized_rows(self._logits, self._size, top, min(top + self._rows, self._size[0]))
+            self._kept = top, self._decode(rows, [{}])[0].permute(1, 2, 0)      # (C, rows, W) -> (rows, W, C)
+        return self._kept[1]
+
+    def _stored(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype.is_floating_point:
+            return torch.float32
+        return torch.uint8 if self._logits.shape[1] <= 256 else dtype

@@ -27,6 +27,7 @@ class View:
     returns the file; `path` has no ending yet, the view appends one (`with_ending`). raw_format(context): what that
     file holds, with units. unit: of the values of a prediction; empty: that of the data set's labels.
     shown_range(prediction, context): the range that its colours tell apart, if they are stretched.
+    by_rows: all of these ask a map for its `shape` and for slices of its rows alone, so it need never be whole.
     """
 
     picture: Callable[[Any, TaskContext, np.ndarray], np.ndarray]
@@ -35,6 +36,7 @@ class View:
     raw_format: Callable[[TaskContext], str]
     unit: str = ""
     shown_range: Callable[[Any, TaskContext], tuple[float, float]] | None = None
+    by_rows: bool = False
 
     def unit_of(self, context: TaskContext) -> str:
         """What the values of a prediction are measured in; empty where the data set does not say."""
@@ -80,11 +82,13 @@ def _classes_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
 
 # ------------------------------------------------------------ depth, normals, probabilities
 
+TURBO = cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_TURBO)[:, 0, ::-1].copy()    # (256, 3) RGB
+
 
 def _pieces(values: np.ndarray) -> Iterator[slice]:
     """Rows of `values` (H, W, ..) that are `PIECE` pixels or a little more."""
     step = 1 + PIECE // values.shape[1]
-    return (slice(top, top + step) for top in range(0, len(values), step))
+    return (slice(top, top + step) for top in range(0, values.shape[0], step))
 
 
 def _by_rows(colour: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
@@ -101,8 +105,9 @@ def colour_depth(depth_m: np.ndarray, shown: tuple[float, float] | None = None) 
 
     def colour(rows: np.ndarray) -> np.ndarray:
         grey = 255 - np.clip((rows - near) / max(far - near, 1e-6), 0, 1) * 255
-        rgb = cv2.applyColorMap(grey.astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]      # BGR -> RGB
-        return np.where(((rows > 0) & (rows < 255))[..., None], rgb, 0)
+        rgb = cv2.applyColorMap(grey.astype(np.uint8), TURBO[:, None])                     # (256, 1, 3): as it is
+        rgb[~((rows > 0) & (rows < 255))] = 0
+        return rgb
 
     return _by_rows(colour, depth_m)
 
@@ -125,8 +130,11 @@ def _depth_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
 def colour_normals(normals: np.ndarray) -> np.ndarray:
     """Unit vectors (H, W, 3) -> RGB uint8, component c as (c + 1) / 2 * 255; zero and void vectors are black."""
     def colour(rows: np.ndarray) -> np.ndarray:
-        void = (np.abs(rows).sum(axis=-1) == 0) | (rows > 1.5).any(axis=-1)
-        return np.where(void[..., None], 0, np.clip((rows + 1) * 127.5, 0, 255))
+        x, y, z = np.moveaxis(rows, -1, 0)                  # NumPy is slow along an axis of three
+        void = (x == 0) & (y == 0) & (z == 0) | (x > 1.5) | (y > 1.5) | (z > 1.5)
+        rgb = np.clip((rows + 1) * 127.5, 0, 255).astype(np.uint8)
+        rgb[void] = 0
+        return rgb
 
     return _by_rows(colour, normals)
 
@@ -171,7 +179,10 @@ def _write_16_bits(path: Path, values: np.ndarray, steps: float) -> Path:
 def _write_vectors(path: Path, vectors: np.ndarray, context: TaskContext) -> Path:
     path = with_ending(path, ".npy")
     with names_the_file(path), path.open("wb") as file:
-        np.save(file, vectors.astype(np.float32, copy=False))
+        about = {"descr": "<f4", "fortran_order": False, "shape": tuple(vectors.shape)}
+        np.lib.format.write_array_header_1_0(file, about)
+        for rows in _pieces(vectors):
+            file.write(np.ascontiguousarray(vectors[rows], "<f4"))
     return path
 
 
@@ -244,6 +255,7 @@ def _probability_format(context: TaskContext) -> str:
 
 CLASSES = View(_picture_classes, _classes_legend, _write_classes, _classes_format, unit="class")
 DEPTH_MAP = View(_picture_depth, _depth_legend, _write_depth, _depth_format, shown_range=_shown_depth)
-VECTORS = View(_picture_normals, _normals_legend, _write_vectors, _vectors_format, unit="unit vector")
+VECTORS = View(_picture_normals, _normals_legend, _write_vectors, _vectors_format, unit="unit vector",
+               by_rows=True)
 PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, _probability_format,
                    unit="probability")
