@@ -6,7 +6,6 @@ but the step.
 """
 
 import ctypes
-import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from data.base import MultiTaskDataset
 from data.labels import LabelRules, stack
 from data.mixture import MixedDataset
-from data.workers import Loader, obey_the_parent
+from data.workers import Loader
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -139,12 +138,6 @@ def init_worker(worker_id: int = 0) -> None:
         mallopt(-1, 256 * 2**20)                               # M_TRIM_THRESHOLD: more than a sample ever frees
 
 
-def _start_worker(worker_id: int) -> None:
-    gc.freeze()                         # what a fork inherits is its parent's to collect, other loaders' queues too
-    obey_the_parent()
-    init_worker(worker_id)
-
-
 class TrainLoader(Loader):
     """Batches of a `TrainBatchSampler`, each with "shares": task -> how much the loss of each image counts, (B,)."""
 
@@ -162,7 +155,7 @@ def _loader(dataset: MultiTaskDataset | MixedDataset, num_workers: int, timeout:
             kind: type[Loader] = Loader, **kwargs) -> Loader:
     processes = dict(timeout=timeout, multiprocessing_context=start) if num_workers else {}
     return kind(dataset, num_workers=num_workers, collate_fn=partial(collate, labels=dataset.labels),
-                worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(), **processes, **kwargs)
+                worker_init_fn=init_worker, pin_memory=torch.cuda.is_available(), **processes, **kwargs)
 
 
 def build_train_loader(dataset: MultiTaskDataset | MixedDataset, batch_size: int, num_workers: int = 0, rank: int = 0,

@@ -6,6 +6,7 @@ it leaves. So a worker ends on a SIGTERM of its own parent alone.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +40,7 @@ class WorkerLost(ChildProcessError):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers hear of signals by `obey_the_parent` alone, and whose loss is a `WorkerLost`.
+    """A DataLoader whose workers obey the process that started them alone, and whose loss is a `WorkerLost`.
 
     PyTorch raises the loss of a worker in the middle of whatever the main thread is doing, by a SIGCHLD handler.
     Without it the loss is noticed where the batch is missing, within five seconds.
@@ -52,9 +54,9 @@ class Loader(DataLoader):
     _end: weakref.finalize | None = None
 
     def __init__(self, dataset: Dataset, collate_fn: Callable[[list], Any] = default_collate, num_workers: int = 0,
-                 **kwargs: Any):
+                 worker_init_fn: Callable[[int], None] | None = None, **kwargs: Any):
         super().__init__(dataset, collate_fn=collate_fn, num_workers=num_workers, persistent_workers=num_workers > 0,
-                         **kwargs)
+                         worker_init_fn=_Start(worker_init_fn), **kwargs)
         self._collate = collate_fn
 
     def close(self) -> None:
@@ -87,6 +89,19 @@ class Loader(DataLoader):
 def _end_workers(batches: Any, owner: int) -> None:
     if os.getpid() == owner:            # not in a worker, which inherits the loaders that were there when it was forked
         batches._shutdown_workers()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a worker does first: without it nobody could end one that is busy with a sample."""
+
+    then: Callable[[int], None] | None
+
+    def __call__(self, worker_id: int) -> None:
+        gc.freeze()                     # what a fork inherits is its parent's to collect, other loaders' queues too
+        obey_the_parent()
+        if self.then is not None:
+            self.then(worker_id)
 
 
 def obey_the_parent() -> None:

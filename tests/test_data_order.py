@@ -104,8 +104,7 @@ def test_collating_stacks_maps_and_lists_meta():
     assert batch["a"].tolist() == [[0], [1]]
 
 
-def test_workers_stay_and_compute_on_one_thread(monkeypatch):
-    monkeypatch.setattr("data.loader.obey_the_parent", lambda: None)        # it is meant for a process of its own
+def test_workers_stay_and_compute_on_one_thread():
     loaders = [build(Squares(), 2, workers) for build in (build_train_loader, build_eval_loader) for workers in (0, 1)]
     assert [loader.persistent_workers for loader in loaders] == [False, True] * 2
     assert [loader.num_workers for loader in loaders] == [0, 1] * 2
@@ -113,7 +112,7 @@ def test_workers_stay_and_compute_on_one_thread(monkeypatch):
     try:
         cv2.setNumThreads(4)
         torch.set_num_threads(2)
-        loaders[1].worker_init_fn(0)
+        loaders[1].worker_init_fn.then(0)
         assert (cv2.getNumThreads(), torch.get_num_threads()) == (1, 1)
     finally:
         cv2.setNumThreads(before[0])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.workers import Loader, WorkerLost, obey_the_parent
+from data.workers import Loader, WorkerLost
 from tests.shared import ROOT
 from utils import distributed
 from utils.engine.leaving import GOING_ON, LEAVE, SAVE, SIGNALS, Agreement, Departure
@@ -140,7 +140,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def loader() -> Loader:
-    return Loader(Numbers(), batch_size=2, num_workers=2, worker_init_fn=lambda number: obey_the_parent())
+    return Loader(Numbers(), batch_size=2, num_workers=2)
 
 
 def workers_of(numbers: Loader) -> list:

@@ -12,7 +12,7 @@ import torch
 
 from data.labels import stack
 from data.lending import BLOCKS, IN_USE, LentMemory, _arrive, room
-from data.workers import Loader, obey_the_parent
+from data.workers import Loader
 
 Boxes = namedtuple("Boxes", "size place")
 
@@ -41,12 +41,7 @@ def collate(samples: list) -> dict:
 
 
 def loader(workers: int = 1, start: str = "fork", number: int = 60) -> Loader:
-    return Loader(Counting(number), collate, workers, batch_size=2, worker_init_fn=start_worker,
-                  multiprocessing_context=start if workers else None)
-
-
-def start_worker(number: int) -> None:
-    obey_the_parent()
+    return Loader(Counting(number), collate, workers, batch_size=2, multiprocessing_context=start if workers else None)
 
 
 def same(a, b) -> bool:
@@ -148,7 +143,7 @@ def refuse_odd(samples: list) -> torch.Tensor:
 
 
 def test_a_batch_that_cannot_be_made_costs_no_block():
-    taken = Loader(Counting(), refuse_odd, 1, batch_size=2, worker_init_fn=start_worker)
+    taken = Loader(Counting(), refuse_odd, 1, batch_size=2)
     for _ in range(2 * BLOCKS):
         batches = iter(taken)
         assert next(batches)[0, 0, 0, 0] == 0
