@@ -32,6 +32,7 @@ CAN_TELL_THE_SENDER = hasattr(signal, "sigwaitinfo")      # not on macOS and Win
 
 SHARED_MEMORY = Path("/dev/shm")        # where workers hand batches over, on Linux
 GRACE_S = 5.0                           # PyTorch's time-out is to come first
+WATCH_S = 5.0                           # between two looks for the parent
 SCARCE = 128 * 2**20                    # bytes free there that may be too few for a batch
 
 
@@ -105,7 +106,10 @@ class _Start:
 
 
 def obey_the_parent() -> None:
-    """In a worker of `Loader`: a thread takes the signals and ends the process where its parent sent a SIGTERM."""
+    """In a worker of `Loader`: a thread takes the signals and ends the process where its parent sent a SIGTERM.
+
+    Or is gone: PyTorch looks for the parent, too, but takes whoever that is once the worker has started for it.
+    """
     if CAN_TELL_THE_SENDER:
         signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT)
         run = multiprocessing.parent_process()              # not the server that forked this process, if any
@@ -115,9 +119,20 @@ def obey_the_parent() -> None:
 
 def _listen(parent: int) -> None:
     while True:
-        received = signal.sigwaitinfo(FOR_THE_PARENT)
-        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
+        received = signal.sigtimedwait(FOR_THE_PARENT, WATCH_S)
+        if received is None:
+            if not _exists(parent):
+                os._exit(0)
+        elif received.si_signo == signal.SIGTERM and received.si_pid == parent:
             os._exit(0)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, PermissionError):       # nobody's, or somebody else's by now
+        return False
+    return True
 
 
 class _Patience:

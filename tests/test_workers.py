@@ -82,11 +82,20 @@ if __name__ == "__main__":
     print(*(worker.pid for worker in cycle[2]._workers), flush=True)
     time.sleep(60)
 """
+STARTING = """
+import time
+from data.workers import Loader
+loader = Loader(range(8), num_workers=2, worker_init_fn=lambda number: time.sleep(2))
+batches = iter(loader)
+print(*(worker.pid for worker in loader._iterator._workers), flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_workers_do_not_outlive_a_killed_process():
-    run = subprocess.Popen([sys.executable, "-c", ORPHANS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("program", [ORPHANS, STARTING], ids=["at work", "starting"])
+def test_workers_do_not_outlive_a_killed_process(program):
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in run.stdout.readline().split()]
     assert len(workers) == 2
     run.kill()
