@@ -175,6 +175,17 @@ def test_the_page_says_what_a_repetition_may_differ_by(suite, tmp_path):
     assert "depend on the number of threads alone" in write_page(loaded, records, tmp_path).read_text()
 
 
+def test_memory_and_speed_are_of_one_machine(suite, tmp_path):
+    records = records_of(3)
+    records["r1"].update(machine="a processor, 1 of 2 thread(s)", sharing=2)
+    records["r1"]["cost"].update(memory_gib=9.0)
+    page = write_page(load_suite(suite(search={})), records, tmp_path).read_text()
+    assert "- machine: m, CUDA 1; cells at a time on it: 1; 2 networks\n" in page
+    assert "- machine: a processor, 1 of 2 thread(s); cells at a time on it: 2; r1\n" in page
+    assert "deterministic arithmetic; arithmetic of a CPU, whose digits depend" in page
+    assert "| memory, GiB (m, CUDA 1) |" in page and "9.0" not in page
+
+
 def test_check_compares_with_the_records(suite, in_process, tmp_path, capsys):
     file = suite(search={}, single_task="", decoders={"fcn": {}}, ranked=False)
     where = ["--work", str(tmp_path / "runs"), "--results", str(tmp_path / "records"), "--jobs", "1"]

@@ -45,9 +45,10 @@ class Row:
         found = (record["scores"].get(task, {}).get(score.key) for record in self.records)
         return [value * score.scale for value in found if value is not None]
 
-    def cost(self, key: str) -> float | None:
-        """The median of the seeds."""
-        found = [record["cost"][key] for record in self.records if record["cost"][key] is not None]
+    def cost(self, key: str, machine: str | None = None) -> float | None:
+        """The median of the seeds; machine: of those that ran on it. None where there is none."""
+        found = [record["cost"][key] for record in self.records
+                 if machine in (None, record["machine"]) and record["cost"][key] is not None]
         return statistics.median(found) if found else None
 
 
@@ -158,11 +159,28 @@ def _conditions(records: Mapping[str, Record], rows: Sequence[Row]) -> str:
         f"{experiment['scheduler']}",
         "trained on " + "; ".join(f"{train} images, scored on {test}" for train, test in data),
         f"weights: {', '.join(seen('selection'))}; the test split was scored once per network, and chose nothing",
-        f"machine: {'; '.join(seen('machine'))}; cells at a time on it: {', '.join(seen('sharing'))}",
+        *_machines(records),
         _determinism(experiment, records),
         f"dates: {', '.join(seen('date'))}; commits: {', '.join(c[:9] + c[40:] for c in seen('commit'))}",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _machines(records: Mapping[str, Record]) -> list[str]:
+    """A line per machine; on all but the one that had the most cells, the cells by name."""
+    cells: dict[str, list[str]] = {}
+    for name, record in records.items():
+        cells.setdefault(record["machine"], []).append(name)
+    most, *others = sorted(cells, key=lambda machine: -len(cells[machine]))
+
+    def line(machine: str, which: str) -> str:
+        at_a_time = sorted({records[name]["sharing"] for name in cells[machine]})
+        return f"machine: {machine}; cells at a time on it: {', '.join(map(str, at_a_time))}{which}"
+
+    if not others:
+        return [line(most, "")]
+    return [line(most, f"; {len(cells[most])} networks"),
+            *(line(machine, f"; {', '.join(cells[machine])}") for machine in others)]
 
 
 def _determinism(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> str:
@@ -171,12 +189,15 @@ def _determinism(experiment: Mapping[str, Any], records: Mapping[str, Record]) -
     for record in records.values():
         for name in record["not_deterministic"]:
             rows.setdefault(name, set()).add(record["row"])
-    if not any("CUDA" in record["machine"] for record in records.values()):
-        return "arithmetic of a CPU, whose digits depend on the number of threads alone"
+    cards = ["CUDA" in record["machine"] for record in records.values()]
+    on_cpu = "" if all(cards) else "arithmetic of a CPU, whose digits depend on the number of threads alone"
+    if not any(cards):
+        return on_cpu
+    on_cpu = f"; {on_cpu}" if on_cpu else ""
     if not experiment["deterministic"]:
-        return "arithmetic as fast as it comes, whose last digits may differ from run to run on a GPU"
+        return f"arithmetic as fast as it comes, whose last digits may differ from run to run on a GPU{on_cpu}"
     return "deterministic arithmetic" + "".join(
-        f", but for {name} ({', '.join(sorted(of))})" for name, of in sorted(rows.items()))
+        f", but for {name} ({', '.join(sorted(of))})" for name, of in sorted(rows.items())) + on_cpu
 
 
 def _legend(gains: Mapping[str, Sequence[float]]) -> str:
@@ -198,12 +219,19 @@ def _table(rows: Sequence[Row], gains: Mapping[str, Sequence[float]]) -> str:
 
 
 def _costs(rows: Sequence[Row]) -> str:
-    """Images/s say nothing of a network where several cells ran on a device at a time: then they are left out."""
-    alone = all(record["sharing"] == 1 for row in rows for record in row.records)
-    titles = ["parameters, millions", "GMACs per image", "memory, GiB", *(["training images/s"] if alone else [])]
+    """Memory and speed are of one machine, the one that had the most cells: those of two do not compare.
+
+    Images/s say nothing of a network where several cells ran on a device at a time: then they are left out.
+    """
+    records = [record for row in rows for record in row.records]
+    machine = statistics.mode(record["machine"] for record in records)
+    alone = all(record["sharing"] == 1 for record in records)
+    on = "" if all(record["machine"] == machine for record in records) else f" ({machine})"
+    titles = ["parameters, millions", "GMACs per image", f"memory, GiB{on}",
+              *([f"training images/s{on}"] if alone else [])]
     lines = [f"| | {' | '.join(titles)} |", "| --- " * (len(titles) + 1) + "|"]
     for row in rows:
-        rate, memory = row.cost("images_per_s"), row.cost("memory_gib")
+        rate, memory = row.cost("images_per_s", machine), row.cost("memory_gib", machine)
         cells = [f"{(row.cost('parameters') or 0) / 1e6:.2f}", f"{row.cost('gmacs') or 0:.2f}",
                  "-" if memory is None else f"{memory:.1f}", "-" if rate is None else f"{rate:.3g}"]
         lines.append(f"| {row.name} | {' | '.join(cells[:len(titles)])} |")
