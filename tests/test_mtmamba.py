@@ -236,6 +236,27 @@ def test_heads_start_as_published():
     assert tiny_model("mtmamba").heads["semseg"].expand.proj.bias is None
 
 
+@pytest.mark.parametrize("model", ["bim", "mtmamba", "mtmamba_plus"])
+def test_icnr_starts_the_pixels_of_a_block_alike_and_nothing_else_otherwise(model):
+    starts = {}
+    for init in ("plain", "icnr"):
+        torch.manual_seed(0)
+        starts[init] = tiny_model(model, upsample_init=init)
+    plain, icnr = (built.state_dict() for built in starts.values())
+    expands = {key for key in plain if re.search(r"\bexpand\.(\w+\.)?proj\.weight$", key)}
+    assert len(expands) == 2 * (3 if model == "mtmamba_plus" else 4)  # of two tasks: three stages, and heads
+    for key in plain:
+        if key not in expands:
+            assert torch.equal(plain[key], icnr[key]), key
+            continue
+        pixels = 16 if key.startswith("heads") else 4
+        weights, drawn = (state[key].unflatten(0, (pixels, -1)) for state in (icnr, plain))
+        assert torch.equal(weights, drawn[:1].expand_as(drawn)) and not torch.equal(weights, drawn), key
+    if model != "mtmamba_plus":
+        out = starts["icnr"].eval()(torch.randn(1, 3, 64, 96)).final["semseg"].unfold(2, 4, 4).unfold(3, 4, 4)
+        assert torch.equal(out, out[..., :1, :1].expand_as(out))
+
+
 @pytest.mark.parametrize("options, message", [
     ({"stm_depth": 0}, "model 'mtmamba.plus': 'model_kwargs.stm_depth' must be a whole number of at least 1, got 0"),
     ({"stm_depth": 1.5}, "stm_depth' must be a whole number, got 1.5"),

@@ -26,13 +26,13 @@ from models.blocks.s6 import S6
 from models.blocks.stacked import TaskDepthwise, TaskDropPath, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext
 from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, stage_rates
-from models.decoders.options import DecoderOptions
+from models.decoders.options import CoarseToFineOptions
 from models.ops.routes import Route
 from models.ops.ss2d import S6Weights, s6_scan, ss2d_core
 
 
 @dataclass(frozen=True)
-class BIMConfig(DecoderOptions):
+class BIMConfig(CoarseToFineOptions):
     """Options of the decoder; the paper's symbols where it gives any."""
 
     msst_depth: int = 2  # N in F^s_{t,N}: MSST layers per task and stage (gap filled from MTMamba)
@@ -171,7 +171,7 @@ class MFRStage(TaskStage):
     """Mamba feature refinement: up-sample, fuse the encoder's map, refine each task, let tasks interact."""
 
     def __init__(self, tasks: Sequence[str], channels: int, rates: Iterable[float], config: BIMConfig):
-        super().__init__(tasks, channels)
+        super().__init__(tasks, channels, config)
         rates = list(rates)  # one per residual branch, in the order they run
         bcfr_rate = rates.pop(0 if config.order == "bcfr_first" else -1)
         self.interact_first = config.order == "bcfr_first"
@@ -195,7 +195,7 @@ class BIMDecoder(CoarseToFineDecoder):
     recomputed = (MSSTLayer, BCFRBlock)
 
     def __init__(self, context: BuildContext, config: BIMConfig):
-        super().__init__(context)
+        super().__init__(context, config)
         rates = stage_rates(config.drop_path_rate, config.msst_depth)
         self.stages = nn.ModuleList(
             MFRStage(self.tasks, width, rates[stage], config)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.blocks.products import normed_linear
 from models.blocks.stacked import JoinLinear, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext, Decoder, DecoderOutput
+from models.decoders.options import CoarseToFineOptions
 
 STRIDES = (4, 8, 16, 32)
 
@@ -23,8 +24,9 @@ STRIDES = (4, 8, 16, 32)
 class CoarseToFineDecoder(Decoder):
     """Four encoder maps, finest first, to one map (B, e, H / 4, W / 4) per task, in three stages."""
 
-    def __init__(self, context: BuildContext):
+    def __init__(self, context: BuildContext, config: CoarseToFineOptions):
         super().__init__()
+        self.upsample_init = config.upsample_init
         widths_fit = all(fine * 2 == coarse for fine, coarse in pairwise(context.channels))
         context.require_maps(context.strides == STRIDES and widths_fit,
                              "four maps with strides 4, 8, 16, 32 and widths e, 2e, 4e, 8e", neck="pyramid")
@@ -45,7 +47,20 @@ class CoarseToFineDecoder(Decoder):
     def make_head(self, num_outputs: int) -> nn.Module:
         """The head of MTMamba and of BIM (Psi and P there): four-fold patch expansion to full resolution, then a linear
         layer per pixel."""
-        return PatchExpandHead(self.channels, num_outputs)
+        return PatchExpandHead(self.channels, num_outputs, self.upsample_init)
+
+
+@torch.no_grad()
+def init_upsample(proj: nn.Linear, pixels: int, tasks: int = 1, init: str = "plain") -> None:
+    """The start of a layer whose outputs are (task, pixel of the block, channel).
+
+    plain: as PyTorch starts it, every pixel with weights of its own, so that an untrained network draws blocks instead
+    of shapes. icnr: all pixels of a block with the weights of the first, as if it were repeated (Aitken et al.,
+    "Checkerboard artifact free sub-pixel convolution", 2017); training tells them apart.
+    """
+    if init == "icnr":
+        weight = proj.weight.unflatten(0, (tasks, pixels, -1))
+        weight.copy_(weight[:, :1].clone().expand_as(weight))
 
 
 class PatchExpand(nn.Module):
@@ -53,10 +68,11 @@ class PatchExpand(nn.Module):
     as channels. Reference: Lin et al., "MTMamba", ECCV 2024; the idea is Swin-Unet's (Cao et al., 2022).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, scale: int):
+    def __init__(self, in_channels: int, out_channels: int, scale: int, init: str = "plain"):
         super().__init__()
         self.scale = scale
         self.proj = nn.Linear(in_channels, scale * scale * out_channels, bias=False)
+        init_upsample(self.proj, scale * scale, init=init)
         self.norm = nn.LayerNorm(out_channels)
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -72,9 +88,9 @@ class PatchExpandHead(nn.Module):
     full resolution. They are only made once, as channels of the coarse pixels; what is brought to its place are logits.
     """
 
-    def __init__(self, in_channels: int, num_outputs: int):
+    def __init__(self, in_channels: int, num_outputs: int, init: str = "plain"):
         super().__init__()
-        self.expand = PatchExpand(in_channels, in_channels, scale=4)
+        self.expand = PatchExpand(in_channels, in_channels, scale=4, init=init)
         self.proj = nn.Conv2d(in_channels, num_outputs, kernel_size=1)
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -104,10 +120,11 @@ def stage_rates(largest: float, blocks: int) -> list[list[float]]:
 class TaskPatchExpand(nn.Module):
     """`PatchExpand` of all tasks: (T, B, H, W, in_channels) -> (T, B, scale H, scale W, out_channels)."""
 
-    def __init__(self, num_tasks: int, in_channels: int, out_channels: int, scale: int):
+    def __init__(self, num_tasks: int, in_channels: int, out_channels: int, scale: int, init: str = "plain"):
         super().__init__()
         self.scale = scale
         self.proj = TaskLinear(num_tasks, in_channels, scale * scale * out_channels, bias=False)
+        init_upsample(self.proj, scale * scale, num_tasks, init)
         self.norm = TaskLayerNorm(num_tasks, out_channels)
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -119,9 +136,10 @@ class TaskPatchExpand(nn.Module):
 class TaskStage(nn.Module):
     """How every stage begins, for each task alone: up-sample, join the encoder's map."""
 
-    def __init__(self, tasks: Sequence[str], channels: int):
+    def __init__(self, tasks: Sequence[str], channels: int, config: CoarseToFineOptions):
         super().__init__()
-        self.expand = by_task(TaskPatchExpand(len(tasks), 2 * channels, channels, scale=2), tasks)
+        expand = TaskPatchExpand(len(tasks), 2 * channels, channels, scale=2, init=config.upsample_init)
+        self.expand = by_task(expand, tasks)
         self.fuse = by_task(JoinLinear(len(tasks), 2 * channels, channels), tasks)
 
     def join(self, feats: Tensor, skip: Tensor) -> Tensor:

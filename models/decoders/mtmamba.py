@@ -25,12 +25,12 @@ from models.blocks.s6 import S6
 from models.blocks.stacked import TaskDepthwise, TaskDropPath, TaskLayerNorm, TaskLinear, by_task
 from models.decoder import BuildContext
 from models.decoders.coarse_to_fine import CoarseToFineDecoder, TaskStage, stage_rates
-from models.decoders.options import DecoderOptions
+from models.decoders.options import CoarseToFineOptions
 from models.ops.ss2d import ss2d_core
 
 
 @dataclass(frozen=True)
-class MTMambaConfig(DecoderOptions):
+class MTMambaConfig(CoarseToFineOptions):
     """Options of the decoder."""
 
     stm_depth: int = 2  # STM blocks per task and stage
@@ -114,7 +114,7 @@ class STMStage(TaskStage):
     """A stage's work for each task alone; `rates` holds the stochastic depth of each STM block."""
 
     def __init__(self, tasks: Sequence[str], channels: int, rates: Iterable[float], config: MTMambaConfig):
-        super().__init__(tasks, channels)
+        super().__init__(tasks, channels, config)
         layers = (STMLayer(len(tasks), channels, rate, config.expand, config.d_state) for rate in rates)
         self.stm = by_task(nn.Sequential(*layers), tasks)
 
@@ -160,7 +160,7 @@ class MTMambaDecoder(CoarseToFineDecoder):
     cross_task: ClassVar[type[nn.Module]] = CTMBlock  # built from (tasks, channels, stochastic depth, config)
 
     def __init__(self, context: BuildContext, config: MTMambaConfig):
-        super().__init__(context)
+        super().__init__(context, config)
         self.stm, self.ctm = nn.ModuleList(), nn.ModuleList()  # one each per stage, coarse to fine
         rates = stage_rates(config.drop_path_rate, config.stm_depth)
         for channels, (*own, last) in zip(reversed(context.channels[:-1]), rates, strict=True):
