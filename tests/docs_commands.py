@@ -16,8 +16,9 @@ PROGRAMS = ("python", ".venv/bin/python", "torchrun", "bash", "sbatch", "source"
             "tensorboard")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`((?:python|torchrun|bash|node) [^`]*(?:\.(?:py|sh|js)|-m )[^`]*)`")
-# Every program is a function that writes down its words; nothing else can be found.
-STAND_INS = "".join(f'{name}() {{ printf "%s\\x1f" {name} "$@" >> "$OUT"; printf "\\x1e" >> "$OUT"; }}\n'
+# Every program is a function that writes down its words, at one go, as `source <(program)` runs two at a time; nothing
+# else can be found.
+STAND_INS = "".join(f'{name}() {{ local IFS=$\'\\x1f\'; set -- {name} "$@"; printf "%s\\x1f\\x1e" "$*" >> "$OUT"; }}\n'
                     for name in PROGRAMS)
 
 
