@@ -60,6 +60,14 @@ def test_the_page_pairs_the_same_images(runs, tmp_path, capsys):
     assert r"\begin{tabular}" in text and "depth/rmse mean" in text
 
 
+def test_of_large_sets_images_with_pictures_are_shown(runs, tmp_path):
+    """im03 is where the first is better by most, and has no picture any more."""
+    thumbnail(tmp_path / "a" / "infer", INPUT, "im03").unlink()
+    main([*runs, "--page", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "of the 19 images with pictures" in page and "no picture" not in page
+
+
 def test_the_mean_over_seeds_and_common_images(tmp_path):
     files = [make_run(tmp_path / "a", [1, 2, 3], [0.1, 0.2, 0.3], NAMES[:3]),
              make_run(tmp_path / "b", [5, 4, 9], [0.3, 0.4, 0.5], [NAMES[1], NAMES[0], NAMES[7]])]

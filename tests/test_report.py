@@ -5,7 +5,9 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,17 +18,20 @@ from PIL import Image
 
 import main as command_line
 from evaluation.depth import DepthMeter
+from evaluation.evaluator import TaskContext
 from evaluation.figures import Bars, Confusion, Histogram, PrecisionRecall
 from evaluation.normals import NormalsMeter
 from evaluation.segmentation import SegmentationMeter
 from tests.conftest import TINY
 from tests.shared import ROOT
 from utils.engine.config import load_config
+from utils.engine.panel import coloured_as
 from utils.engine.report.figures import figure_html
 from utils.engine.report.page import page, pictures, table
 from utils.engine.report.plots import COLOURS, figure_svg, lines_svg
 from utils.engine.report.review import (
     ImageScores,
+    Review,
     _without_padding,
     chosen_images,
     load_image_scores,
@@ -35,6 +40,7 @@ from utils.engine.report.review import (
 )
 from utils.engine.results import read_results
 from utils.engine.train import train
+from utils.engine.views import DEPTH_MAP
 
 
 class Parsed(HTMLParser):
@@ -140,6 +146,58 @@ def test_without_a_report_nothing_of_it_is_written(run, monkeypatch, tmp_path):
                                      "--output", str(tmp_path), "boundary_infer=off", "report=false"])
     command_line.main()
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "edge"}
+
+
+def test_a_request_to_leave_ends_the_page_and_nothing_else(example_root, monkeypatch, tmp_path, capsys):
+    config = load_config(str(ROOT / "configs" / "bim_nyud.yml"), [
+        *TINY, "report=true", "max_iter=1", "val_interval=1", f"db_root={example_root}", f"out_dir={tmp_path}"])
+
+    def asked(*_) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr("utils.engine.report.write.table_rows", asked)
+    began = time.monotonic()
+    results = train(config, False)
+    assert time.monotonic() - began < 60 and set(results) == {"semseg", "depth", "normals", "edge"}
+    assert ("no report (SIGINT); it can be had any time: python main.py --run_mode infer --trained_model "
+            f"{config.run_dir / 'last.pt'}") in capsys.readouterr().out
+    assert not (config.run_dir / "report.html").exists() and not list(config.run_dir.glob(".*.tmp"))
+    assert torch.load(config.run_dir / "last.pt", weights_only=False)["step"] == 1
+
+
+def test_pictures_of_a_large_set_take_no_more_room_than_of_a_small_one(monkeypatch, tmp_path):
+    """Those that the page shows stay, and as many others, of every run the same."""
+    names = [f"im{i:02}" for i in range(40)]
+    values = np.random.default_rng(0).permutation(40).astype(float)
+    contexts = {"depth": TaskContext(1, unit="m")}
+
+    def pictured(folder: Path, of_images: np.ndarray) -> set[str]:
+        review = Review(contexts, folder)
+        review.rows = [(name, {"depth": value}) for name, value in zip(names, of_images, strict=True)]
+        for name in names:
+            for kind in ("input", "depth", "depth_label"):
+                thumbnail(folder, kind, name).parent.mkdir(parents=True, exist_ok=True)
+                thumbnail(folder, kind, name).touch()
+        found, _ = review.finish()
+        assert found.names == names
+        left = [{path.stem for path in (folder / "thumbnails" / kind).iterdir()} for kind in os.listdir(
+            folder / "thumbnails")]
+        assert len(left) == 3 and left[0] == left[1] == left[2]
+        return left[0]
+
+    assert pictured(tmp_path / "all", values) == set(names)
+    monkeypatch.setattr("utils.engine.report.review.KEPT", 10)
+    shown = {names[i] for _, part in chosen_images(values, False, 3) for i in part}
+    some, others = pictured(tmp_path / "a", values), pictured(tmp_path / "b", values[::-1])
+    assert shown < some and 10 <= len(some) <= 19 and len(some & others) >= 10
+
+
+def test_a_prediction_has_the_colours_of_its_label():
+    label, context = np.array([[[1.0], [5.0], [0.0]]], np.float32), TaskContext(1, unit="m")
+    assert coloured_as(label, "depth", context).shown == DEPTH_MAP.shown_range(label, context)
+    assert coloured_as(0 * label, "depth", context) == context              # no value is valid
+    assert coloured_as(label, "edge", context) == context == coloured_as(label, "semseg", context)
 
 
 def test_choice_of_images():

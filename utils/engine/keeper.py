@@ -116,6 +116,17 @@ class Keeper:
                     self.leave()
                 raise
 
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Around the page of a finished run, on rank 0: a request to leave ends the page at once, and nothing else."""
+        self.saver.wait()
+        try:
+            with self.departure.at_once(_stop):
+                yield
+        except _Stopped:
+            logger.info("no report (%s); it can be had any time: python main.py --run_mode infer --trained_model %s",
+                        self.departure.reason, self.run.config.run_dir / LAST)
+
     def _wish(self) -> int:
         if (self.saver is not None and self.saver.failed) or self.failed():
             return BREAK
@@ -143,6 +154,14 @@ class Keeper:
     def _holds(self) -> str:
         last = self.run.config.run_dir / LAST
         return f"{last} holds step {self.saved}; continue with --resume" if self.saved else "no step has been saved yet"
+
+
+class _Stopped(KeyboardInterrupt):
+    """What was under way is to be left out."""
+
+
+def _stop() -> NoReturn:
+    raise _Stopped
 
 
 def _state(run: Run, ranks: list[dict[str, Any]]) -> dict[str, Any]:

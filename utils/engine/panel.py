@@ -1,6 +1,7 @@
 """Pictures for people: one panel per image with the input, every task's prediction and a legend."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -30,12 +31,24 @@ def batch_panel(batch: Mapping, predictions: Mapping[str, Any], contexts: Mappin
     """First image of a validation batch: predictions in the upper row, labels below. Returns RGB (H, W, 3) uint8."""
     image = batch["image"][0].permute(1, 2, 0).cpu().numpy() * STD + MEAN
     rgb = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    labels = {task: to_array(batch[task][0]) for task in predictions}
+    contexts = {task: coloured_as(label, task, contexts[task]) for task, label in labels.items()}
     rows = []
-    for maps in ({t: to_array(p[0]) for t, p in predictions.items()}, {t: to_array(batch[t][0]) for t in predictions}):
+    for maps in ({task: to_array(p[0]) for task, p in predictions.items()}, labels):
         pictures = [TASKS.load(task).view.picture(m, contexts[task], rgb) for task, m in maps.items()]
         fitting = [cv2.resize(p, rgb.shape[1::-1], interpolation=cv2.INTER_NEAREST) for p in pictures]
         rows.append(np.concatenate([rgb, *fitting], axis=1))
     return np.concatenate(rows, axis=0)
+
+
+def coloured_as(label: Any, task: str, context: TaskContext) -> TaskContext:
+    """The context in which a prediction has the colours of its label, where each would be stretched over its own range.
+
+    A label without a valid pixel has none.
+    """
+    shown_range = TASKS.load(task).view.shown_range
+    near, far = shown_range(label, context) if shown_range else (0, 0)
+    return replace(context, shown=(near, far)) if near < far else context
 
 
 def prediction_panel(rgb: np.ndarray, predictions: Mapping[str, Any],

@@ -139,7 +139,8 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
         run.best = score
     keeper.save(best=better, score=score if math.isfinite(score) else None)
     if review is not None:
-        report_on(review, run.evaluated, run.device, config, results, evaluators, split, chosen, config.run_dir / LAST)
+        report_on(review, run.evaluated, run.device, config, results, evaluators, split, chosen, config.run_dir / LAST,
+                  around=keeper.reporting())
 
 
 class _Interval:

@@ -126,10 +126,14 @@ def _apart(first: Compared, other: Compared, task: str, score: Score, names: Seq
     """The images where either side is better by most."""
     gain = (b - a) * (1 if score.higher_is_better else -1)
     order = np.argsort(-gain, kind="stable")
+    pictured = [i for i in order if thumbnail(first.folders[0], INPUT, names[i]).is_file()
+                and thumbnail(other.folders[0], task, names[i]).is_file()]
+    among = f", of the {len(pictured)} images with pictures" if 0 < len(pictured) < len(order) else ""
+    order = pictured or order
     for row, chosen in ((other, [i for i in order if gain[i] > 0][:EACH]),
                         (first, [i for i in order[::-1] if gain[i] < 0][:EACH])):
         if chosen:
-            yield heading(4, f"{task}: better by most in {row.name}")
+            yield heading(4, f"{task}: better by most in {row.name}{among}")
         for i in chosen:
             values = ", ".join(f"{name} {value:.{score.decimals}f}"
                                for name, value in ((first.name, a[i]), (other.name, b[i])))

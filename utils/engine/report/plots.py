@@ -135,7 +135,7 @@ def lines_svg(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_la
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid()
         if len(lines) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))      # beside them: over none
     return draw(paint, 6.4, 3)
 
 

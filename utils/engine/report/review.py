@@ -1,13 +1,15 @@
 """What an evaluation leaves behind of every image: its own score in each task, and small pictures of it.
 
 In the folder of the evaluation: images.json (`{"scores": {task: {...}}, "images": [{"name", "scores"}]}`) and
-thumbnails/<task>/<name>.jpg, thumbnails/<task>_label/<name>.jpg, thumbnails/input/<name>.jpg.
+thumbnails/<task>/<name>.jpg, thumbnails/<task>_label/<name>.jpg, thumbnails/input/<name>.jpg. Pictures stay of the
+images that the page shows and of `KEPT` others, so a large set takes no more room than a small one.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +24,13 @@ from data.transforms import MEAN, STD
 from evaluation.evaluator import Evaluator, Score, TaskContext
 from utils import distributed
 from utils.batches import to_device
-from utils.engine.panel import to_array
+from utils.engine.panel import coloured_as, to_array
 from utils.engine.tasks import TASKS
 
 SIDE, QUALITY = 240, 80             # of a thumbnail: its longer side in pixels, and how well JPEG keeps it
 INDEX, PICTURES, INPUT, LABEL = "images.json", "thumbnails", "input", "_label"
+EACH = 3                            # best, median and worst images that a page shows of each task
+KEPT = 700                          # images whose pictures stay for comparisons: of every run of a data set the same
 THREADS = 4
 
 
@@ -64,9 +68,11 @@ class Review:
         """Writes the pictures of one image: (3, H, W), and its predictions and labels."""
         rgb = (np.clip(image.permute(1, 2, 0).numpy() * STD + MEAN, 0, 1) * 255).astype(np.uint8)      # (H, W, 3)
         self._save(INPUT, rgb, rgb, meta)
+        contexts = {task: coloured_as(to_array(maps[f"{task}{LABEL}"]), task, self.contexts[task])
+                    for task in self.contexts}
         for kind, prediction in maps.items():
             task = kind.removesuffix(LABEL)
-            picture = TASKS.load(task).view.picture(to_array(prediction), self.contexts[task], rgb)
+            picture = TASKS.load(task).view.picture(to_array(prediction), contexts[task], rgb)
             self._save(kind, picture, rgb, meta)
 
     def _score(self, task: str, kind: type[Evaluator], prediction: Any, label: Any, meta: Mapping) -> float:
@@ -94,12 +100,22 @@ class Review:
                             {task: np.array([scores[task] for _, scores in rows]) for task in self.judges})
         if distributed.is_main():
             save_image_scores(self.folder / INDEX, found)
+            kinds = [INPUT, *(f"{task}{ending}" for task in self.contexts for ending in ("", LABEL))]
+            for name in set(found.names) - kept_images(found, tuple(self.contexts)):
+                for kind in kinds:
+                    thumbnail(self.folder, kind, name).unlink(missing_ok=True)
         return found, seconds
 
 
 def thumbnail(folder: Path, kind: str, name: str) -> Path:
     """Where a small picture lies. kind: "input", a task, or a task and "_label"."""
     return folder / PICTURES / kind / f"{name}.jpg"
+
+
+def kept_images(found: ImageScores, tasks: Sequence[str]) -> set[str]:
+    """The names of the images whose pictures stay."""
+    others = sorted(found.names, key=lambda name: zlib.crc32(name.encode()))[:KEPT]
+    return {*others, *(found.names[i] for task in tasks for _, indices in shown_images(found, task) for i in indices)}
 
 
 def save_image_scores(path: Path, found: ImageScores) -> None:
@@ -121,6 +137,13 @@ def load_image_scores(path: Path) -> ImageScores:
         return ImageScores(scores, [image["name"] for image in content["images"]], values)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} holds no scores of images by this program ({type(error).__name__})") from error
+
+
+def shown_images(found: ImageScores, task: str) -> list[tuple[str, list[int]]]:
+    """(rank, indices) of the images that a page shows of a task; the first ones where single images have no score."""
+    if (score := found.scores.get(task)) is None:
+        return [("first", list(range(min(EACH, len(found.names)))))]
+    return list(chosen_images(found.values[task], score.higher_is_better, EACH))
 
 
 def chosen_images(values: np.ndarray, higher_is_better: bool, number: int) -> Iterator[tuple[str, list[int]]]:

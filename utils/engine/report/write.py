@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from torch import nn
 
 from utils import distributed
+from utils.durable import write_text
 from utils.engine import selection
 from utils.engine.config import Config
 from utils.engine.config_groups import AtTestTime
@@ -22,7 +24,7 @@ from utils.engine.evaluate import Evaluators
 from utils.engine.report.figures import figure_html
 from utils.engine.report.page import Section, code, facts, folded, heading, page, pictures, plot, table
 from utils.engine.report.plots import lines_svg
-from utils.engine.report.review import INPUT, LABEL, ImageScores, Review, chosen_images, thumbnail
+from utils.engine.report.review import INPUT, LABEL, ImageScores, Review, shown_images, thumbnail
 from utils.engine.results import Results, table_rows, unit_of
 from utils.engine.tasks import TASKS
 from utils.machine import git_hash
@@ -31,7 +33,6 @@ from utils.sharded import is_sharded
 logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
-EACH = 3                    # best, median and worst images that are shown of each task
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Evaluated:
 
 
 def report_on(review: Review, model: nn.Module, device: torch.device, config: Config, results: Results,
-              evaluators: Evaluators, split: str, chosen: str, checkpoint: Path) -> None:
-    """After an evaluation that `review` has seen, on every process; rank 0 writes the page."""
+              evaluators: Evaluators, split: str, chosen: str, checkpoint: Path,
+              around: AbstractContextManager | None = None) -> None:
+    """After an evaluation that `review` has seen, on every process; rank 0 writes the page, inside `around`."""
     images, seconds = review.finish()
     if distributed.is_main():
-        write_report(Evaluated(config, results, evaluators, images, seconds, split, chosen, checkpoint, review.folder),
-                     model, device)
+        about = Evaluated(config, results, evaluators, images, seconds, split, chosen, checkpoint, review.folder)
+        with around or nullcontext():
+            write_report(about, model, device)
 
 
 def write_report(about: Evaluated, model: nn.Module, device: torch.device) -> Path:
@@ -68,7 +71,7 @@ def write_report(about: Evaluated, model: nn.Module, device: torch.device) -> Pa
                 ("Model", _model(about, model, device)), ("Environment", facts(_environment(device))),
                 ("Configuration", _configuration(about.config))]
     path = about.folder / REPORT
-    path.write_text(page(f"{name}: evaluation", lead, sections), encoding="utf-8")
+    write_text(path, page(f"{name}: evaluation", lead, sections))
     logger.info("report: %s", path)
     return path
 
@@ -99,7 +102,9 @@ def _protocol(about: Evaluated) -> str:
 
 
 def _in_words(group: AtTestTime) -> str:
-    return ", ".join(f"{key} {value}" for key, value in asdict(group).items())
+    said = {True: "yes", False: "no"}
+    return ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else said.get(value, value)}"
+                     for key, value in asdict(group).items())
 
 
 def _tasks(about: Evaluated) -> Iterator[Section]:
@@ -109,21 +114,15 @@ def _tasks(about: Evaluated) -> Iterator[Section]:
 
 
 def _examples(about: Evaluated, task: str) -> Iterator[str]:
-    """The best, median and worst images with the label beside the prediction; of a task without a score of single
-    images the first ones."""
+    """The images that are shown, with the label beside the prediction."""
     images, score = about.images, about.images.scores.get(task)
-    if score is None:
-        groups = {f"{task}: the first images": dict.fromkeys(range(min(EACH, len(images.names))), "")}
-    else:
-        unit, values = unit_of(task, score, about.config.dataset.units), images.values[task]
-        groups = {f"{task}: {rank} images by {score.label}":
-                  {i: f": {score.label} {score.format(values[i])} {unit}".rstrip() for i in indices}
-                  for rank, indices in chosen_images(values, score.higher_is_better, EACH)}
-    for words_above, group in groups.items():
-        yield heading(3, words_above)
-        for i, words in group.items():
+    unit = unit_of(task, score, about.config.dataset.units) if score else ""
+    for rank, indices in shown_images(images, task):
+        yield heading(3, f"{task}: {rank} images" + (f" by {score.label}" if score else ""))
+        for i in indices:
+            value = f": {score.label} {score.format(images.values[task][i])} {unit}".rstrip() if score else ""
             shown = [("image", INPUT), ("prediction", task), ("label", f"{task}{LABEL}")]
-            yield pictures(images.names[i] + words, [(what, thumbnail(about.folder, kind, images.names[i]))
+            yield pictures(images.names[i] + value, [(what, thumbnail(about.folder, kind, images.names[i]))
                                                      for what, kind in shown])
 
 
