@@ -255,10 +255,10 @@ def crop_map(array: np.ndarray, top: int, left: int, size: tuple[int, int]) -> n
 
 
 def pad_map(array: np.ndarray, frame: tuple[int, int], value: float) -> np.ndarray:
-    """H x W x C -> frame[0] x frame[1] x C float32, centred; the memory is channel-first, as tensors want it."""
+    """H x W x C -> frame[0] x frame[1] x C, centred; the memory is channel-first, as tensors want it."""
     height, width, channels = array.shape
     top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
-    memory = np.empty((channels, *frame), np.float32)
+    memory = np.empty((channels, *frame), array.dtype)
     canvas = memory.transpose(1, 2, 0)                             # (C, H, W) memory seen as (H, W, C)
     canvas[:top] = canvas[top + height:] = value
     canvas[top:top + height, :left] = canvas[top:top + height, left + width:] = value
@@ -266,10 +266,10 @@ def pad_map(array: np.ndarray, frame: tuple[int, int], value: float) -> np.ndarr
     return canvas
 
 
-def map_to_tensor(array: np.ndarray) -> Any:
-    """H x W x C array -> C x H x W float32 tensor; no copy where the memory is channel-first already."""
+def map_to_tensor(array: np.ndarray, dtype: np.typing.DTypeLike = np.float32) -> Any:
+    """H x W x C array -> C x H x W tensor; no copy where type and memory order are right already."""
     import torch  # here, so that label rules and data sets can be read without it
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), np.float32))
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), dtype))
 
 
 def stack(tensors: Sequence[Any]) -> Any:

@@ -117,13 +117,17 @@ class EvalSampler(Sampler[int]):
 
 
 def collate(samples: list[dict], labels: Mapping[str, LabelRules]) -> dict:
-    """Images as (B, 3, H, W), labels as their rules say (maps: (B, C, H, W)); "meta" stays a list of dicts."""
+    """Images as (B, 3, H, W), labels as their rules say (maps: (B, C, H, W)); "meta" stays a list of dicts.
+
+    "colours", where there are any, (B, 7): see `data.photometric.ColoursToCome`.
+    """
     images = [sample["image"] for sample in samples]
     if len(sizes := {tuple(image.shape[-2:]) for image in images}) > 1:       # windows slide over images of any size
         raise ValueError(f"images of one batch have different sizes (height x width: "
                          f"{', '.join(f'{h} x {w}' for h, w in sorted(sizes))}); score them one by one: valBatch=1")
+    drawn = [torch.from_numpy(sample["colours"]) for sample in samples if "colours" in sample]
     return ({"image": stack(images),
-             "meta": [sample["meta"] for sample in samples]}
+             "meta": [sample["meta"] for sample in samples]} | ({"colours": stack(drawn)} if drawn else {})
             | {key: rules.collate([sample[key] for sample in samples]) for key, rules in labels.items()})
 
 

@@ -1,4 +1,7 @@
-"""Random brightness, contrast, saturation and hue, in 8 bits as published: arithmetic runs through tables of 256."""
+"""Random brightness, contrast, saturation and hue, in 8 bits as published: arithmetic runs through tables of 256.
+
+`data.batch_colours` does the same to a whole batch, where the network runs.
+"""
 
 import random
 from collections.abc import Callable
@@ -40,21 +43,51 @@ def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarra
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
+CHANGES = (brightness, contrast, saturation, hue, contrast)       # in this order
+
+
+def draw_changes(rng: random.Random) -> list[float | None]:
+    """What becomes of an image: a value for each of CHANGES, None for those left out, each with probability 0.5.
+
+    Contrast comes second or last.
+    """
+    def maybe(draw: Callable[[], float]) -> float | None:
+        return draw() if rng.random() < 0.5 else None
+
+    def factor() -> float:
+        return rng.uniform(0.5, 1.5)
+
+    light = maybe(lambda: rng.uniform(-32, 32))
+    contrast_first = rng.random() < 0.5
+    first = maybe(factor) if contrast_first else None
+    colourful = maybe(factor)
+    turn = maybe(lambda: rng.randint(-18, 17))
+    return [light, first, colourful, turn, None if contrast_first else maybe(factor)]
+
+
+def _in_8_bits(sample: dict) -> np.ndarray:
+    """The image, truncated as the originals do."""
+    return np.ascontiguousarray(sample["image"], np.uint8)
+
+
 class PhotometricDistortion:
-    """Brightness, contrast (second or last), saturation, hue, each with probability 0.5; image to uint8."""
+    """Brightness, contrast, saturation, hue; image to uint8."""
 
     def __call__(self, sample: dict, rng: random.Random) -> dict:
-        image = np.ascontiguousarray(sample["image"], np.uint8)        # truncates, as the originals do
-        image = self._maybe(brightness, image, rng, lambda: rng.uniform(-32, 32))
-        contrast_first = rng.random() < 0.5
-        if contrast_first:
-            image = self._maybe(contrast, image, rng, lambda: rng.uniform(0.5, 1.5))
-        image = self._maybe(saturation, image, rng, lambda: rng.uniform(0.5, 1.5))
-        image = self._maybe(hue, image, rng, lambda: rng.randint(-18, 17))
-        if not contrast_first:
-            image = self._maybe(contrast, image, rng, lambda: rng.uniform(0.5, 1.5))
+        image = _in_8_bits(sample)
+        for change, value in zip(CHANGES, draw_changes(rng), strict=True):
+            if value is not None:
+                image = change(image, value)
         return sample | {"image": image}
 
-    @staticmethod
-    def _maybe(change: Callable, image: np.ndarray, rng: random.Random, draw: Callable) -> np.ndarray:
-        return change(image, draw()) if rng.random() < 0.5 else image
+
+class ColoursToCome:
+    """Draws what `PhotometricDistortion` would do and leaves it to `data.batch_colours`, with normalising.
+
+    Image to uint8; "colours" (7,) float32: a value for each of CHANGES, NaN for those left out, and the image's height
+    and width, which tell it from its frame.
+    """
+
+    def __call__(self, sample: dict, rng: random.Random) -> dict:
+        image = _in_8_bits(sample)
+        return sample | {"image": image, "colours": np.array([*draw_changes(rng), *image.shape[:2]], np.float32)}

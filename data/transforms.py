@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data.labels import LabelRules, crop_map, flip_map, map_to_tensor, pad_map, resize_map
-from data.photometric import LEVELS, PhotometricDistortion
+from data.photometric import LEVELS, ColoursToCome, PhotometricDistortion
 
 Sample = dict
 Step = Callable[[Sample, random.Random], Sample]
@@ -169,7 +169,7 @@ class MarkVoid:
 
 
 class ToTensor:
-    """Image H x W x 3 -> 3 x H x W float32 tensor, labels as their rules say; "meta" stays.
+    """Image H x W x 3 -> 3 x H x W tensor of its type, labels as their rules say; "meta" and "colours" stay.
 
     A label that the image lacks becomes one without any supervision, of the size `label_size` (None: the image's).
     "frame" in "meta" has what the labels tell of the image as it is now (`LabelRules.known`).
@@ -185,7 +185,8 @@ class ToTensor:
             labels[key] = rules.absent(wanted) if sample[key] is None else rules.to_tensor(sample[key])
             frame |= rules.known(labels[key])
         known = {"meta": sample["meta"] | {"frame": frame}} if frame else {}
-        return sample | {"image": map_to_tensor(sample["image"]), **labels, **known}
+        image = sample["image"]
+        return sample | {"image": map_to_tensor(image, image.dtype), **labels, **known}
 
 
 class ResizeImage:
@@ -235,11 +236,17 @@ class ResizeLabels:
 
 
 def train_transform(size: tuple[int, int], labels: Labels, scale_range: tuple[float, float] = (0.5, 2.0),
-                    flip: float = 0.5, photometric: bool = True, category_limit: float = 0.75) -> Compose:
-    """Random scale, crop, flip, colours; then as `eval_transform`. `size` is the network's input (H, W)."""
-    colours = (PhotometricDistortion(),) if photometric else ()
-    return Compose((RandomScale(labels, *scale_range), RandomCrop(labels, size, category_limit),
-                    RandomFlip(labels, flip), *colours, *eval_transform(size, labels).steps))
+                    flip: float = 0.5, photometric: bool = True, category_limit: float = 0.75,
+                    photometric_on_device: bool = False) -> Compose:
+    """Random scale, crop, flip, colours; then as `eval_transform`. `size` is the network's input (H, W).
+
+    photometric_on_device: colours are only drawn, and images stay in 8 bits (`data.batch_colours` does the rest).
+    """
+    geometry = (RandomScale(labels, *scale_range), RandomCrop(labels, size, category_limit), RandomFlip(labels, flip))
+    frame = eval_transform(size, labels).steps
+    if photometric and photometric_on_device:
+        return Compose((*geometry, ColoursToCome(), *(step for step in frame if not isinstance(step, Normalise))))
+    return Compose((*geometry, *((PhotometricDistortion(),) if photometric else ()), *frame))
 
 
 def eval_transform(size: tuple[int, int], labels: Labels, must_fit: bool = True) -> Compose:

@@ -3,14 +3,17 @@
     python scripts/bench_data.py [--root DIR] [--images 24] [--batches 24] [--repeats 5] [--epochs 10]
 
 Renders images of 425 x 560 pixels in the layout of NYUD-v2 (once, into --root), then takes batches of four, with four
-tasks and all training augmentation to 448 x 576, from three pipelines that take turns: `plain_pipeline.py` (NumPy and
-OpenCV on float32 arrays, step by step, in PyTorch's loader), our loader from the files, and our loader with its cache
-of decoded files. `ms per image` is a worker's processor time, all that it does included; images/s is by the clock,
-which means little while other programs share the processor. `decoding` is what Pillow, and what we take to unpack the
+tasks and all training augmentation to 448 x 576, from pipelines that take turns: `plain_pipeline.py` (NumPy and OpenCV
+on float32 arrays, step by step, in PyTorch's loader), our loader from the files, with its cache of decoded files, and
+with colours left to the device. `ms per image` is a worker's processor time, all that it does included; images/s is by
+the clock, which means little while other programs share the processor. `two alone` is what two processes get done
+against one that make the same batches, share nothing and hand nothing over: no loader can do better, and it is below 2
+where the machine's cores share caches, memory or themselves. `decoding` is what Pillow, and what we take to unpack the
 PNG files of an image: the least that a pipeline can take without the cache.
 """
 
 import itertools
+import multiprocessing
 import os
 import sys
 import time
@@ -41,17 +44,21 @@ SIZE = (425, 560)
 
 
 def pipelines(root: Path) -> dict[str, Callable[[int], DataLoader]]:
-    """The three loaders, by the number of their workers; the cache is filled."""
-    spec = DATASETS.load("NYUD")
+    """The loaders, by the number of their workers; the cache is filled."""
+    spec, cache = DATASETS.load("NYUD"), DecodedCache(root / "cache", 64e9)
     labels = label_rules(spec.tasks)
-    transform = build_transform(spec.image_size, None, True, labels)
-    files = MultiTaskDataset(spec, root, "train", labels, transform)
-    cached = MultiTaskDataset(spec, root, "train", labels, transform, DecodedCache(root / "cache", 64e9))
+
+    def ours(cache: DecodedCache | None, on_device: bool) -> MultiTaskDataset:
+        transform = build_transform(spec.image_size, None, True, labels, photometric_on_device=on_device)
+        return MultiTaskDataset(spec, root, "train", labels, transform, cache)
+
+    cached = ours(cache, False)
     for name in cached.ids:
         cached.load(name)
     return {"plain": partial(plain_loader, PlainNYUD(root / spec.folder, spec.image_size), BATCH),
-            "ours": partial(build_train_loader, files, BATCH),
-            "ours, cached": partial(build_train_loader, cached, BATCH)}
+            "ours": partial(build_train_loader, ours(None, False), BATCH),
+            "ours, cached": partial(build_train_loader, cached, BATCH),
+            "ours, cached, colours on the device": partial(build_train_loader, ours(cache, True), BATCH)}
 
 
 def decoding(root: Path, repeats: int) -> tuple[float, float]:
@@ -95,6 +102,32 @@ class Rate:
         return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
 
 
+class Alone:
+    """Processes that make the batches of a loader, not started yet, and keep them: images per second of all."""
+
+    def __init__(self, loader: DataLoader, processes: int, batches: int):
+        self.begin, self.end = (multiprocessing.Barrier(processes + 1) for _ in range(2))
+        self.images = processes * batches * BATCH
+        for _ in range(processes):
+            multiprocessing.Process(target=self._work, args=(loader, batches), daemon=True).start()
+        self()                                             # to warm up
+
+    def __call__(self) -> float:
+        self.begin.wait()
+        start = time.perf_counter()
+        self.end.wait()
+        return self.images / (time.perf_counter() - start)
+
+    def _work(self, loader: DataLoader, batches: int) -> None:
+        loader.worker_init_fn(0)
+        samples = iter(loader.batch_sampler)
+        while True:
+            self.begin.wait()
+            for batch in itertools.islice(samples, batches):
+                loader.collate_fn([loader.dataset[key] for key in batch])
+            self.end.wait()
+
+
 def children() -> set[str]:
     """Process ids of this process's children (Linux)."""
     return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
@@ -116,24 +149,30 @@ def memory_over_epochs(loader: DataLoader, epochs: int) -> list[float]:
     return found
 
 
-def rates(loaders: Mapping[str, DataLoader], batches: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Medians of what `Rate` gives; the pipelines take turns, and those that wait sleep (their queues are full)."""
-    running = {name: Rate(loader) for name, loader in loaders.items()}
-    found = [{name: rate(batches) for name, rate in running.items()} for _ in range(repeats)]
-    return {name: medians([turn[name] for turn in found]) for name in loaders}
+def measured(build: Mapping[str, Callable[[int], DataLoader]], batches: int,
+             repeats: int) -> dict[str, tuple[float, ...]]:
+    """Medians of images/s and ms per image with one worker, with two, and images/s of one and of two processes alone.
+
+    All take turns; those that wait sleep.
+    """
+    alone = {name: [Alone(loader(1), number, batches) for number in (1, 2)] for name, loader in build.items()}
+    running = {name: [Rate(loader(number)) for number in (1, 2)] for name, loader in build.items()}   # has threads
+    turns = [{name: (*running[name][0](batches), *running[name][1](batches), *(make() for make in alone[name]))
+              for name in build} for _ in range(repeats)]
+    return {name: medians([turn[name] for turn in turns]) for name in build}
 
 
 def bench(root: Path, images: int, batches: int, repeats: int, epochs: int) -> None:
     """Prints the table and the memory."""
     write_example(root, images, 1, SIZE, workers=1, layouts=["NYUDv2"])
     build = pipelines(root)
-    one, two = (rates({name: loader(workers) for name, loader in build.items()}, batches, repeats)
-                for workers in (1, 2))
+    rows = measured(build, batches, repeats)
+    plain = rows["plain"]
     print(markdown([{
-        "pipeline": name, "1 worker, ms per image": one[name][1], "of plain": one["plain"][1] / one[name][1],
-        "images/s": one[name][0], " of plain": one[name][0] / one["plain"][0],
-        "2 workers, ms per image": two[name][1], "images/s ": two[name][0],
-        "of 1 worker": two[name][0] / one[name][0]} for name in build]))
+        "pipeline": name, "1 worker, ms per image": ms, "of plain": plain[1] / ms, "images/s": speed,
+        " of plain": speed / plain[0], "2 workers, ms per image": ms_of_two, "images/s ": of_two,
+        "of 1 worker": of_two / speed, "two alone, of one": two / one}
+        for name, (speed, ms, of_two, ms_of_two, one, two) in rows.items()]))
     print("decoding: {:.2f} ms per image by Pillow, {:.2f} by ours, which is {}".format(*decoding(root, repeats),
                                                                                      decoder_in_words()))
     for name in ("ours", "ours, cached") if epochs else ():

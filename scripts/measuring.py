@@ -30,8 +30,8 @@ def measure(runs: Mapping[str, Callable[[], object]], repeats: int, device: torc
     return {name: Cost(*medians([time[name] for time in times], 1e3), peaks[name]) for name in runs}
 
 
-def medians(times: Sequence[tuple[float, float]], unit: float = 1.0) -> tuple[float, ...]:
-    """Of both kinds of time."""
+def medians(times: Sequence[tuple[float, ...]], unit: float = 1.0) -> tuple[float, ...]:
+    """Of each kind of time."""
     return tuple(statistics.median(kind) * unit for kind in zip(*times, strict=True))
 
 

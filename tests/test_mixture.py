@@ -9,9 +9,10 @@ from PIL import Image
 
 from data.base import MultiTaskDataset
 from data.labels import VOID
-from data.loader import TrainBatchSampler, sample_seed
+from data.loader import TrainBatchSampler, build_train_loader, sample_seed
 from tests.conftest import TINY
 from tests.shared import ROOT
+from tests.test_batch_colours import same_batch
 from utils.engine.build import build_split
 from utils.engine.config import config_from_dict, load_config
 from utils.engine.predict import infer
@@ -93,6 +94,14 @@ def test_training_scoring_and_files(root):
     alone = infer(one, config.run_dir / "last.pt", root / "street_out")
     assert set(alone) == {"semseg@street", "edge"}
     assert alone["semseg@street"]["mIoU"] == pytest.approx(scores["semseg@street"]["mIoU"])
+
+
+def test_colours_are_changed_on_the_device_too(root):
+    parts = [build_split(experiment(root, APART, "weight: 3", ON, f"augmentation.photometric_on_device={on}"), "train")
+             for on in ("true", "false")]
+    left, plain = (next(iter(build_train_loader(data, 12, seed=2))) for data in parts)
+    assert len({meta["name"].partition("/")[0] for meta in left["meta"]}) == 2
+    same_batch(left, plain, share=0.1)
 
 
 def test_weights_say_how_often_each_is_drawn(root):

@@ -168,7 +168,8 @@ def _build_part(config: Config, spec: DatasetSpec, split: str, labels: Mapping[s
     largest = tuple(map(max, config.input_size, spec.image_size)) if windows else None
     transform = build_transform(config.input_size, fixed_label_size, training, labels, spec.resize, largest,
                                 fixed_flip=settings.fixed_flip_prob, scale_range=settings.scale_range,
-                                flip=settings.flip_prob, photometric=settings.photometric)
+                                flip=settings.flip_prob, photometric=settings.photometric,
+                                photometric_on_device=settings.photometric_on_device)
     cache = config.data_cache
     decoded = DecodedCache(cache.folder, cache.max_gb * 1e9) if cache.folder else None
     partial = config.partial_labels if training else replace(config.partial_labels, subset="all", empty="keep")

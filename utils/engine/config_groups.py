@@ -131,7 +131,8 @@ class Augmentation(Options):
     scale_range: tuple[float, float] = (0.5, 2.0)
     flip_prob: float = 0.5
     fixed_flip_prob: float = 0.0                 # the same for data sets that are not augmented otherwise (Cityscapes)
-    photometric: bool = True
+    photometric: bool = True                     # brightness, contrast, saturation and hue
+    photometric_on_device: bool = False          # changed where the network runs, which spares the workers
     always_guide_crop: bool = False              # read the label that guides crops even where it is no task of the run
 
     def __post_init__(self):
@@ -139,3 +140,5 @@ class Augmentation(Options):
                      "two growing numbers in [0.01, 100]")
         for name in ("flip_prob", "fixed_flip_prob"):
             self.require(0 <= getattr(self, name) <= 1, name, "a probability")
+        self.require(self.photometric or not self.photometric_on_device, "photometric_on_device",
+                     "false where photometric is")

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils import distributed
-from utils.batches import batches_on
 from utils.engine.build import evaluation_contexts
 from utils.engine.config import Config
 from utils.engine.evaluate import build_evaluators, evaluate
@@ -76,7 +75,7 @@ def dry_run(config: Config) -> Needs:
 
 def _rehearse(run: Run, departure: Departure) -> Needs:
     config, times = run.config, []
-    batches = batches_on(run.device, iter(run.train_loader))
+    batches = run.batches()
     update, make_update = build_update(run)
     update.set_lr(SCHEDULES.load(config.scheduler)(config.scheduler_kwargs, config.optimizer_kwargs.lr,
                                                    config.max_iter)(0))

@@ -58,7 +58,7 @@ RULES: Mapping[str, Rule] = {
              "out_dir version_name db_root resume train_db_name.folder val_db_name.folder data_cache skip_data_check"),
     **_rules("harmless", "how it is computed, up to rounding", "nworkers valBatch device compile "
              "activation_checkpointing channels_last scan_backend find_unused_parameters cuda_graph parallel "
-             "deterministic worker_start"),
+             "deterministic worker_start augmentation.photometric_on_device"),
     **_rules("harmless", "what is shown", "tensorboard progress report eval_at_start single_task_scores "
              "camera_file"),
 }

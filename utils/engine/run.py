@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data.base import MultiTaskDataset
+from data.batch_colours import with_colours
 from data.loader import build_eval_loader, build_train_loader
 from losses.multi_task import MultiTaskLoss
 from utils import distributed
+from utils.batches import batches_on
 from utils.engine.averages import MovingAverage
 from utils.engine.build import build_criterion, model_from_config, prepare_for_training
 from utils.engine.config import Config
@@ -56,6 +58,10 @@ class Run:
     def evaluated(self) -> nn.Module:
         """The weights that are evaluated: the moving average where there is one and `test_time` does not say no."""
         return self.model if self.ema is None or not self.config.test_time.ema else self.ema.module
+
+    def batches(self) -> Iterator[Mapping]:
+        """What is trained on, on the device, without end."""
+        return map(with_colours, batches_on(self.device, iter(self.train_loader)))
 
     @property
     def images_per_update(self) -> int:

@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed
-from utils.batches import batches_on
 from utils.engine import selection
 from utils.engine.ahead import BatchesAhead
 from utils.engine.build import evaluation_contexts
@@ -61,9 +60,9 @@ def train(config: Config, resume: bool) -> dict:
 
 
 def _loop(run: Run, departure: Departure) -> dict:
-    config, device = run.config, run.device
+    config = run.config
     schedule = SCHEDULES.load(config.scheduler)(config.scheduler_kwargs, config.optimizer_kwargs.lr, config.max_iter)
-    batches = BatchesAhead(batches_on(device, iter(run.train_loader)), run.accumulate)
+    batches = BatchesAhead(run.batches(), run.accumulate)
     restore_rng(run)                                        # after the loader, which draws from the generators
     interval = _Interval(run)
     update, make_update = build_update(run)
