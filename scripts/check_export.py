@@ -38,7 +38,8 @@ SMALL = {   # decoder -> (backbone, its options, the decoder's)
     "mlore": ("vit", VIT, "{final_embed_dim: 8, rank_list: [2, 4], topk: 1, spe_rank: 2}"),
     "mtmamba": ("swin", SWIN, "{stm_depth: 1, d_state: 4}"),
     "mtmamba_plus": ("swin", SWIN, "{stm_depth: 1, d_state: 4}"),
-    "multi_scale": ("swin", SWIN, "{channels: 8}"), "taskdiffusion": ("vit", VIT, "{final_embed_dim: 8}"),
+    "multi_scale": ("swin", SWIN, "{channels: 8}"),
+    "taskdiffusion": ("vit", VIT, "{final_embed_dim: 8, timesteps: 2, module_layer: 1}"),
     "taskprompter": ("vit", VIT, "{embed_dim: 8, final_embed_dim: 8, level_embed_dim: 8, chan_embed_dim: 4}"),
 }
 

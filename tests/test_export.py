@@ -165,6 +165,14 @@ def test_adapters_are_merged_into_a_whole_file(tmp_path):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+def test_a_diffusion_begins_with_the_same_noise_in_onnx(tmp_path, caplog):
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    with caplog.at_level("INFO"):
+        [path] = export("onnx", checkpoint_of("taskdiffusion", (32, 64), tmp_path), tmp_path / "onnx")
+    assert path.is_file() and "100.0000 % of the predictions are the same" in caplog.text
+
+
 # ------------------------------------------------------------ hub
 
 

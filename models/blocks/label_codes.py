@@ -44,7 +44,7 @@ def _salient(logits: Tensor) -> Tensor:
 
 
 def _metres(logits: Tensor) -> Tensor:
-    return logits.clamp(0, FARTHEST_M)
+    return logits.clamp(0.0, FARTHEST_M)  # both as floats: exporters do not mix an int with a float
 
 
 def _unit_vectors(logits: Tensor) -> Tensor:
