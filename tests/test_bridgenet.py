@@ -265,9 +265,10 @@ def test_options_act():
 
 
 def test_the_published_weight_of_preliminary_losses_needs_no_key():
+    small = ["backbone=vit", "backbone_kwargs={embed_dim: 16, depth: 4, num_heads: 2}"]
     for file, overrides, weight in ((NYUD, [], 0.5), (NYUD, ["loss_kwargs.intermediate_weight=0.2"], 0.2),
                                     (ROOT / "configs" / "invpt_nyud.yml", [], 1.0)):
-        config = load_config(file, overrides)
-        with torch.device("meta"):
+        config = load_config(file, [*small, *overrides])
+        with meta_device():
             model = model_from_config(config)
         assert build_criterion(config, model).intermediate_weight == weight

@@ -105,6 +105,15 @@ def test_no_sampled_map_is_kept():
     assert sum(kept) < 1.5 * sum(x.numel() for x in inputs)            # K sampled maps alone would be 9 * 32
 
 
+def test_without_numbers_nothing_is_sampled(monkeypatch):
+    """On the meta device PyTorch's `grid_sample` is Python; `build_model` looks there for layers that nobody reads."""
+    monkeypatch.setattr("models.ops.dcnv3._sample", None)
+    inputs = [x.detach().to("meta").requires_grad_() for x in arguments(Kernel(), batch=2)]
+    out = dcnv3(*inputs, 2)
+    out.sum().backward()
+    assert out.shape == (2, 4, 5, 4) and all(x.grad.shape == x.shape for x in inputs)
+
+
 def test_half_precision_computes_places_in_float32():
     inputs = [x.detach().bfloat16() for x in arguments(Kernel(), size=(3, 300), dtype=torch.float32)]
     got, want = dcnv3(*inputs, 2), dcnv3(*(x.float() for x in inputs), 2)

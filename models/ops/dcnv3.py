@@ -97,6 +97,8 @@ class _WeightedSamples(torch.autograd.Function):
     def forward(ctx, maps: Tensor, grid: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(maps, grid, mask)
         out = maps.new_zeros(*maps.shape[:2], *grid.shape[2:4])
+        if maps.is_meta:  # only shapes are wanted, and PyTorch would sample in Python there: seconds for a backbone
+            return out
         for points in _portions(maps, grid):
             sampled = _sample(maps, grid[:, points])  # (N, c, k, h, w)
             for one, weight in zip(sampled.unbind(2), mask[:, :, points].unbind(2), strict=True):
@@ -107,6 +109,8 @@ class _WeightedSamples(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         maps, grid, mask = ctx.saved_tensors
+        if maps.is_meta:
+            return torch.empty_like(maps), torch.empty_like(grid), torch.empty_like(mask)
         grad_maps, grads_grid, grads_mask = torch.zeros_like(maps), [], []
         grad_out = grad_out.unsqueeze(2)  # (N, c, 1, h, w)
         for points in _portions(maps, grid):
