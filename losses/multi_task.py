@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losses.balancing.base import Balancing
+from losses.balancing.base import INTER, Balancing
 
 SCOPES = ("process", "image")
-INTER = "inter/"                     # prefix of an intermediate prediction's loss
 Outputs = Mapping[str, Any]          # task -> its output or label: (B, C, H, W), or one entry per image
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.options import parse
+from utils.options import Options, parse
 from utils.table import Table
 
 BALANCING = Table("loss_scheme", {
@@ -26,9 +26,13 @@ BALANCING = Table("loss_scheme", {
 
 
 def build_balancing(scheme: str, tasks: Sequence[str], weights: Mapping[str, float],
-                    options: Mapping[str, Any] | None = None) -> Any:
-    """The scheme of that name (a `base.Balancing`) for these tasks; `weights` names each of them."""
+                    options: Mapping[str, Any] | Options | None = None) -> Any:
+    """The scheme of that name (a `base.Balancing`) for these tasks; `weights` names each of them.
+
+    `options` are a plain mapping or have been parsed already.
+    """
     if lacking := [task for task in tasks if task not in weights]:
         raise ValueError(f"loss_weights lacks {', '.join(lacking)}; given: {', '.join(weights) or '-'}")
     kind = BALANCING.load(scheme)
-    return kind(tasks, weights, parse(kind.Config, options, "scheme_kwargs."))
+    parsed = options if isinstance(options, Options) else parse(kind.Config, options, "scheme_kwargs.")
+    return kind(tasks, weights, parsed)

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from utils.options import Options
+
+INTER = "inter/"        # prefix of the loss of a task's preliminary prediction
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class Balancing(nn.Module):
 
         shares: how much each task counts in this number: 1 where every image has every label, 0 where this one has no
         label of the task, and more than 1 where others lack theirs. A task's whole term is multiplied by its share.
+        By default sum_t w_t L_t.
         """
-        raise NotImplementedError(f"{type(self).__name__}.combine")
+        return torch.stack([self.weights[task] * shares[task] * loss for task, loss in losses.items()]).sum()
 
     def backward(self, losses: Mapping[str, Tensor], scaled: Callable[[Tensor], Tensor],
                  shared: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> None:

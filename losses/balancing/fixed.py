@@ -21,9 +21,6 @@ class WeightedSum(Balancing):
 
     Config = NoOptions
 
-    def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
-        return torch.stack([self.weights[task] * shares[task] * loss for task, loss in losses.items()]).sum()
-
 
 class LogSum(Balancing):
     """sum_t w_t ln(L_t + 1e-8)."""
@@ -31,8 +28,7 @@ class LogSum(Balancing):
     Config = NoOptions
 
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
-        return torch.stack([self.weights[task] * shares[task] * torch.log(loss + LOG_EPS)
-                            for task, loss in losses.items()]).sum()
+        return super().combine({task: torch.log(loss + LOG_EPS) for task, loss in losses.items()}, shares)
 
 
 class GeometricMean(Balancing):

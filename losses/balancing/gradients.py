@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from losses.balancing.base import Balancing, NoOptions
+from losses.balancing.base import INTER, Balancing, NoOptions
 from losses.balancing.fixed import LOG_EPS
 from utils import distributed
 from utils.options import Options
-
-INTER = "inter/"
 
 
 class GradientBalancing(Balancing):
@@ -27,9 +25,6 @@ class GradientBalancing(Balancing):
 
     Config = NoOptions
     needs_gradients = True
-
-    def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
-        return torch.stack([self.weights[task] * shares[task] * loss for task, loss in losses.items()]).sum()
 
     def direct(self, gradients: Tensor, losses: Tensor) -> Tensor:
         """Gradients G (T, P) and losses (T,) of the tasks, both means over processes -> the backbone's gradient (P,).
@@ -158,8 +153,7 @@ class DualBalancing(GradientBalancing):
             self.register_buffer("averages", torch.zeros(len(self.tasks), sum(p.numel() for p in shared)))
 
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
-        return torch.stack([self.weights[task] * shares[task] * torch.log(loss + LOG_EPS)
-                            for task, loss in losses.items()]).sum()
+        return super().combine({task: torch.log(loss + LOG_EPS) for task, loss in losses.items()}, shares)
 
     def direct(self, gradients: Tensor, losses: Tensor) -> Tensor:
         self.steps += 1

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.balancing.base import Balancing, NoOptions
+from losses.balancing.fixed import LOG_EPS
 from utils import distributed
 from utils.options import Options
-
-EPS = 1e-8
 
 
 class Uncertainty(Balancing):
@@ -32,9 +31,8 @@ class Uncertainty(Balancing):
 
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
         log_variance = dict(zip(self.tasks, self.log_variance, strict=True))
-        return 0.5 * torch.stack([self.weights[task] * shares[task]
-                                  * ((-log_variance[task]).exp() * loss + log_variance[task])
-                                  for task, loss in losses.items()]).sum()
+        return 0.5 * super().combine({task: (-log_variance[task]).exp() * loss + log_variance[task]
+                                      for task, loss in losses.items()}, shares)
 
 
 class FollowsLosses(Balancing):
@@ -96,7 +94,7 @@ class DynamicWeightAverage(FollowsLosses):
         ends = self.passes >= self.config.interval  # all on the device: updates can be recorded
         mean = self.sums / self.counts.clamp(min=1)
         known = ends & (self.counts > 0)
-        self.ratios.copy_(torch.where(known & (self.last > 0), mean / self.last.clamp(min=EPS), self.ratios))
+        self.ratios.copy_(torch.where(known & (self.last > 0), mean / self.last.clamp(min=LOG_EPS), self.ratios))
         self.last.copy_(torch.where(known, mean, self.last))
         for buffer in (self.sums, self.counts, self.passes):
             buffer *= ~ends
@@ -134,12 +132,12 @@ class FAMO(FollowsLosses):
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
         logits = dict(zip(self.tasks, F.softmax(self.logits, dim=0), strict=True))
         weights = torch.stack([logits[task] * shares[task] for task in losses])
-        values = torch.stack(list(losses.values())) + EPS
-        scale = (weights / values.detach()).sum().clamp(min=EPS)
+        values = torch.stack(list(losses.values())) + LOG_EPS
+        scale = (weights / values.detach()).sum().clamp(min=LOG_EPS)
         return (weights / scale * values.log()).sum()
 
     def follow(self, losses: Tensor) -> None:
-        known, values = losses > 0, (losses + EPS).log()
+        known, values = losses > 0, (losses + LOG_EPS).log()
         change = (self.before - values) * (known & (self.before != 0))  # nothing is known in a task's first pass
         shares = F.softmax(self.logits, dim=0)
         gradient = shares * (change - (shares * change).sum()) + self.config.weight_decay * self.logits

@@ -16,7 +16,7 @@ from data.splits import PartOfSplit
 from data.transforms import build_transform
 from evaluation.boundary.settings import Mode
 from evaluation.evaluator import TaskContext
-from losses.balancing import BALANCING
+from losses.balancing import build_balancing
 from losses.multi_task import MultiTaskLoss
 from models.blocks.recompute import recompute_blocks
 from models.build import build_model
@@ -101,7 +101,7 @@ def build_criterion(config: Config, model: MultiTaskModel) -> MultiTaskLoss:
     settings, contexts = config.loss_kwargs, task_contexts(config)
     losses = {task: TASKS.load(task).loss(context) for task, context in contexts.items()}
     weights = {task: settings.loss_weights.get(task, 1.0) for task in config.tasks}
-    balancing = BALANCING.load(settings.loss_scheme)(config.tasks, weights, settings.scheme_kwargs)
+    balancing = build_balancing(settings.loss_scheme, config.tasks, weights, settings.scheme_kwargs)
     balancing.prepare([parameter for parameter in model.encoder.parameters() if parameter.requires_grad])
     intermediate = settings.intermediate_weight
     if intermediate is None:
