@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import free_port
 from tests.shared import ROOT
 
 torch.set_num_threads(1)
@@ -63,11 +63,8 @@ def tiny(example_root, tmp_path) -> list[str]:
 def launch(command: list[str], processes: int = 1, launcher: str = "torchrun") -> subprocess.CompletedProcess:
     """Runs `main.py` with these arguments on so many processes and returns what it printed; does not raise."""
     starter = {"torchrun": ["-m", "torch.distributed.run"], "launch": ["-m", "torch.distributed.launch"]}[launcher]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     alone = processes == 1 and launcher == "torchrun"
-    many = [] if alone else [*starter, f"--nproc_per_node={processes}", f"--master_port={port}"]
+    many = [] if alone else [*starter, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return subprocess.run([sys.executable, *many, str(ROOT / "main.py"), *command], cwd=ROOT, capture_output=True,
                           text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})

@@ -10,7 +10,7 @@ from torch import nn
 
 from losses.balancing import BALANCING, build_balancing
 from losses.balancing.gradients import GradientBalancing
-from tests.conftest import launch
+from tests.processes import run_main
 from tests.shared import ROOT
 from tests.test_train import QUIET, rows
 from utils.engine.config import load_config
@@ -308,10 +308,9 @@ def test_two_processes_equal_one(tiny, tmp_path, name):
     """The same losses and the same state at the same global batch."""
     path, states, losses = str(ROOT / "configs" / "bim_nyud.yml"), [], []
     for processes in (1, 2):
-        done = launch(["--config_exp", path, "--run_mode", "train", *tiny, *QUIET, "max_iter=3",
-                       f"loss_kwargs.loss_scheme={name}", f"trBatch={4 // processes}",
-                       f"version_name=of{processes}"], processes)
-        assert done.returncode == 0, done.stderr
+        run_main(["--config_exp", path, "--run_mode", "train", *tiny, *QUIET, "max_iter=3",
+                  f"loss_kwargs.loss_scheme={name}", f"trBatch={4 // processes}", f"version_name=of{processes}"],
+                 processes)
         folder = tmp_path / "runs" / f"of{processes}"
         states.append(torch.load(folder / "last.pt", weights_only=True)["criterion"])
         losses.append([row["loss/total"] for row in rows(folder, "train")])

@@ -19,7 +19,8 @@ from evaluation.evaluator import TaskContext
 from scripts.benchmark import Step, random_batch
 from scripts.check_data import check
 from scripts.example_data.write import write_example
-from tests.conftest import TINY, launch
+from tests.conftest import TINY
+from tests.processes import run_main
 from tests.shared import ROOT, golden
 from utils.boxes3d import CLASSES, Boxes3D, view_to_image
 from utils.engine.box_views import BOXES, shown
@@ -84,8 +85,7 @@ def test_two_processes_score_what_one_does(config, street, tmp_path):
     train(made, resume=False)
     arguments = ["--run_mode", "infer", "--trained_model", str(made.run_dir / "last.pt"), f"db_root={street}"]
     for processes in (1, 2):
-        done = launch([*arguments, "--output", str(tmp_path / str(processes))], processes)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_main([*arguments, "--output", str(tmp_path / str(processes))], processes)
     one, two = (json.loads((tmp_path / str(n) / "results.json").read_text())["scores"] for n in (1, 2))
     assert one["det3d"] == pytest.approx(two["det3d"], nan_ok=True)
 

@@ -1,8 +1,6 @@
 """Processes and devices: what two gloo processes see, what one process sees alone, and which device a rank gets."""
 
 import json
-import os
-import socket
 import time
 from pathlib import Path
 
@@ -10,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from evaluation.boundary.evaluator import BoundaryEvaluator
 from evaluation.boundary.settings import BoundarySettings, BoundaryTruth
 from evaluation.boundary.source import TruthSource
+from tests.processes import on_ranks
 from utils import distributed
 
 CPU = torch.device("cpu")
@@ -36,11 +34,8 @@ def benchmark_of(images: int) -> BoundaryEvaluator:
     return benchmark
 
 
-def _process(rank: int, folder: str, port: int) -> None:
+def _process(rank: int, folder: Path) -> None:
     """Writes down what this rank of two sees; rank 0 is late wherever the order must not depend on luck."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     seen, times = {}, {}
     with distributed.process_group(CPU):
         seen["who"] = [distributed.rank(), distributed.world_size(), distributed.is_main(), dist.get_backend()]
@@ -61,16 +56,13 @@ def _process(rank: int, folder: str, port: int) -> None:
         benchmark.reduce()
         seen["boundary"] = [benchmark.totals.counts.tolist(), benchmark.totals.best.tolist(), benchmark.totals.images]
     seen["closed"] = not dist.is_initialized()
-    Path(folder, f"{rank}.json").write_text(json.dumps({"seen": seen, "times": times}))
+    (folder / f"{rank}.json").write_text(json.dumps({"seen": seen, "times": times}))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (str(folder), port), nprocs=2)
+    on_ranks(_process, 2, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import main
-from tests.conftest import launch
+from tests.processes import run_main
 from tests.test_train import NYUD
 from utils.engine.config import load_config
 from utils.engine.dry_run import Needs, dry_run
@@ -53,9 +53,8 @@ def test_a_rehearsal_of_a_run_that_is_there_touches_nothing(tiny):
 
 
 def test_a_rehearsal_on_two_processes(tiny, tmp_path):
-    done = launch(["--config_exp", NYUD, "--dry_run", *tiny], processes=2)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("everything works") == 1 and "for 4 images" in done.stdout
+    said = run_main(["--config_exp", NYUD, "--dry_run", *tiny], processes=2)
+    assert said.count("everything works") == 1 and "for 4 images" in said
     assert not (tmp_path / "runs").exists()
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from data.workers import Loader, WorkerLost
+from tests.processes import on_ranks
 from tests.shared import ROOT
 from utils import distributed
 from utils.engine.leaving import GOING_ON, LEAVE, SAVE, SIGNALS, Agreement, Departure
@@ -191,10 +191,8 @@ def test_a_killed_worker_is_noticed_where_its_batch_is_missing():
 # ------------------------------------------------------------ several processes
 
 
-def _agreeing(rank: int, folder: str, port: int) -> None:
+def _agreeing(rank: int, folder: Path) -> None:
     """Rank 1 wishes something after its 50th update, at which rank 0 wishes less; both write down when they heard."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     update = 0
     with distributed.process_group(torch.device("cpu")):
         agreement = Agreement(lambda: (LEAVE if rank else SAVE) if update >= 50 else GOING_ON)
@@ -204,14 +202,11 @@ def _agreeing(rank: int, folder: str, port: int) -> None:
             time.sleep(0.004 * (1 + rank))
             update += 1
             heard = agreement.result()
-        Path(folder, str(rank)).write_text(f"{update} {agreement.gather(rank)}")
+        (folder / str(rank)).write_text(f"{update} {agreement.gather(rank)}")
 
 
 def test_processes_leave_after_the_same_update(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_agreeing, (str(tmp_path), port), nprocs=2)
+    on_ranks(_agreeing, 2, tmp_path)
     words = (tmp_path / "0").read_text()
     assert words == (tmp_path / "1").read_text() and words.endswith("[0, 1]")
     assert 50 < int(words.split()[0]) <= 53

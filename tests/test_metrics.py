@@ -2,12 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from evaluation.boundary.edge_loss import EdgeLossMeter
@@ -19,7 +18,9 @@ from evaluation.normals import NormalsMeter
 from evaluation.saliency import THRESHOLDS, SaliencyMeter
 from evaluation.segmentation import SegmentationMeter
 from losses.edge import BalancedBCELoss
+from tests.processes import on_ranks
 from tests.shared import golden
+from utils import distributed
 from utils.engine.tasks import TASKS
 
 CHANNELS = {"semseg": 5, "depth": 1, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
@@ -181,24 +182,21 @@ def test_reduce_only_once():
         meter.update(*batch("edge", 0))
 
 
-def _worker(rank: int, shares: list[list[int]], path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/init", rank=rank, world_size=len(shares))
+def _process(rank: int, shares: list[list[int]], folder: Path) -> None:
     scores = {}
-    for task in CHANNELS:
-        meter = meter_of(task)
-        for seed in shares[rank]:
-            meter.update(*batch(task, seed))
-        meter.reduce()
-        scores[task] = meter.compute()
-    with open(f"{path}/{rank}.json", "w", encoding="ascii") as file:
-        json.dump(scores, file)
-    dist.destroy_process_group()
+    with distributed.process_group(torch.device("cpu")):
+        for task in CHANNELS:
+            meter = meter_of(task)
+            for seed in shares[rank]:
+                meter.update(*batch(task, seed))
+            meter.reduce()
+            scores[task] = meter.compute()
+    (folder / f"{rank}.json").write_text(json.dumps(scores))
 
 
 def test_processes_with_uneven_shares_equal_one(tmp_path):
     shares = [[0, 1, 2], [3], []]                                      # the last process sees no image at all
-    mp.spawn(_worker, (shares, str(tmp_path)), nprocs=3)
+    on_ranks(_process, 3, shares, tmp_path)
     expected = {}
     for task in CHANNELS:
         meter = meter_of(task)

@@ -18,7 +18,8 @@ from data.transforms import build_transform
 from losses.balancing import build_balancing
 from losses.multi_task import MultiTaskLoss
 from losses.regression import L1Loss
-from tests.conftest import TINY, launch
+from tests.conftest import TINY
+from tests.processes import run_main
 from tests.shared import ROOT
 from utils.engine.build import build_split, evaluation_contexts, trained_model
 from utils.engine.config import load_config
@@ -237,8 +238,7 @@ def test_one_and_two_processes_learn_the_same(folder):
     one = losses_of(folder, "one")
     for scope in ("image", "process"):
         more = (f"version_name={scope}", "trBatch=1", f"loss_kwargs.loss_scope={scope}")
-        done = launch([*command, *arguments(folder, *more)], processes=2)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_main([*command, *arguments(folder, *more)], processes=2)
         two = losses_of(folder, scope)
         assert len(one) == len(two) == 4
         for a, b in zip(one, two, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import launch
+from tests.processes import run_main
 from tests.watched_run import EXPERIMENT, experiment
 from utils.engine.config import Config
 from utils.engine.predict import infer
@@ -96,9 +96,8 @@ def test_two_processes_report_what_one_infers(example_root, tmp_path):
                  "task_dictionary={include_semseg: true, include_depth: true, include_edge: true}", "max_iter=2",
                  "optimizer_kwargs.lr=1e-2", "valBatch=1", "report=false"]
     config = experiment(example_root, tmp_path, *arguments)
-    done = launch(["--config_exp", str(tmp_path / "watched.yml"), f"db_root={example_root}", f"out_dir={tmp_path}",
-                   *arguments], processes=2)
-    assert done.returncode == 0, done.stderr
+    run_main(["--config_exp", str(tmp_path / "watched.yml"), f"db_root={example_root}", f"out_dir={tmp_path}",
+              *arguments], processes=2)
     reported, found = scores(config.run_dir / "results" / "step_2.json"), inferred(config, tmp_path / "infer")
     assert found.keys() == reported.keys() == {"semseg", "depth", "edge"}
     for task, values in reported.items():

@@ -1,18 +1,16 @@
 """Models of which every process holds a part (`parallel: fsdp`): two gloo processes make what DDP makes of them."""
 
 import json
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from losses.balancing import BALANCING
 from scripts.faults.runs import Stage, checkpoint, metrics
+from tests.processes import on_ranks
 from tests.test_train import NYUD
 from utils import distributed
 from utils.engine import spread
@@ -46,10 +44,7 @@ def plain() -> tuple[Plain, torch.Tensor]:
     return model, torch.stack([torch.stack([p.grad.norm(order) for p in model.parameters()]) for order in ORDERS])
 
 
-def _process(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _process(rank: int, folder: Path) -> None:
     with distributed.process_group(torch.device("cpu")):
         model, norms = plain()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -63,14 +58,11 @@ def _process(rank: int, folder: str, port: int) -> None:
                 "more": gathered["more"], "elsewhere": [n for n, value in gathered["model"].items() if value is None],
                 "same": rank > 0 or all(torch.equal(gathered["model"][name], value) for name, value in before.items()),
                 "parted": torch.equal(local(parted), local(model.tail.weight)) and parted.shape == (1, 2)}
-    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
 
 
 def test_a_process_holds_its_part_and_all_of_it_is_brought_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (str(tmp_path), port), nprocs=2, start_method="fork")
+    on_ranks(_process, 2, tmp_path)
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     model, norms = plain()
     total = sum(parameter.numel() for parameter in model.parameters())

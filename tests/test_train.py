@@ -14,6 +14,7 @@ import torch
 
 from losses.multi_task import MultiTaskLoss
 from tests.conftest import launch
+from tests.processes import run_main
 from tests.shared import ROOT
 from utils.engine.config import load_config
 from utils.engine.train import train
@@ -83,12 +84,13 @@ def test_accumulation_equals_a_larger_batch(tiny):
 def test_two_processes_equal_one(tiny):
     """The same losses at the same global batch (1e-5 relative), and every launcher's command line works."""
     base = ["--run_mode", "train", "--config_exp", NYUD, *tiny, *QUIET]
-    for processes, batch, launcher in ((1, 4, "torchrun"), (2, 2, "torchrun"), (2, 2, "launch")):
-        done = launch([*base, f"trBatch={batch}", f"version_name={launcher}{processes}"], processes, launcher)
+    train(load_config(NYUD, [*tiny, *QUIET, "trBatch=4", "version_name=one"]), resume=False)
+    for launcher, processes in (("torchrun", 2), ("launch", 1)):
+        done = launch([*base, f"trBatch={4 // processes}", f"version_name={launcher}"], processes, launcher)
         assert done.returncode == 0, done.stdout + done.stderr
     runs = Path(next(item for item in tiny if item.startswith("out_dir=")).removeprefix("out_dir="))
-    one = rows(runs / "torchrun1", "train")
-    for name in ("torchrun2", "launch2"):
+    one = rows(runs / "one", "train")
+    for name in ("torchrun", "launch"):
         for a, b in zip(one, rows(runs / name, "train"), strict=True):
             assert a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5)
             assert a["loss/semseg"] == pytest.approx(b["loss/semseg"], rel=1e-5)
@@ -101,9 +103,8 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(tiny):
     results = []
     for processes in (1, 2, 3):
         out = config.run_dir / f"infer{processes}"
-        done = launch(["--run_mode", "infer", "--trained_model", str(config.run_dir / "last.pt"), "--output", str(out),
-                       "valBatch=1"], processes)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_main(["--run_mode", "infer", "--trained_model", str(config.run_dir / "last.pt"), "--output", str(out),
+                  "valBatch=1"], processes)
         results.append(json.loads((out / "results.json").read_text())["scores"])
         assert len(list((out / "edge").glob("*.png"))) == 5
     for other in results[1:]:
