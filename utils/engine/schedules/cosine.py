@@ -3,22 +3,18 @@
 import math
 from dataclasses import dataclass
 
-from utils.engine.schedules import ScheduleOptions
+from utils.engine.schedules import WarmUpOptions
 
 
 @dataclass(frozen=True)
-class CosineConfig(ScheduleOptions):
-    """min_lr, warmup_iters (counted in updates): see `Cosine`."""
+class CosineConfig(WarmUpOptions):
+    """min_lr, warmup_iters: see `Cosine`."""
 
     min_lr: float = 0.0
-    warmup_iters: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(self.min_lr >= 0, "min_lr", "at least 0")
-        self.require(self.warmup_iters >= 0, "warmup_iters", "at least 0")
-
-    def check(self, total: int) -> None:
-        self.require(self.warmup_iters < total, "warmup_iters", f"below max_iter ({total})")
 
 
 class Cosine:

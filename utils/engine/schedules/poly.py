@@ -2,24 +2,20 @@
 
 from dataclasses import dataclass
 
-from utils.engine.schedules import ScheduleOptions
+from utils.engine.schedules import WarmUpOptions
 
 
 @dataclass(frozen=True)
-class PolyConfig(ScheduleOptions):
-    """power, min_lr, warmup_iters (counted in updates): see `Poly`."""
+class PolyConfig(WarmUpOptions):
+    """power, min_lr, warmup_iters: see `Poly`."""
 
     power: float = 0.9
     min_lr: float = 0.0
-    warmup_iters: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(self.power >= 0, "power", "at least 0")
         self.require(self.min_lr >= 0, "min_lr", "at least 0")
-        self.require(self.warmup_iters >= 0, "warmup_iters", "at least 0")
-
-    def check(self, total: int) -> None:
-        self.require(self.warmup_iters < total, "warmup_iters", f"below max_iter ({total})")
 
 
 class Poly:
@@ -33,5 +29,4 @@ class Poly:
     def __call__(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
         c = self.config
-        decayed = c.min_lr + (self.lr - c.min_lr) * (1 - step / self.total) ** c.power
-        return decayed * min(1.0, (step + 1) / c.warmup_iters) if c.warmup_iters else decayed
+        return (c.min_lr + (self.lr - c.min_lr) * (1 - step / self.total) ** c.power) * c.warm_up(step)
