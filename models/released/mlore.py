@@ -29,41 +29,39 @@ def module_rows(old: str, new: str) -> tuple[tuple[str, str], ...]:
             (old + "router_1.{task}.1.", new + "router.{task}.logits."))
 
 
-class ReleasedMLoRE(Released):
+class ReleasedMixtures(Released):
     """Experts are joined to the tensors of their mixture."""
 
     def convert(self, state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:
-        found, dead = {}, self.dead_keys(state)
-        for key in state:
-            if key not in dead:
-                name, place = locate(key)
-                found.setdefault(name, {})[place] = reshaped(name, state[key])
+        found: dict[str, dict[int, Tensor]] = {}
+        dead = self.dead_keys(state)
+        for key in (key for key in state if key not in dead):
+            name, place = self.locate(key)
+            found.setdefault(name, {})[place] = self.reshaped(name, state[key])
         return {name: joined(name, [parts[place] for place in sorted(parts)]) for name, parts in found.items()}
 
+    def locate(self, key: str) -> tuple[str, int]:
+        """Our name of a key, and the place of its expert in that tensor (0 where there is no list of experts)."""
+        name, parts = self.find(key)
+        return name, int(parts.get("expert", 0))
 
-MLORE = ReleasedMLoRE(("backbone.MLoRE_1.", "backbone.q_generate."), (
+    def reshaped(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of the original in the shape it has here, an expert's as the slice it becomes."""
+        if name == "encoder.pos_embed":
+            return value[:, 1:]  # the row of the class token that is not there
+        if name.endswith(".up_bias"):
+            return value[None]  # (C,) -> (1, C)
+        is_linear = name.endswith(".up") or (".router." in name and value.ndim == 4)
+        return value[:, :, 0, 0] if is_linear else value  # a 1 x 1 convolution is a linear layer
+
+
+MLORE = ReleasedMixtures(("backbone.MLoRE_1.", "backbone.q_generate."), (
     *module_rows(MODULE, OURS),
     ("backbone.<fea_fuse|task_mask>.", "decoder.<tap_proj|mix>."),
     ("backbone.", "encoder."),
     ("heads.{task}.<mt_proj.0|mt_proj.1|linear_pred>.", "heads.{task}.<conv|norm|proj>."),
 ), dead=r"(backbone.q_fuse.|backbone.classify_route_\d.|aux_heads.|[^ ]*.virt_conv.)", tails=EXPERT_TAILS)
 # Dead: unused layers of the ViT-B model, and kernels that its files store after folding, which follow from the factors.
-
-
-def locate(key: str) -> tuple[str, int]:
-    """Our name of a key, and the place of its expert in that tensor (0 where there is no list of experts)."""
-    name, parts = MLORE.find(key)
-    return name, int(parts.get("expert", 0))
-
-
-def reshaped(name: str, value: Tensor) -> Tensor:
-    """A tensor of the original in the shape it has here, an expert's as the slice it becomes."""
-    if name == "encoder.pos_embed":
-        return value[:, 1:]  # the row of the class token that is not there
-    if name.endswith(".up_bias"):
-        return value[None]  # (C,) -> (1, C)
-    is_linear = name.endswith(".up") or (".router." in name and value.ndim == 4)
-    return value[:, :, 0, 0] if is_linear else value  # a 1 x 1 convolution is a linear layer
 
 
 def joined(name: str, parts: list[Tensor]) -> Tensor:

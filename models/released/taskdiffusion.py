@@ -1,27 +1,19 @@
 """Released checkpoints of TaskDiffusion (Yang et al., ICLR 2025), alone and with MLoRE: their keys, and ours."""
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor
 
-from models.released import mlore
-from models.released.kind import Released
-from models.released.mlore import EXPERT_TAILS, joined, module_rows
+from models.released.mlore import EXPERT_TAILS, ReleasedMixtures, module_rows
 
 TREE = "heads.fpn_encoder."
 TIME = "<conv_1|norm|time_mlp.1|conv_2>."
 OURS = "<conv|norm|modulation.proj|proj>."
 
 
-class ReleasedTaskDiffusion(Released):
-    """Experts are joined to the tensors of their mixture."""
+class ReleasedTaskDiffusion(ReleasedMixtures):
+    """Its vectors for void pixels are tables of one row."""
 
-    def convert(self, state: Mapping[str, Tensor], tasks: Sequence[str]) -> dict[str, Tensor]:
-        found: dict[str, dict[int, Tensor]] = {}
-        for key in state:
-            name, place = locate(key)
-            found.setdefault(name, {})[place] = reshaped(name, state[key])
-        return {name: joined(name, [parts[place] for place in sorted(parts)]) for name, parts in found.items()}
+    def reshaped(self, name: str, value: Tensor) -> Tensor:
+        return value[0] if name.endswith(".void") else super().reshaped(name, value)
 
 
 TASKDIFFUSION = ReleasedTaskDiffusion(("heads.time_mlp.0.",), (
@@ -45,14 +37,3 @@ TASKDIFFUSION = ReleasedTaskDiffusion(("heads.time_mlp.0.",), (
     ("backbone.fea_fuse.", "decoder.tap_proj."),
     ("backbone.", "encoder."),
 ), tails=EXPERT_TAILS)
-
-
-def locate(key: str) -> tuple[str, int]:
-    """Our name of a key, and the place of its expert in that tensor (0 where there is no list of experts)."""
-    name, parts = TASKDIFFUSION.find(key)
-    return name, int(parts.get("expert", 0))
-
-
-def reshaped(name: str, value: Tensor) -> Tensor:
-    """A tensor of the original in the shape it has here, an expert's as the slice it becomes."""
-    return value[0] if name.endswith(".void") else mlore.reshaped(name, value)

@@ -15,7 +15,7 @@ from data.labels import VOID
 from models.blocks.resize import resize
 from models.blocks.stacked import split_by_task
 from models.model import MultiTaskModel
-from models.released.mlore import MLORE, locate, reshaped
+from models.released.mlore import MLORE
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, scaled_error
 from scripts.parity.case import MODEL, Bounds, Case, System
@@ -77,12 +77,12 @@ def _training(case: Case, run: str) -> Iterator[Measure]:
 
 def _same_part(key: str, tensors: Mapping[str, Tensor], want: Tensor, case: Case) -> tuple[Tensor, Tensor]:
     """The reference tensor in our shape, and the part of ours that belongs to it."""
-    name, place = locate(key)
+    name, place = MLORE.locate(key)
     ours = tensors[name]
     if ".experts." in name:
         sizes = [1] * len(case.config["rank_list"]) if name.endswith("up_bias") else case.config["rank_list"]
         ours = ours.split(list(sizes), dim=1 if name.endswith(".up") else 0)[place]
-    return ours, reshaped(name, want)
+    return ours, MLORE.reshaped(name, want)
 
 
 def _losses(case: Case) -> Iterator[Measure]:
@@ -132,7 +132,7 @@ def _single_kernels(case: Case) -> Iterator[Measure]:
     modules = dict(case.model().named_modules())
     for key, want in case.below("folded_kernel.").items():
         path, kind = key.rsplit(".", 1)
-        name, place = locate(f"{path}.M.weight")
+        name, place = MLORE.locate(f"{path}.M.weight")
         name, _, task = name.removesuffix(".up").partition(".own_expert.")
         path, place = (f"{name}.own_expert", case.tasks.index(task)) if task else (name, place)
         with torch.no_grad():
@@ -201,7 +201,8 @@ def _full_size(entry: dict) -> Iterator[Measure]:
     shapes, image_size = entry["state_dict"], entry["config"]["img_size"]
     tasks = [key.split(".")[1] for key in shapes if re.fullmatch(r"heads\.\w+\.linear_pred\.weight", key)]
     model = shipped("mlore", tasks, image_size, entry["total_params"])
-    joined = sum(locate(key)[1] > 0 for key in shapes.keys() - compare.dead_keys(shapes))  # all experts but the first
+    kept = shapes.keys() - compare.dead_keys(shapes)
+    joined = sum(MLORE.locate(key)[1] > 0 for key in kept)  # all experts but the first
     row = shapes["backbone.pos_embed"][-1]  # of the class token
     yield from compare.keys(model, shapes, tuple(model.heads), entry["total_params"] - row,
                             entry["params_never_used_in_forward"], joined)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.labels import VOID
 from models.blocks.stacked import split_by_task
 from models.model import MultiTaskModel
-from models.released.taskdiffusion import TASKDIFFUSION, locate, reshaped
+from models.released.taskdiffusion import TASKDIFFUSION
 from scripts.parity import compare
 from scripts.parity.base import Bound, Measure, scaled_error, stored_error, stored_share
 from scripts.parity.case import MODEL, Bounds, Case, System
@@ -153,7 +153,7 @@ def _training(case: Case) -> Iterator[Measure]:
 def _full_gradients(case: Case) -> Iterator[Measure]:
     gradients, floor = _gradients(_step(case).model), _floor(case)
     for key, want in load_file(case.holding("gradients")).items():
-        error = stored_error(_part(case, key, gradients), reshaped(locate(key)[0], want))
+        error = stored_error(_part(case, key, gradients), TASKDIFFUSION.reshaped(TASKDIFFUSION.locate(key)[0], want))
         yield Measure(f"grad {key}", error / max(want.abs().max().item(), floor), case.options.pick(1e-9, 1e-2))
 
 
@@ -197,7 +197,7 @@ def _gradients(model: MultiTaskModel) -> dict[str, Tensor]:
 
 def _part(case: Case, key: str, gradients: Mapping[str, Tensor]) -> Tensor:
     """Our gradient of what has this key in the original."""
-    name, place = locate(key)
+    name, place = TASKDIFFUSION.locate(key)
     grad = gradients[name]
     if ".experts." not in name:
         return grad
@@ -209,7 +209,7 @@ def _part(case: Case, key: str, gradients: Mapping[str, Tensor]) -> Tensor:
 def _full_size(entry: dict) -> Iterator[Measure]:
     shapes, config = entry["state_dict"], entry["config"]
     model = shipped("taskdiffusion", list(config["tasks"]), config["img_size"], entry["total_params"])
-    joined = sum(locate(key)[1] > 0 for key in shapes)  # all experts but the first
+    joined = sum(TASKDIFFUSION.locate(key)[1] > 0 for key in shapes)  # all experts but the first
     row = shapes["backbone.pos_embed"][-1]  # of the class token
     yield from compare.keys(model, shapes, tuple(config["tasks"]), entry["total_params"] - row, joined=joined)
     decoder, config = model.decoder, entry["config"]
