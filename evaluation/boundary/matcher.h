@@ -62,7 +62,13 @@ class Matcher {
     }
 
     int64_t size() const { return size_; }
-    const std::vector<int32_t>& partner_of_truth() const { return partner_of_truth_; }
+
+    // The flat index of a prediction pixel's partner, or NONE.
+    int32_t partner(int32_t pixel) const {
+        const int32_t truth = partner_of_pixel_[pixel];
+        if (truth == NONE) return NONE;
+        return std::upper_bound(first_.begin(), first_.end(), truth) - first_.begin() - 1;
+    }
 
   private:
     struct Row { int dy, half; };

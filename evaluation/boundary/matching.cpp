@@ -1,5 +1,5 @@
-// Thinning and matching of boundary maps at many thresholds, the compiled twin of what matching.py does with
-// scikit-image and SciPy. It goes from the highest threshold to the lowest, so that pixels mostly arrive.
+// Thinning and matching of boundary maps at many thresholds, the compiled twin of what thinning.py and matching.py do with
+// OpenCV and SciPy. It goes from the highest threshold to the lowest, so that pixels mostly arrive.
 
 #include <algorithm>
 #include <array>
@@ -129,30 +129,10 @@ py::array_t<int64_t> count_annotators(const Levels& levels, const Map& truths, i
     return out;
 }
 
-// For each pixel of `prediction` (H, W) the flat index of its partner in `truth`, -1 without one.
+// For each pixel of `prediction` (H, W) the flat index of its partner in `truth`, -1 without one. Matching: which of the
+// maximum matchings it is, any (Matcher) or one with the least sum of distances (Assignment).
+template <typename Matching>
 py::array_t<int32_t> match(const Map& prediction, const Map& truth, double distance) {
-    same_size(prediction, truth);
-    const int height = prediction.shape(0), width = prediction.shape(1);
-    py::array_t<int32_t> out({height, width});
-    int32_t* partner = out.mutable_data();
-    const bool *in = prediction.data(), *wanted = truth.data();
-    py::gil_scoped_release release;
-    std::vector<uint8_t> map(in, in + static_cast<size_t>(height) * width);
-    std::vector<int32_t> set, truth_pixels;
-    for (int32_t i = 0; i < height * width; ++i) {
-        partner[i] = NONE;
-        if (in[i]) set.push_back(i);
-        if (wanted[i]) truth_pixels.push_back(i);
-    }
-    Matcher matcher(wanted, height, width, distance);
-    matcher.update(set, map);
-    for (size_t t = 0; t < truth_pixels.size(); ++t)
-        if (matcher.partner_of_truth()[t] != NONE) partner[matcher.partner_of_truth()[t]] = truth_pixels[t];
-    return out;
-}
-
-// Like `match`, and of all maximum matchings one with the least sum of distances.
-py::array_t<int32_t> cheapest_match(const Map& prediction, const Map& truth, double distance) {
     same_size(prediction, truth);
     const int height = prediction.shape(0), width = prediction.shape(1);
     py::array_t<int32_t> out({height, width});
@@ -163,9 +143,9 @@ py::array_t<int32_t> cheapest_match(const Map& prediction, const Map& truth, dou
     std::vector<int32_t> set;
     for (int32_t i = 0; i < height * width; ++i)
         if (in[i]) set.push_back(i);
-    Assignment assignment(wanted, height, width, distance);
-    assignment.update(set, map);
-    for (int32_t i = 0; i < height * width; ++i) partner[i] = assignment.partner(i);
+    Matching matching(wanted, height, width, distance);
+    matching.update(set, map);
+    for (int32_t i = 0; i < height * width; ++i) partner[i] = matching.partner(i);
     return out;
 }
 
@@ -175,6 +155,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     module.def("thin", &thin);
     module.def("count_levels", &count_levels);
     module.def("count_annotators", &count_annotators);
-    module.def("match", &match);
-    module.def("cheapest_match", &cheapest_match);
+    module.def("match", &match<Matcher>);
+    module.def("cheapest_match", &match<Assignment>);
 }
