@@ -47,11 +47,6 @@ def test_one_car_and_its_camera(label):
     assert RULES.size_of(label) == (500, 1000) and label.is_known and not RULES.is_void(label)
 
 
-def test_files_and_boxes_count_the_same_classes():
-    """The names stand twice: files are described without loading PyTorch."""
-    assert VEHICLES == boxes3d.CLASSES
-
-
 def test_nothing_to_learn_from(tmp_path):
     path = written(tmp_path, objects=[CAR | {"label": "trailer"}])
     assert not has_boxes(path) and RULES.is_void(read_boxes(path))
@@ -185,7 +180,7 @@ def test_by_value_between_processes(label):
 
 
 def test_a_prediction_file_says_what_was_annotated(label):
-    [found] = prediction_json(label._replace(scores=torch.tensor([0.5])), boxes3d.CLASSES)["objects"]
+    [found] = prediction_json(label._replace(scores=torch.tensor([0.5])), VEHICLES)["objects"]
     for key in ("center", "dimensions", "rotation"):
         assert found["3d"][key] == pytest.approx(CAR["3d"][key])
     assert found["2d"]["modal"] == CAR["2d"]["modal"] and (found["label"], found["score"]) == ("car", 0.5)

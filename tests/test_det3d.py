@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.base import MultiTaskDataset
-from data.boxes_file import prediction_json, read_boxes
+from data.boxes_file import VEHICLES, prediction_json, read_boxes
 from data.boxes_label import Boxes3DLabel
 from data.datasets import DATASETS
 from data.partial import PartialLabels
@@ -22,7 +22,7 @@ from scripts.example_data.write import write_example
 from tests.conftest import TINY
 from tests.processes import run_main
 from tests.shared import ROOT, golden
-from utils.boxes3d import CLASSES, Boxes3D, view_to_image
+from utils.boxes3d import Boxes3D, view_to_image
 from utils.engine.box_views import BOXES, shown
 from utils.engine.build import build_split
 from utils.engine.config import load_config
@@ -166,7 +166,7 @@ def boxes(street) -> Boxes3D:
 
 
 def test_vehicles_are_drawn_on_the_picture(boxes):
-    context, grey = TaskContext(6, class_names=CLASSES), np.full((64, 128, 3), 90, np.uint8)
+    context, grey = TaskContext(6, class_names=VEHICLES), np.full((64, 128, 3), 90, np.uint8)
     picture = BOXES.picture(boxes, context, grey)
     assert picture.shape == (512, 1024, 3) and (picture == (60, 220, 60)).all(axis=-1).any()
     empty = BOXES.picture(boxes.select(slice(0)), context, grey)
@@ -188,7 +188,7 @@ def test_a_vehicle_beside_the_camera_is_drawn_as_far_as_it_is_seen(boxes):
 def test_raw_files_are_those_of_the_official_evaluation(boxes, tmp_path):
     found = boxes._replace(scores=torch.ones(len(boxes.labels)))
     path = BOXES.write(tmp_path / "det3d" / "a.b", found, TaskContext(6))
-    assert path.name == "a.b.json" and json.loads(path.read_text()) == prediction_json(found, CLASSES)
+    assert path.name == "a.b.json" and json.loads(path.read_text()) == prediction_json(found, VEHICLES)
     assert "metres" in BOXES.raw_format(TaskContext(6))
 
 
@@ -209,7 +209,7 @@ def test_published_prediction_files():
                 projected=result["centers2d"], modal=result["boxes2d_score"][:, :4], scores=result["scores"],
                 image_size=torch.tensor([1024, 2048]))
             want = json.loads((folder / "predictions" / f"{file}_leftImg8bit.json").read_text())["objects"]
-            got = prediction_json(found, CLASSES)["objects"]
+            got = prediction_json(found, VEHICLES)["objects"]
             assert [entry["label"] for entry in got] == [entry["label"] for entry in want]
             for ours, theirs in zip(got, want, strict=True):
                 assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
@@ -222,7 +222,7 @@ def test_published_prediction_files():
 
 
 def test_the_report_shows_classes_that_are_there(boxes):
-    meter = DetectionMeter(CLASSES)
+    meter = DetectionMeter(VEHICLES)
     meter.update([boxes._replace(scores=torch.ones(len(boxes.labels)))], [boxes])
     meter.reduce()
     score, precision = meter.figures()

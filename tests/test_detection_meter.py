@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.boxes_file import read_boxes
+from data.boxes_file import VEHICLES, read_boxes
 from data.boxes_label import Boxes3DLabel
 from evaluation.detection3d.matching import is_ignored, match, overlaps
 from evaluation.detection3d.meter import SIMILARITIES, DetectionMeter, average_precision
 from tests.shared import golden
-from utils.boxes3d import CLASSES, Boxes3D
+from utils.boxes3d import Boxes3D
 
 CASES = ("noisy", "good", "perfect", "no_predictions", "no_ground_truth", "missing_files", "one_depth_bin")
 
@@ -61,7 +61,7 @@ def test_three_cars_by_hand():
     """Two are found, one of them turned by 90 degrees and 10 m off; one is missed, and one prediction is wrong."""
     truth = image((12, 0, 0.0), (30, 200, 0.0), (50, 400, 0.0))
     found = image((12, 0, 0.0), (40, 200, math.pi / 2), (20, 900, 0.0), scores=[0.9, 0.5, 0.7])
-    meter = DetectionMeter(CLASSES)
+    meter = DetectionMeter(VEHICLES)
     meter.update([found], [truth])
     meter.reduce()
     scores, official = meter.compute(), meter.official()
@@ -75,7 +75,7 @@ def test_three_cars_by_hand():
 
 def test_images_of_which_nobody_knows_are_not_counted():
     unknown = Boxes3DLabel().absent((1024, 2048))
-    meter = DetectionMeter(CLASSES)
+    meter = DetectionMeter(VEHICLES)
     meter.update([image((12, 0, 0.0), scores=[0.9])], [unknown])
     assert meter.valid_pixels == 0 and not meter.state["wrong"].any()
     assert math.isnan(meter.compute()["mDS"])
@@ -90,7 +90,7 @@ def test_parts_of_a_split_add_up():
                                                                    generator.uniform(-3, 3, 4), strict=True))]
         moved = [(d + 1, u + generator.uniform(0, 25), yaw + 0.2) for d, u, yaw in rows]
         pairs.append((image(*moved, scores=generator.uniform(0, 1, 4).tolist()), image(*rows)))
-    whole, parts = DetectionMeter(CLASSES), [DetectionMeter(CLASSES) for _ in range(2)]
+    whole, parts = DetectionMeter(VEHICLES), [DetectionMeter(VEHICLES) for _ in range(2)]
     whole.update(*zip(*pairs, strict=True))
     for number, (pred, target) in enumerate(reversed(pairs)):
         parts[number % 2].update([pred], [target])
@@ -113,7 +113,7 @@ def predictions(path: Path, truth: Boxes3D) -> Boxes3D:
 
 
 def measured(truths: Path, predicted: Path, scratch: Path) -> DetectionMeter:
-    meter, found = DetectionMeter(CLASSES), {path.name.rpartition("_")[0]: path for path in predicted.rglob("*.json")}
+    meter, found = DetectionMeter(VEHICLES), {path.name.rpartition("_")[0]: path for path in predicted.rglob("*.json")}
     for path in sorted(truths.rglob("*.json")):
         truth = read_boxes(path)
         copy = scratch / path.name
@@ -127,7 +127,7 @@ def measured(truths: Path, predicted: Path, scratch: Path) -> DetectionMeter:
 
 def assert_same(meter: DetectionMeter, want: dict) -> None:
     got = meter.official()
-    for name in CLASSES:
+    for name in VEHICLES:
         for part in ("AP", *SIMILARITIES):
             assert got[part][name] == pytest.approx(want[part][name]["auc"], abs=1e-12), (part, name)
         for part in ("Detection_Score", "working_confidence", "GT_stats"):
@@ -174,7 +174,7 @@ def random_files(generator: np.random.Generator) -> tuple[dict, dict]:
         "u0": 1096.9, "v0": 513.1, "baseline": 0.21}}
     truth, found = [], []
     for number in range(generator.integers(4, 10)):
-        label, yaw = CLASSES[generator.integers(3)], generator.uniform(-3, 3)
+        label, yaw = VEHICLES[generator.integers(3)], generator.uniform(-3, 3)
         box = generator.uniform((0, 0, 40, 40), (1500, 700, 300, 300))
         center, size = generator.uniform((5, -20, -1), (110, 20, 1)), generator.uniform((2, 1, 1), (9, 3, 3))
         space = {"center": center, "dimensions": size, "rotation": [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]}
@@ -182,7 +182,7 @@ def random_files(generator: np.random.Generator) -> tuple[dict, dict]:
         for _ in range(generator.integers(0, 3)):
             near = {"center": center + generator.normal(0, 1, 3), "dimensions": size * generator.uniform(0.8, 1.2, 3),
                     "rotation": [np.cos(yaw / 2 + 0.1), 0, 0, np.sin(yaw / 2 + 0.1)]}
-            kind = label if generator.random() < 0.8 else CLASSES[generator.integers(3)]
+            kind = label if generator.random() < 0.8 else VEHICLES[generator.integers(3)]
             found.append(entry(kind, box + generator.normal(0, 6, 4), near, generator.random(), len(found)))
     return camera | {"objects": truth}, {"objects": found}
 

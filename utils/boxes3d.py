@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-CLASSES = ("car", "truck", "bus", "train", "motorcycle", "bicycle")        # labels 0..5
 Reading = Literal["correct", "original"]
 OF_VEHICLES = ("labels", "centers", "projected", "sizes", "angles", "modal", "amodal")      # one row for each
 NEAREST_M = 0.01            # what lies nearer to the camera's plane than this is not projected
@@ -30,11 +29,11 @@ VIEW_AXES = ((0.0, -1.0, 0.0), (0.0, 0.0, -1.0), (1.0, 0.0, 0.0))          # row
 class Boxes3D(NamedTuple):
     """The vehicles of one image, n of them (also 0), and its camera: a label, or with `scores` a prediction.
 
-    labels (n,) long, 0..5 of `CLASSES`. centers (n, 3): x, y, z in S. projected (n, 3): u, v, z. sizes (n, 3): length,
-    width, height. angles (n, 3): a, b, c of the rotation in S. modal, amodal (n, 4): xmin, ymin, xmax, ymax of the
-    visible part and of the whole vehicle. intrinsics (3, 3): K; sensor (3, 4): T, NaN where nobody knows whether there
-    are vehicles; image_size (2,) long: H, W. All pixels are those of an image of this size. ignore (m, 4): regions in
-    which vehicles are not told apart. reading: what the angles are. Labels are float64.
+    labels (n,) long, 0..5 of `data.boxes_file.VEHICLES`. centers (n, 3): x, y, z in S. projected (n, 3): u, v, z.
+    sizes (n, 3): length, width, height. angles (n, 3): a, b, c of the rotation in S. modal, amodal (n, 4): xmin, ymin,
+    xmax, ymax of the visible part and of the whole vehicle. intrinsics (3, 3): K; sensor (3, 4): T, NaN where nobody
+    knows whether there are vehicles; image_size (2,) long: H, W. All pixels are those of an image of this size.
+    ignore (m, 4): regions in which vehicles are not told apart. reading: what the angles are. Labels are float64.
     """
 
     labels: Tensor

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.base import MultiTaskDataset
-from data.boxes_file import prediction_json, read_boxes
+from data.boxes_file import VEHICLES, prediction_json, read_boxes
 from data.boxes_label import Boxes3DLabel
 from data.datasets import DATASETS
 from data.datasets.cityscapes import VOID_DISPARITY
@@ -27,7 +27,6 @@ from evaluation.detection3d.meter import SIMILARITIES, DetectionMeter
 from scripts.parity.base import Bound, Check, Folder, Measure, Options, absolute_error, below
 from scripts.parity.detection3d import output_of
 from utils.boxes3d import (
-    CLASSES,
     Boxes3D,
     amodal_boxes,
     matrix_to_quaternion,
@@ -156,7 +155,7 @@ def _predictions(config: dict, arrays: Path, annotations: Path, folder: Path, op
                for name in config["annotations"]]
     found = decode(output_of(config, load_file(arrays), options), cameras, limits)
     for name, camera, detections in zip(config["annotations"], cameras, found, strict=True):
-        got = prediction_json(seen_by(camera, detections)._replace(image_size=WRITTEN_AS), CLASSES)["objects"]
+        got = prediction_json(seen_by(camera, detections)._replace(image_size=WRITTEN_AS), VEHICLES)["objects"]
         want = json.loads((folder / name.replace("gtBbox3d", "leftImg8bit")).read_text(encoding="utf-8"))["objects"]
         yield Measure(f"{name}: objects", abs(len(got) - len(want)))
         for ours, theirs in zip(got, want, strict=True):
@@ -204,7 +203,7 @@ def _sample(data: MultiTaskDataset, name: str, want: dict[str, Tensor], rules: M
 
 
 def _score(want: dict, truth: Path, found: Path, options: Options) -> Iterator[Measure]:
-    meter, files = DetectionMeter(CLASSES), {path.name.rpartition("_")[0]: path for path in found.rglob("*.json")}
+    meter, files = DetectionMeter(VEHICLES), {path.name.rpartition("_")[0]: path for path in found.rglob("*.json")}
     for path in sorted(truth.rglob("*.json")):
         annotation = json.loads(path.read_text(encoding="utf-8"))
         name = path.name.rpartition("_")[0]
@@ -213,7 +212,7 @@ def _score(want: dict, truth: Path, found: Path, options: Options) -> Iterator[M
         meter.update([read({**annotation, "objects": objects})._replace(scores=scores)], [read(annotation)])
     meter.reduce()
     got = meter.official()
-    for name in CLASSES:
+    for name in VEHICLES:
         for part in ("AP", *SIMILARITIES):
             yield SCORE.measure(f"{part} {name}", got[part][name], want[part][name]["auc"], options)
         for part in ("Detection_Score", "working_confidence", "GT_stats"):

@@ -7,10 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data.boxes_file import prediction_json
+from data.boxes_file import VEHICLES, prediction_json
 from data.boxes_label import Boxes3DLabel
 from evaluation.evaluator import TaskContext
-from utils.boxes3d import CLASSES, EDGES, NEAREST_M, Boxes3D
+from utils.boxes3d import EDGES, NEAREST_M, Boxes3D
 from utils.engine.views import Colour, Legend, View, with_ending
 
 SHOWN = 0.3                  # predictions below this score are not drawn; the files have them
@@ -44,7 +44,7 @@ def _picture(boxes: Boxes3D, context: TaskContext, rgb: np.ndarray) -> np.ndarra
             ends = [tuple(np.rint((point + 0.5) * per_pixel - 0.5).astype(int).tolist()) for point in (start, end)]
             cv2.line(canvas, *ends, colour, max(2, canvas.shape[1] // 600), cv2.LINE_AA)
         at = np.nanmin(np.where(np.isfinite(line), line, np.nan).reshape(-1, 2), axis=0) if len(line) else np.zeros(2)
-        name = CLASSES[int(boxes.labels[number])]
+        name = VEHICLES[int(boxes.labels[number])]
         _write(canvas, f"{name} {far:.0f} m", np.clip(at * per_pixel, 0, None) - (0, 4), colour)
     inset = _from_above(boxes, int(0.46 * canvas.shape[0]))
     place = canvas[:inset.shape[0], canvas.shape[1] - inset.shape[1]:]
@@ -109,7 +109,7 @@ def _legend(boxes: Boxes3D, context: TaskContext) -> Legend:
     boxes = shown(boxes)
     far, labels = distances_m(boxes), boxes.labels.cpu().numpy()
     counts = {number: (labels == number).sum() for number in np.unique(labels).tolist()}
-    return [(PALETTE[number], f"{CLASSES[number]}: {count}, from {far[labels == number].min():.1f} m")
+    return [(PALETTE[number], f"{VEHICLES[number]}: {count}, from {far[labels == number].min():.1f} m")
             for number, count in counts.items()]
 
 
@@ -118,7 +118,7 @@ def _legend(boxes: Boxes3D, context: TaskContext) -> Legend:
 
 def _write_json(path: Path, boxes: Boxes3D, context: TaskContext) -> Path:
     path = with_ending(path, ".json")
-    path.write_text(json.dumps(prediction_json(boxes, CLASSES), indent=1) + "\n", encoding="ascii")
+    path.write_text(json.dumps(prediction_json(boxes, VEHICLES), indent=1) + "\n", encoding="ascii")
     return path
 
 
@@ -132,7 +132,7 @@ def save_boxes(predictions: Sequence[Boxes3D], meta: Sequence[Mapping], folder: 
     for boxes, image in zip(predictions, meta, strict=True):
         if "camera" in image:
             path = with_ending(folder / image["name"], ".json")
-            path.write_text(json.dumps(prediction_json(Boxes3DLabel().onto(boxes, image), CLASSES)), encoding="ascii")
+            path.write_text(json.dumps(prediction_json(Boxes3DLabel().onto(boxes, image), VEHICLES)), encoding="ascii")
 
 
 BOXES = View(_picture, _legend, _write_json, _format, unit="m")
