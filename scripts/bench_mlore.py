@@ -38,7 +38,7 @@ def _use(model: MultiTaskModel, kind: type[nn.Module], name: str | None = None) 
 
 def _as_defined(model: MultiTaskModel) -> None:
     model.train().eval()                                        # training mode drops folded kernels
-    _use(model, LowRankExperts, "one_by_one")
+    _use(model, LowRankExperts, "plain")
     _use(model, UpsampledConv, "plain")
 
 

@@ -88,15 +88,15 @@ def measure(config: Config, repeats: int) -> list[tuple[str, str]]:
     return rows
 
 
-def profiled(config: Config, steps: int = 3) -> str:
-    """Where the time of a training step goes: PyTorch's table of operators, by their own time."""
+def profiled(config: Config) -> str:
+    """Where the time of a training step goes, over three of them: PyTorch's table of operators, by their own time."""
     step = Step(config)
     step.train()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if step.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as found:
-        for _ in range(steps):
+        for _ in range(3):
             step.train()
     return found.key_averages().table(sort_by=f"self_{step.device.type}_time_total", row_limit=20)
 

@@ -114,7 +114,7 @@ def test_fused_experts_are_the_sum_of_single_ones():
     nn.init.normal_(experts.up_bias)
     nn.init.normal_(experts.down.bias)
     feat, gates = torch.randn(3, 6, 4, 5).double(), torch.randn(3, 3).double()
-    forms = (gradients(run, experts, feat, gates) for run in (experts, experts.one_by_one))
+    forms = (gradients(run, experts, feat, gates) for run in (experts, experts.plain))
     pairs = zip(*forms, strict=True)
     assert all(close(got, want) for got, want in pairs)
     kernels, biases = experts.kernels()

@@ -240,7 +240,7 @@ def test_what_cannot_be_recorded_goes_on_and_says_so_once(tiny, monkeypatch):
                     "(operation not permitted when stream is capturing)"]
     monkeypatch.setattr(updates.distributed, "world_size", lambda: 2)
     step = a_step()
-    with pytest.raises(ValueError, match="the processes cannot agree to go on; set cuda_graph=off"):
+    with pytest.raises(ValueError, match="the processes cannot agree to go on; set cuda_graph=false"):
         recorded(Update(step), Unrecordable()).recover(RuntimeError("x"))
 
 

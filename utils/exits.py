@@ -9,7 +9,6 @@ import zlib
 from datetime import timedelta
 from typing import NoReturn
 
-DONE = 0
 FAILED = 1
 USAGE = 2                   # wrong arguments; argparse's own code
 CONTINUE = 75               # the run was asked to leave and has saved; start it again with --resume

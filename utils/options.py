@@ -17,6 +17,7 @@ MOST_SHOWN = 20                     # of the valid names in a message
 MOST_CHARACTERS = 80                # of a value in a message
 LARGEST = 2**53                     # whole numbers up to here are exact in every format that a run writes
 Where = Callable[[str], str]        # dotted key -> the file (or argument) that holds it
+PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "empty"}
 
 
 class ConfigError(ValueError):
@@ -227,5 +228,4 @@ def _words(hint: Any) -> str:
         return "a list" if args[-1] is ... else f"a list of {len(args)} values"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, args))
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false",
-            type(None): "empty"}.get(hint, "a group of keys")
+    return PLAIN.get(hint, "a group of keys")

@@ -218,7 +218,7 @@ class SwinBackbone(nn.Module):
             side = (math.isqrt(len(own[key])) + 1) // 2  # of the window, whose table has (2 side - 1)^2 rows
             state[key] = resize_rel_pos_bias_table_simple(state[key], (side, side), own[key].shape)
         if resized:
-            logger.info(f"relative position tables resized to another window (bicubic): {len(resized)}")
+            logger.info("relative position tables resized to another window (bicubic): %d", len(resized))
         return state
 
 

@@ -158,5 +158,5 @@ def resize_position_embedding(embedding: Tensor, grid_size: tuple[int, int]) -> 
                          f"{height}x{width} grid of this model; use a checkpoint of the same image size")
     resized = resample_abs_pos_embed(embedding, grid_size, antialias=False)
     if resized is not embedding:
-        logger.info(f"position embedding resized from {side}x{side} to {height}x{width} (bicubic)")
+        logger.info("position embedding resized from %dx%d to %dx%d (bicubic)", side, side, height, width)
     return resized

@@ -42,7 +42,7 @@ class LowRankExperts(nn.Module):
         hidden = hidden * gates[:, self.owner, None, None]
         return F.conv2d(hidden, self.up[:, :, None, None]) + (gates @ self.up_bias)[..., None, None]
 
-    def one_by_one(self, feat: Tensor, gates: Tensor) -> Tensor:
+    def plain(self, feat: Tensor, gates: Tensor) -> Tensor:
         """The same as the definition reads: E full maps, then their weighted sum. For tests and time measurements."""
         parts = zip(self.down.weight.split(self.ranks), self.down.bias.split(self.ranks),
                     self.up.split(self.ranks, dim=1), self.up_bias, strict=True)

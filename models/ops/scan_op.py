@@ -2,8 +2,8 @@
 
 Registered with shapes for fake and meta tensors, a gradient formula and a cost, so that torch.compile, torch.export,
 meta-device counting and torch.utils.flop_counter all see one node where a scan runs. Step sizes of low rank are brought
-to the channels inside, so that only the former are kept for the backward pass. Which backend's kernels run ("cpp",
-"triton" or "torch") is an argument, decided by the caller. Routes travel as a flat list, four integers each.
+to the channels inside, so that only the former are kept for the backward pass. Which backend's kernels run, by its name
+in `models.ops.SCAN_BACKENDS`, is an argument, decided by the caller. Routes travel as a flat list, four integers each.
 """
 
 import functools

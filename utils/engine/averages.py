@@ -41,7 +41,6 @@ class MovingAverage(AveragedModel):
         self._started = None
 
 
-
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
     """What of it lies on this process."""
     return [local(tensor) for tensor in (*model.parameters(), *model.buffers())]

@@ -89,7 +89,7 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | P
         raise ValueError(f"{path} holds {held} but the configuration asks for {_describe(yaml_config)}: "
                          + differences(missing, unexpected, mismatched))
     model.load_state_dict({key: parted_like(tensor, own[key]) for key, tensor in state.items()})
-    logger.info(f"{path}: loaded {len(own)} / missing 0 / unexpected 0{ignored}")
+    logger.info("%s: loaded %d / missing 0 / unexpected 0%s", path, len(own), ignored)
 
 
 def convert_released(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

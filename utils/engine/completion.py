@@ -4,7 +4,6 @@ import argparse
 
 from utils.engine.help_config import keys
 
-SHELLS = ("bash", "zsh")
 SCRIPT = """\
 # Completes the arguments of `python main.py`, `torchrun ... main.py` and `./main.py`; other commands as before.
 _mtdp() {

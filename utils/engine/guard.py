@@ -162,7 +162,6 @@ class Guard:
             path.write_text(json.dumps(_writable(content), indent=1) + "\n", encoding="ascii")
         return str(path)
 
-
     def _layers(self, pending: _Pending) -> dict[str, Any]:
         """What the layers put out when the batches run through them once more, on this process.
 

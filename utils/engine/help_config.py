@@ -18,11 +18,9 @@ from typing import Any, Literal
 import yaml
 
 from utils.engine.config import Config
-from utils.options import nearest
+from utils.options import PLAIN, nearest
 
 WIDTH = 120
-PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Any: "a group of keys",
-         type(None): "empty"}
 
 
 def describe(key: str = "") -> str:

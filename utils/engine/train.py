@@ -103,7 +103,6 @@ def run_evaluation(run: Run, keeper: Keeper) -> None:
     panels: list = []
     progress = distributed.is_main() and config.progress
     contexts = evaluation_contexts(config, run.val_loader.dataset, config.boundary_eval, progress)
-
     review = Review(contexts, config.run_dir) if config.report and run.finished else None
 
     def look(batch: dict, predictions: dict) -> None:
@@ -187,9 +186,8 @@ class _Interval:
         images = rate * config.trBatch * distributed.world_size() * run.accumulate
         parts = " ".join(f"{name} {value:.3g}" for name, value in means.items() if name != "total")
         logger.info("step %d/%d  loss %.4g (%s)  lr %.2e  grad %.3g  %.3g it/s  %.3g img/s  mem %s  eta %s", run.step,
-                 run.total_steps, means["total"], parts, lr, grad_norm.item(), rate, images,
-                 in_words(peak_memory(run.device)), duration((run.total_steps - run.step) / rate))
+                    run.total_steps, means["total"], parts, lr, grad_norm.item(), rate, images,
+                    in_words(peak_memory(run.device)), duration((run.total_steps - run.step) / rate))
         run.writer.scalars("train", run.step, {**{f"loss/{k}": v for k, v in means.items()}, "lr": lr,
                                                "grad_norm": grad_norm.item(), "images_per_s": images})
         self.restart()
-

@@ -1,6 +1,6 @@
 """One update of the weights, from batches to the moving average. Nothing in it waits for the device.
 
-So it can also be recorded once and replayed (`cuda_graph: on`); the loop is the same.
+So it can also be recorded once and replayed (`cuda_graph: true`); the loop is the same.
 """
 
 import logging
@@ -152,7 +152,7 @@ class Update:
 
 
 def build_update(run: Trained) -> tuple[Update, Callable[[Sequence[Mapping[str, Any]]], Outcome]]:
-    """The update, and what the loop calls: itself or, with `cuda_graph: on`, a recording of it."""
+    """The update, and what the loop calls: itself or, with `cuda_graph: true`, a recording of it."""
     update = Update(run)
     if not run.config.cuda_graph:
         return update, update
@@ -174,8 +174,8 @@ def recorded(update: Update, recorder: Recorder) -> Recorded:
 
     def recover(error: RuntimeError) -> None:
         if distributed.world_size() > 1:
-            raise ValueError("an update cannot be recorded, and the processes cannot agree to go on; set cuda_graph=off"
-                             f" ({error})") from error
+            raise ValueError("an update cannot be recorded, and the processes cannot agree to go on; set "
+                             f"cuda_graph=false ({error})") from error
         scaler = torch.amp.GradScaler(run.device.type, enabled=run.scaler.is_enabled())
         scaler.load_state_dict(run.scaler.state_dict())         # the old one has seen half an update
         run.scaler = scaler

@@ -1,5 +1,6 @@
 """Any optimizer of PyTorch or timm: `optimizer: torch:RAdam`, `optimizer: timm:lion`."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ class NamedConfig(Options):
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.require(0 < self.lr < 1e6, "lr", "positive and finite")
+        self.require(0 < self.lr < math.inf, "lr", "positive and finite")
         self.require(self.weight_decay >= 0, "weight_decay", "at least 0")
 
 
