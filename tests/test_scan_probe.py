@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.ops import scan_triton
+from models.ops import norms, scan_triton
 from models.ops.scan_choice import Kernels
 from models.ops.scan_probe import probe
 from models.ops.scan_torch import TORCH
@@ -70,5 +70,6 @@ def test_kernels_that_fail_are_said_to():
 
 def test_a_trial_inside_a_captured_graph_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="cannot happen inside the capture of a CUDA graph: run the model once"):
-        probe(TORCH.kernels, torch.device("cuda"))
+    for trial in (lambda device: probe(TORCH.kernels, device), norms.find_kernels.__wrapped__):
+        with pytest.raises(RuntimeError, match="cannot happen inside the capture of a CUDA graph: run the model once"):
+            trial(torch.device("cuda"))

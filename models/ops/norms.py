@@ -11,14 +11,13 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils.extension import first_line
+from models.ops.trial import try_out
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +83,8 @@ def has_kernels(x: Tensor) -> bool:
 
 @functools.cache
 def find_kernels(device: torch.device) -> str | None:
-    """Why the kernels do not run on that device, or None; they are tried once, where no setting of the caller is seen.
-
-    Raises RuntimeError while a CUDA graph is captured: a trial waits for its results.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the kernels of layer norms are tried once before their first use, which cannot happen "
-                           "inside the capture of a CUDA graph: run the model once before it is captured")
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            reason = thread.submit(trial, device).result()
-        except Exception as error:  # compilers and drivers fail in many ways; whichever it was, it is said
-            reason = f"their trial failed: {type(error).__name__}: {first_line(error)}"
-    if reason:
+    """Why the kernels do not run on that device, or None; they are tried once. Errors as of `try_out`."""
+    if reason := try_out("layer norms", device, lambda: trial(device)):
         logger.warning("layer norms: PyTorch's, slower than ours: %s", reason)
     return reason
 

@@ -1,11 +1,4 @@
-"""Whether kernels that were compiled for this machine give the right numbers, found out by one small scan.
-
-The first scan of a process is usually called deep inside a model: under autocast, without gradients, in a mode that
-counts or fakes operations. None of this may decide whether kernels are right, and all of it belongs to a thread: so the
-trial has a thread of its own. What is right is computed in float64 on the CPU, which no setting of a GPU changes.
-"""
-
-from concurrent.futures import ThreadPoolExecutor
+"""Whether the scan's kernels give the right numbers on this machine, found out by one small scan."""
 
 import torch
 from torch import Tensor
@@ -14,25 +7,15 @@ from models.ops.routes import four_routes
 from models.ops.scan_args import ScanArgs
 from models.ops.scan_choice import Kernels
 from models.ops.scan_torch import torch_backward, torch_forward
-from utils.extension import first_line
+from models.ops.trial import try_out
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of errors, over the largest value
 HEIGHT, WIDTH, CHANNELS, STATE = 13, 11, 40, 16  # chunks and blocks of channels that are not full
 
 
 def probe(kernels: Kernels, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the kernels do not work on that device with tokens of that dtype, or None.
-
-    Raises RuntimeError while a CUDA graph is captured: a trial waits for its results.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the kernels of the scan are tried once before their first use, which cannot happen inside "
-                           "the capture of a CUDA graph: run the model once before it is captured")
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            return thread.submit(_compare, kernels, device, dtype).result()
-        except Exception as error:  # compilers and drivers fail in many ways; whichever it was, it is said
-            return f"their trial failed: {type(error).__name__}: {first_line(error)}"
+    """Why the kernels do not work on that device with tokens of that dtype, or None; errors as of `try_out`."""
+    return try_out("the scan", device, lambda: _compare(kernels, device, dtype))
 
 
 def _compare(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str | None:
