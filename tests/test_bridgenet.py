@@ -16,7 +16,7 @@ from models.released import describe, recognise
 from models.released.bridgenet import BRIDGENET
 from scripts.check_parity import main as check_parity
 from scripts.convert_checkpoint import main as convert_checkpoint
-from tests.shared import ROOT, golden
+from tests.shared import ROOT, assert_same_weights, golden
 from tests.test_train import rows
 from utils.engine.build import build_criterion, model_from_config, trained_model
 from utils.engine.checkpoint import convert_released
@@ -131,8 +131,7 @@ def test_a_released_checkpoint_loads_as_it_is(released, tmp_path, caplog, capsys
         torch.testing.assert_close(model.decoder(out).feats["edge"], io["feat.edge"], rtol=0, atol=1e-4)
     target = tmp_path / "ours.safetensors"
     assert convert_checkpoint([str(path), str(target)]) == 0 and "released BridgeNet" in capsys.readouterr().out
-    for key, value in trained_model(config, target, torch.device("cpu"))[0].state_dict().items():
-        assert torch.equal(value, model.state_dict()[key])
+    assert_same_weights(trained_model(config, target, torch.device("cpu"))[0], model)
 
 
 def test_a_released_file_says_its_backbone():

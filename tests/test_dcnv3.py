@@ -14,7 +14,7 @@ from models.build import build_backbone
 from models.ops.dcnv3 import Kernel, dcnv3
 from scripts.check_parity import main as check_parity
 from scripts.download_pretrained import download
-from tests.shared import golden
+from tests.shared import assert_same_weights, golden
 from utils.engine import pretrained
 from utils.engine.pretrained import load_pretrained
 
@@ -222,7 +222,7 @@ def test_published_files_load(tmp_path, caplog, wrap, prefix):
     with caplog.at_level(logging.INFO):
         load_pretrained(backbone, tmp_path / "a.pth")
     assert "missing 0 / unexpected 4 (conv_head.*, head.*)" in caplog.text
-    assert all(torch.equal(value, original.state_dict()[key]) for key, value in backbone.state_dict().items())
+    assert_same_weights(backbone, original)
 
 
 def test_files_of_another_model_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from models.build import build_model
 from models.decoders.demt import MIXER_ORDERS, DeformableConv, window_coordinates
 from scripts.check_parity import main as check_parity
 from scripts.convert_checkpoint import main as convert_checkpoint
-from tests.shared import ROOT, golden
+from tests.shared import ROOT, assert_same_weights, golden
 from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import convert_released, read_checkpoint
@@ -175,8 +175,7 @@ def test_the_converted_file_holds_the_same_model(released, tmp_path, capsys):
     assert "released DeMT" in capsys.readouterr().out
     loaded, _ = trained_model(load_config(NYUD, arguments), target, torch.device("cpu"))
     assert loaded.decoder.mixer_order == order
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key])
+    assert_same_weights(loaded, model)
 
 
 def test_a_baselines_file_is_no_demt(released, tmp_path):

@@ -72,8 +72,8 @@ def test_tasks_keep_their_own_weights_inside_a_decoder(trained):
     path, old = trained
     new = model_of(("depth", "edge"), decoder="bim")
     init_from(new, path)
-    held = {key for key, value in old.state_dict().items() if ".depth." in key}
-    assert len(held) > 10 and all(torch.equal(new.state_dict()[key], old.state_dict()[key]) for key in held)
+    held, found = {key: value for key, value in old.state_dict().items() if ".depth." in key}, new.state_dict()
+    assert len(held) > 10 and all(torch.equal(found[key], value) for key, value in held.items())
 
 
 @pytest.mark.parametrize("backbone, arguments", [

@@ -14,7 +14,7 @@ from models.decoders.invpt import InvPTConfig
 from models.released import recognise
 from scripts.check_parity import main as check_parity
 from scripts.convert_checkpoint import main as convert_checkpoint
-from tests.shared import ROOT, golden
+from tests.shared import ROOT, assert_same_weights, golden
 from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import read_checkpoint
@@ -159,8 +159,7 @@ def test_the_converted_file_holds_the_same_model(released, tmp_path, capsys):
     target = tmp_path / "ours.safetensors"
     assert convert_checkpoint([str(path), str(target)]) == 0
     assert "released InvPT" in capsys.readouterr().out
-    for key, value in trained_model(config, target, torch.device("cpu"))[0].state_dict().items():
-        assert torch.equal(value, model.state_dict()[key])
+    assert_same_weights(trained_model(config, target, torch.device("cpu"))[0], model)
 
 
 def test_only_released_files_are_converted(released, tmp_path, capsys):

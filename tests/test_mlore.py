@@ -15,7 +15,7 @@ from models.build import build_backbone, build_model
 from models.decoders.mlore import MLoREConfig
 from scripts.bench_mlore import differences, measure
 from scripts.check_parity import main as check_parity
-from tests.shared import ROOT, golden
+from tests.shared import ROOT, assert_same_weights, golden
 from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import convert_released
@@ -299,8 +299,7 @@ def test_a_released_checkpoint_loads_and_is_folded(tiny, tmp_path, caplog):
     with caplog.at_level("INFO"):
         loaded, _ = trained_model(config, path, CPU)
     assert f"loaded {len(model.state_dict())} / missing 0 / unexpected 0 / ignored 4 without effect" in caplog.text
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key]), key
+    assert_same_weights(loaded, model)
     assert loaded.decoder.second[3].folded is not None
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():

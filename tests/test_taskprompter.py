@@ -17,7 +17,7 @@ from models.build import build_backbone, build_model
 from models.decoders.taskprompter import TaskPrompterConfig
 from scripts.check_parity import main as check_parity
 from scripts.parity.compare import BUFFERS
-from tests.shared import ROOT, golden
+from tests.shared import ROOT, assert_same_weights, golden
 from tests.test_train import rows
 from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import convert_released
@@ -152,8 +152,7 @@ def test_a_released_checkpoint_loads_as_it_is(tiny, tmp_path, caplog, kind, name
         loaded, _ = trained_model(config, path, torch.device("cpu"))
     assert f"missing 0 / unexpected 0 / ignored {len(DEAD[kind])} without effect in the released TaskPr" in caplog.text
     assert all(key in caplog.text for key in DEAD[kind])
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key])
+    assert_same_weights(loaded, model)
 
 
 # ------------------------------------------------------------ training
