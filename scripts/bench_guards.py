@@ -34,11 +34,10 @@ def bench(config_exp: str, overrides: Sequence[str], repeats: int) -> None:
     step.update([step.batch])
     update([step.batch])                                # knows the names of losses and gradients
     guard, watchdog = Guard(step, update, lambda: None), Watchdog(Path("unused"), factor=20)
-    files = [f"image_{i}" for i in range(step.config.trBatch)]
     times: dict[str, list[float]] = {"update": [], "guard": [], "watchdog": []}
     for _ in range(repeats):
         times["update"].append(_processor_time(step.train))
-        times["guard"].append(_processor_time(lambda: guard.check(outcome, files)))
+        times["guard"].append(_processor_time(lambda: guard.check(outcome, [step.batch])))
         times["watchdog"].append(_processor_time(watchdog.beat))
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     print(f"{torch.get_num_threads()} thread(s), {step.device}, {repeats} repeats, {config_exp}\n")

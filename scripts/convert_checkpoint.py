@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.released import RELEASED, describe, recognise
 from scripts.command_line import Command
-from utils.engine.checkpoint import atomic_path, convert_released, read_checkpoint
+from utils.durable import atomic_path
+from utils.engine.checkpoint import convert_released, read_checkpoint
 
 
 def convert(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.backbones import BACKBONES
 from models.build import build_backbone
 from scripts.command_line import Command
-from utils.engine.checkpoint import atomic_path
+from utils.durable import atomic_path
 from utils.engine.pretrained import PRETRAINED_DIR, download_weights, load_pretrained, with_tag
 from utils.logging import setup_logging
 

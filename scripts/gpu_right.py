@@ -113,17 +113,15 @@ def _limit(name: str, dtype: torch.dtype, tokens: int) -> float:
 def example_data(device: torch.device) -> Iterator[tuple[Path, list[str]]]:
     """A folder that goes away again, and overrides of the example experiment that read and write there."""
     on_gpu = device.type == "cuda"
-    folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     images, held_out, size = (64, 8, (128, 160)) if on_gpu else (4, 2, (64, 64))
-    try:
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as name:
+        folder = Path(name)
         workers = min(16, os.cpu_count() or 1) if on_gpu else 1
         write_example(folder / "data", images, held_out, size, workers=workers, progress=False)
         yield folder, [f"db_root={folder / 'data'}", f"out_dir={folder}", f"device={device.type}", "progress=false",
                        "tensorboard=false", "report=false", "eval_at_start=false", "boundary_eval=off",
                        "boundary_infer=off", f"nworkers={8 if on_gpu else 0}",
                        *(() if on_gpu else (*SMALL_BIM, "trBatch=2", "scheduler_kwargs.warmup_iters=0"))]
-    finally:
-        shutil.rmtree(folder)
 
 
 def agree(report: Report, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """How many kernels a forward pass in training mode dispatches, part by part, and how many of them are scans.
 
 Counted on the meta device, so nothing is allocated or run. Every operator below autograd that returns tensors counts
-once, views apart: what a GPU's host has to launch. (Some operators launch several kernels, an allocation none.)
+once, views apart: what a GPU's host has to launch. (Some operators launch several kernels, an allocation none.) DCNv3's
+sampling is left out: on that device it does nothing.
 """
 
 from collections import Counter
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from utils.engine.build import model_from_config
 from utils.engine.config import Config
+from utils.meta import meta_device
 
 PARTS = ("encoder", "neck", "decoder")  # of a model; what lies outside them are the heads
 VIEWS = {"aten::_unsafe_view"}  # views that autograd does not know as such
@@ -45,7 +47,7 @@ class KernelCounter(TorchDispatchMode):
 
 def count_kernels(config: Config) -> dict[str, Counter]:
     """Of one image, part by part."""
-    with torch.device("meta"):
+    with meta_device():
         model = model_from_config(config).train()
         image = torch.empty(1, 3, *config.input_size)
     with KernelCounter(model) as counter:
