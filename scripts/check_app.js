@@ -3,9 +3,9 @@
 //     npm install puppeteer-core axe-core && apt install chromium
 //     NODE_PATH=node_modules node scripts/check_app.js http://127.0.0.1:7860 photo.jpg [--screenshots DIR]
 //
-// Uploads the photograph, predicts, touches a result, moves the opacity. One line of JSON: milliseconds from the click to
-// the last picture, the values that were shown, messages of the console, requests to other machines, findings of
-// axe-core. The exit status is 1 if anything is wrong.
+// Uploads the photograph, predicts, moves the mouse over every result. One line of JSON: milliseconds from the click to the
+// last picture, the values that were shown for each place, messages of the console, requests to other machines, findings
+// of axe-core. The exit status is 1 if anything is wrong.
 const fs = require("fs");
 const path = require("path");
 const puppeteer = require("puppeteer-core");
@@ -13,6 +13,7 @@ const axe = require("axe-core");
 
 const SERIOUS = ["serious", "critical"];
 const LONGEST = 180000;
+const told = () => [...document.querySelectorAll(".value li")].map((one) => one.innerText).join("\n");
 
 (async () => {
   const given = process.argv.slice(2);
@@ -48,10 +49,17 @@ const LONGEST = 180000;
   found.ms = Date.now() - start;
   await new Promise((done) => setTimeout(done, 30000));                 // the surface is drawn, by software
   await shot("app_result");
-  const picture = await page.$(".result img");
-  await picture.click();
-  await page.waitForFunction(() => document.querySelector(".value").innerText.includes("column"), { timeout: LONGEST });
-  found.values = await page.$eval(".value", (element) => element.innerText.split("\n"));
+  found.values = {};
+  for (const [number, picture] of (await page.$$(".result img")).entries()) {
+    const before = await page.evaluate(told);
+    await picture.scrollIntoView();
+    const { x, y, width, height } = await picture.boundingBox();
+    const [across, down] = [0.2 + 0.05 * number, 0.6];
+    await page.mouse.move(x + width * across, y + height * down);
+    await page.waitForFunction(`(${told})() && (${told})() !== ${JSON.stringify(before)}`, { timeout: LONGEST });
+    found.values[`${await picture.evaluate((one) => one.alt)} at ${across.toFixed(2)}, ${down}`] =
+      [...new Set((await page.evaluate(told)).split("\n"))].filter((line) => !before.includes(line));
+  }
   await page.evaluate(axe.source);
   const { violations } = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
   for (const { id, impact, nodes } of violations) {

@@ -95,7 +95,11 @@ def test_predict_names_the_pictures_it_could_not_read(monkeypatch, trained, tmp_
     cv2.imwrite(str(source / "small.png"), np.zeros((20, 64, 3), np.uint8))
     message = refused(monkeypatch, "--run_mode", "predict", "--trained_model", trained / "best.pt",
                       "--input", source, "--output", tmp_path / "out")
-    assert "2 of 3 input(s) could not be predicted: broken.jpg, small.png" in message
+    assert "2 of 3 input(s) could not be predicted: broken.jpg, small.png; all others are done" in message
+    assert message.endswith("Next: the lines above say what is wrong with each; the same line again does those alone")
+    assert "good.png is a file; name a folder" in refused(
+        monkeypatch, "--run_mode", "predict", "--trained_model", trained / "best.pt", "--input", source / "good.png",
+        "--output", source / "good.png")
     assert (tmp_path / "out" / "panels" / "good.png").is_file()
     assert find_inputs(source / "good.png") == [source / "good.png"]
     assert "no such image, video, folder or list" in refused(monkeypatch, "--run_mode", "predict", "--trained_model",

@@ -136,5 +136,5 @@ def test_the_page_shows_and_tells(prediction, tmp_path):
 
     with pytest.raises(gradio.Error, match="is no picture"):
         page._predict({"a": SimpleNamespace(predict=refuse)}, scratch, "photo.jpg")
-    told = page._values("a")(found, np.zeros((40, 60, 3)), SimpleNamespace(index=[45, 20]))
+    told = page._values("a")(found, SimpleNamespace(index=[45, 20]))
     assert told.splitlines()[1] == "- depth at column 45, row 20: 3.00 m"

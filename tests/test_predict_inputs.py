@@ -1,5 +1,6 @@
 """Which inputs are meant, what their results are called, what is there already, and that no input costs another."""
 
+import errno
 import json
 import logging
 import os
@@ -44,11 +45,11 @@ def test_sources_in_every_form(tmp_path, caplog, monkeypatch):
     a, b, c = (picture(tmp_path / "in" / name) for name in ("a.jpg", "b.PNG", "sub/c.png"))
     (tmp_path / "in" / "._a.jpg").write_bytes(b"of a Mac")
     (tmp_path / "in" / "notes.doc").write_text("no picture")
-    (tmp_path / "in" / "d.heic").write_bytes(b"a phone's")
+    (tmp_path / "in" / "d.cr2").write_bytes(b"a camera's")
     (tmp_path / "list.txt").write_text("in/sub/c.png\n\nin/a.jpg\n")
     with caplog.at_level(logging.INFO):
         assert find_inputs(tmp_path / "in") == [a, b]
-    assert "left out, because no pictures or videos: 1 .doc, 1 .heic" in caplog.text
+    assert "left out, because no pictures or videos: 1 .cr2, 1 .doc" in caplog.text
     assert find_inputs(str(tmp_path / "in" / "**" / "*.[jp]*g")) == [a, c]
     assert find_inputs(tmp_path / "list.txt") == [c, a]
     assert find_inputs([c, tmp_path / "in", a]) == [c, a, b]
@@ -125,7 +126,8 @@ def test_no_input_costs_another(tmp_path, network, caplog):
     folder = tmp_path / "in"
     good = picture(folder / "good.png")
     bad = {"huge.png": header_of(60_000, 60_000), "large.png": header_of(14_000, 13_000), "empty.jpg": b"",
-           "text.jpg": b"no picture", "half.png": good.read_bytes()[:90], "tiff.tif": b"II*\x00\xff\xff\xff\x7f" * 9}
+           "text.jpg": b"no picture", "phone.HEIC": b"\0\0\0\x18ftypheic",
+           "half.png": good.read_bytes()[:90], "tiff.tif": b"II*\x00\xff\xff\xff\x7f" * 9}
     for name, content in bad.items():
         (folder / name).write_bytes(content)
     frames = [Image.fromarray(stripes(40, 60)), Image.fromarray(stripes(40, 60)[::-1, ::-1])]
@@ -133,12 +135,13 @@ def test_no_input_costs_another(tmp_path, network, caplog):
         frames[0].save(folder / f"moving.{ending}", save_all=True, append_images=frames[1:])
     gone = tmp_path / "gone.png"
     odd = picture(folder / "фото \udcff.png")                   # a byte that is no UTF-8
-    with pytest.raises(ValueError, match=r"11 of 13 input\(s\) could not be predicted: .*; all others are done"):
+    with pytest.raises(ValueError, match=r"12 of 14 input\(s\) could not be predicted: .*; all others are done"):
         network([folder, gone])
     assert sorted(os.listdir(tmp_path / "out" / "panels")) == sorted(["good.png", odd.name])
     assert "huge.png declares more than 179 megapixels" in caplog.text
     assert "large.png declares more than 179" in caplog.text
     assert "moving.webp holds 2 pictures (an animation, or pages)" in caplog.text
+    assert "phone.HEIC: Pillow does not know this format of phones; save it as JPEG or PNG" in caplog.text
     assert "Traceback" not in caplog.text
 
 
@@ -208,6 +211,26 @@ def test_of_a_large_picture_no_vectors_are_held_whole(network, tmp_path, monkeyp
     monkeypatch.setattr(prediction, "LARGE", 1)
     network(tmp_path / "a.png", overwrite=True)
     assert files() == wanted and max(rows for rows, _, channels in asked if channels == 3) == 10
+
+
+def test_a_full_disk_leaves_no_part_of_a_file_and_says_what_to_do(tmp_path, monkeypatch):
+    from evaluation.evaluator import TaskContext
+    from utils.engine.views import VECTORS
+    from utils.exits import ending_of
+    vectors = np.ones((4, 5, 3), np.float32)
+
+    class Full(np.ndarray):
+        def __getitem__(self, rows):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"cannot write .*a\.npy: No space left on device$") as error:
+        VECTORS.write(tmp_path / "a", vectors.view(Full), TaskContext(3))
+    assert not list(tmp_path.iterdir())
+    assert ending_of(error.value).endswith("Next: free some space and start the same line again")
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+    with pytest.raises(OSError, match="Read-only file system$") as error:
+        VECTORS.write(tmp_path / "b", vectors, TaskContext(3))
+    assert ending_of(error.value).endswith("Next: get the right to that path, or name another one")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the environment decides on the encoding there")

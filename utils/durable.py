@@ -11,7 +11,7 @@ NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)     # of file system
 
 
 class WriteError(OSError):
-    """A file could not be written: one sentence with the file and the cause."""
+    """A file could not be written: one sentence with the file and the cause; `errno` is the system's."""
 
 
 @contextlib.contextmanager
@@ -71,7 +71,21 @@ def names_the_file(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+        told = WriteError(f"cannot write {path}: {error.strerror or error}")
+        told.errno = error.errno
+        raise told from error
+
+
+@contextlib.contextmanager
+def whole_or_none(path: Path) -> Iterator[None]:
+    """Around the writing of a file: as `names_the_file`, and where it fails nothing is left of the file."""
+    try:
+        with names_the_file(path):
+            yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,7 @@ FAILED = 1
 USAGE = 2                   # wrong arguments; argparse's own code
 CONTINUE = 75               # the run was asked to leave and has saved; start it again with --resume
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", None))      # Windows has no second
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 BY_SIGNAL = 128             # plus the signal's number: asked a second time, left at once
 
 
@@ -41,7 +42,7 @@ def next_step(error: Exception, otherwise: str) -> str:
     """What to do after an error of this kind, where its own sentence may not say it; `otherwise`: of all others."""
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return "free some space and start the same line again"
-    if isinstance(error, PermissionError):
+    if isinstance(error, OSError) and error.errno in NOT_ALLOWED:
         return "get the right to that path, or name another one"
     if isinstance(error, FileNotFoundError):
         return f"check that path; a relative one begins at {os.getcwd()}"

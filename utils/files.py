@@ -48,7 +48,14 @@ def _decode(path: Path, apply_exif: bool = False, as_stored: bool = False,
     except FileNotFoundError:
         raise FileNotFoundError(f"file not found: {path}") from None
     except Exception as error:      # decoders raise whatever their parsing of a damaged file comes upon
-        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a picture") from error
+        raise ValueError(f"cannot read {path}: {_why_not(path, error)}") from error
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    """What to tell of a picture that could not be decoded."""
+    if path.suffix.lower() in (".heic", ".heif"):
+        return "Pillow does not know this format of phones; save it as JPEG or PNG"
+    return f"{error}; the file is damaged or not a picture"
 
 
 def _blurs(image: Image.Image) -> str:
@@ -75,7 +82,7 @@ def declared_size(path: Path) -> tuple[int, int]:
         raise ValueError(f"{path} declares more than {MAX_PIXELS / 1e6:.0f} megapixels, the most that are read; "
                          "make it smaller") from error
     except Exception as error:      # as in `_decode`
-        raise ValueError(f"cannot read {path}: {error}; the file is damaged or not a picture") from error
+        raise ValueError(f"cannot read {path}: {_why_not(path, error)}") from error
     if frames > 1:
         raise ValueError(f"{path} holds {frames} pictures (an animation, or pages); save the one you mean as a file of "
                          "its own, or all as a video")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from scripts.demo_page.relief import write_relief
-from scripts.demo_page.showing import over_photograph, pack, value_at
+from scripts.demo_page.showing import over_photograph, pack, size_shown, value_at
 from utils.engine.prediction import Prediction
 from utils.engine.predictor import Predictor
 from utils.engine.tasks import TASKS
@@ -30,7 +29,23 @@ const last = () => document.querySelectorAll('canvas[tabindex="1"]').forEach((ca
 new MutationObserver(last).observe(
   document, { childList: true, subtree: true, attributes: true, attributeFilter: ["tabindex"] });
 </script>"""
-TOUCH = "Touch a picture to read the values there."
+# gradio tells where a picture is clicked, not where the mouse is: a mouse over a result clicks there when it rests.
+UNDER_CURSOR = """<script>
+let due = null;
+document.addEventListener("mousemove", ({ target, clientX, clientY }) => {
+  clearTimeout(due);
+  const picture = target.closest && target.closest(".result img");
+  const there = { bubbles: true, clientX, clientY };
+  if (picture) due = setTimeout(() => picture.dispatchEvent(new MouseEvent("click", there)), 60);
+});
+</script>"""
+# What is read there stays in sight however far down the page its own place is; gradio's container would not let it.
+IN_SIGHT = """<style>
+.gradio-container { overflow: clip !important; }
+.block.value { position: sticky !important; bottom: 0; z-index: 2; background: var(--body-background-fill) !important; }
+.block.value .prose { padding: 4px 8px; }
+</style>"""
+TOUCH = "Move over a picture, or touch it, to read the values there."
 
 
 class Shown:
@@ -42,7 +57,8 @@ class Shown:
             gr.Markdown(f"## {name}\n{model.config.model} on {model.config.backbone}, {model.selection}")
             with gr.Row():
                 self.pictures = {task: gr.Image(label=task, interactive=False, format="png", min_width=480,
-                                                elem_classes="result", alt_text=f"{task} by {name}")
+                                                elem_classes="result", alt_text=f"{task} by {name}",
+                                                buttons=["download", "fullscreen"])     # and none that shares it
                                  for task in model.tasks}
             self.value = gr.Markdown(TOUCH, elem_classes="value")
             # Of networks that predict metres. Never hidden at first: gradio does not draw what it shows later.
@@ -85,7 +101,8 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[str]) -> gr.B
         view.release(partial(_surfaces, in_space, scratch), [predictions, view], surfaces)
         for one in shown:
             for widget in one.pictures.values():
-                widget.select(_values(one.name), [predictions, widget], [one.value])
+                widget.select(_values(one.name), [predictions], [one.value], show_progress="hidden",
+                              trigger_mode="always_last")
     return page
 
 
@@ -94,7 +111,7 @@ def launch(page: gr.Blocks, host: str, port: int, folders: Sequence[str]) -> Non
     print(f"http://{host}:{port}   Ctrl-C ends", flush=True)
     theme = gr.themes.Soft(font=SYSTEM, font_mono=["ui-monospace", "monospace"]).set(**DARK_ON_LIGHT)
     page.launch(server_name=host, server_port=port, allowed_paths=list(folders), theme=theme, footer_links=[],
-                share=False, show_error=True, quiet=True, head=TAB_ORDER)
+                share=False, show_error=True, quiet=True, head=TAB_ORDER + UNDER_CURSOR + IN_SIGHT)
 
 
 def _predict(models: Mapping[str, Predictor], scratch: "Scratch", path: str | None) -> list[Any]:
@@ -136,10 +153,11 @@ def _surfaces(shown: Sequence[Shown], scratch: "Scratch", predictions: Mapping[s
 
 def _values(name: str) -> Callable[..., str]:
     """Says what all tasks of this network predict where one of its pictures is touched."""
-    def say(predictions: Mapping[str, Prediction], painted: np.ndarray, event: gr.SelectData) -> str:
+    def say(predictions: Mapping[str, Prediction], event: gr.SelectData) -> str:
         if name not in predictions:
             return TOUCH
-        x, y = ((at + 0.5) / side for at, side in zip(event.index, painted.shape[1::-1], strict=True))
+        painted = size_shown(predictions[name].image)
+        x, y = ((at + 0.5) / side for at, side in zip(event.index, painted, strict=True))
         return "\n".join(f"- {value_at(result, x, y)}" for result in predictions[name].values())
     return say
 

@@ -12,6 +12,12 @@ from utils.engine.prediction import Prediction, TaskResult
 LONGEST = 1024          # pixels of a side, of what is sent to the browser
 
 
+def size_shown(image: np.ndarray) -> tuple[int, int]:
+    """(width, height) of the pictures that are shown of (H, W, 3)."""
+    scale = min(1.0, LONGEST / max(image.shape[:2]))
+    return max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+
+
 def over_photograph(result: TaskResult, image: np.ndarray, opacity: float, threshold: float) -> np.ndarray:
     """The task's colours over the picture (H, W, 3) uint8, made no larger than `LONGEST`.
 
@@ -20,8 +26,7 @@ def over_photograph(result: TaskResult, image: np.ndarray, opacity: float, thres
     colours = result.colour()
     if threshold > 0 and result.unit == "probability":
         colours = np.where((result.array >= threshold)[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
-    scale = min(1.0, LONGEST / max(image.shape[:2]))
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    size = size_shown(image)
     below = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     above = cv2.resize(colours, size, interpolation=cv2.INTER_AREA if result.unit != "class" else cv2.INTER_NEAREST)
     return cv2.addWeighted(above, opacity, below, 1 - opacity, 0)

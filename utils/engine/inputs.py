@@ -16,7 +16,8 @@ from utils.durable import names_the_file
 
 logger = logging.getLogger(__name__)
 
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".ppm", ".pgm")
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".ppm", ".pgm",
+            ".heic", ".heif")
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 LISTS = (".txt", ".lst")
 CAMERA = re.compile(r"camera:\d+")
@@ -49,9 +50,10 @@ def _of_source(source: str) -> list[Path]:
     if CAMERA.fullmatch(source):
         return [Path(source)]
     if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in (*PICTURES, *VIDEOS) and _is_input(p))
+        files = sorted(p for p in path.iterdir() if _is_input(p))
+        paths = [p for p in files if p.suffix.lower() in (*PICTURES, *VIDEOS)]
         what = f"the folder holds no picture or video ({' '.join((*PICTURES, *VIDEOS))})"
-        others = Counter(p.suffix.lower() or p.name for p in path.iterdir() if p not in paths and _is_input(p))
+        others = Counter(p.suffix.lower() or p.name for p in sorted(set(files) - set(paths)))
         if paths and others:
             logger.info("%s: left out, because no pictures or videos: %s", path,
                         ", ".join(f"{number} {ending}" for ending, number in others.most_common(10)))

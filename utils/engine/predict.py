@@ -33,6 +33,12 @@ OF_THE_MACHINE = ("device", "nworkers", "valBatch", "progress", "loader_timeout"
                   "cuda_graph", "tensorboard", "report", "db_root", "out_dir")
 
 
+class LeftOut(ValueError):
+    """Some inputs could not be read."""
+
+    next_step = "the lines above say what is wrong with each; the same line again does those alone"
+
+
 def infer(config: Config, checkpoint: Path, output_dir: Path, split: Literal["test", "held_out"] = "test") -> Results:
     """Evaluates a checkpoint; writes results.json and the boundary maps (edge/<name>.png).
 
@@ -86,6 +92,8 @@ def predict(config: Config, checkpoint: Path, sources: Source | Sequence[Source]
     skipped; at the end that makes the call a ValueError that names every such input. Under a launcher every rank takes
     its share.
     """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output {output_dir} is a file; name a folder, which need not be there yet")
     inputs = find_inputs(sources)
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
@@ -105,9 +113,9 @@ def predict(config: Config, checkpoint: Path, sources: Source | Sequence[Source]
     shown = [_shown(output_dir, path, names[path]) for path in share if path not in failed]
     logger.info("%d of %d input(s) are predicted, in %s", len(shown), len(share), output_dir)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(share)} input(s) could not be predicted: "
-                         f"{', '.join(path.name for path in failed[:10])}{', ...' if len(failed) > 10 else ''}; all "
-                         "others are done")
+        raise LeftOut(f"{len(failed)} of {len(share)} input(s) could not be predicted: "
+                      f"{', '.join(path.name for path in failed[:10])}{', ...' if len(failed) > 10 else ''}; all "
+                      "others are done")
     return shown
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from evaluation.evaluator import TaskContext
-from utils.durable import names_the_file
+from utils.durable import whole_or_none
 
 Colour = tuple[int, int, int]
 Legend = list[tuple[Colour, str]]
@@ -163,7 +163,7 @@ def _write_png(path: Path, image: np.ndarray) -> Path:
     whole, data = cv2.imencode(".png", image)               # and not imwrite, which knows no names beyond a code page
     if not whole:
         raise ValueError(f"{path}: a picture of {image.shape} {image.dtype} cannot be a PNG")
-    with names_the_file(path):
+    with whole_or_none(path):
         path.write_bytes(data)
     return path
 
@@ -178,7 +178,7 @@ def _write_16_bits(path: Path, values: np.ndarray, steps: float) -> Path:
 
 def _write_vectors(path: Path, vectors: np.ndarray, context: TaskContext) -> Path:
     path = with_ending(path, ".npy")
-    with names_the_file(path), path.open("wb") as file:
+    with whole_or_none(path), path.open("wb") as file:
         about = {"descr": "<f4", "fortran_order": False, "shape": tuple(vectors.shape)}
         np.lib.format.write_array_header_1_0(file, about)
         for rows in _pieces(vectors):
