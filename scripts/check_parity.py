@@ -25,6 +25,8 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Row:
+    """A compared case as a line of the output; error and tolerance are None where nothing is compared."""
+
     family: str
     case: str
     status: str

@@ -49,28 +49,33 @@ def change(path: Path, function: Callable[[np.ndarray], np.ndarray]) -> None:
 
 
 def cut(path: Path, rng: np.random.Generator) -> None:
+    """Only the first 5 to 95 % of the bytes."""
     content = path.read_bytes()
     path.write_bytes(content[:int(len(content) * rng.uniform(0.05, 0.95))])
 
 
 def flip_bit(path: Path, rng: np.random.Generator) -> None:
+    """One bit, behind the first 60 bytes."""
     content = bytearray(path.read_bytes())
     content[int(rng.integers(60, len(content) - 20))] ^= 1 << int(rng.integers(8))
     path.write_bytes(bytes(content))
 
 
 def hole(path: Path, rng: np.random.Generator, value: float) -> None:
+    """One pixel of a depth map gets `value`."""
     depth = np.load(path)
     depth[int(rng.integers(len(depth))), int(rng.integers(depth.shape[1]))] = value
     np.save(path, depth)
 
 
 def animate(path: Path, rng: np.random.Generator) -> None:
+    """A TIFF of two pictures."""
     label = Image.fromarray(pixels(path))
     label.save(path, format="TIFF", save_all=True, append_images=[label.point(lambda v: v // 2)])
 
 
 def turn(path: Path, orientation: int, rotate: bool) -> None:
+    """EXIF says how to turn it; with `rotate` its pixels are turned too."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     array = pixels(path)
@@ -106,11 +111,13 @@ def palette(path: Path, bits: int) -> None:
 
 
 def folder_instead(path: Path, rng: np.random.Generator) -> None:
+    """A folder of the file's name."""
     path.unlink()
     path.mkdir()
 
 
 def dangling(path: Path, rng: np.random.Generator) -> None:
+    """A link to nothing."""
     path.unlink()
     path.symlink_to(path.with_name("nowhere"))
 

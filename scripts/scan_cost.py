@@ -62,6 +62,8 @@ CARDS = {"sm_80": Card("A100 80 GB", 108, 1.41, 2.04, 164, 2, 2),
 
 
 class Instruction(NamedTuple):
+    """One line of disassembled code, without its predicate."""
+
     text: str
     target: int | None  # of a branch, as a number of an instruction
     conditional: bool
@@ -72,6 +74,8 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
+    """From the target of a branch backwards to behind that branch, as numbers of instructions."""
+
     begin: int
     end: int
 
@@ -117,6 +121,7 @@ def _instructions(lines: list[str]) -> list[Instruction]:
 
 
 def class_of(name: str) -> str:
+    """What an instruction keeps busy; of shared memory with the number of 4-byte words."""
     kind = name.split(".")[0]
     wide = {"128": 4, "64": 2}.get(name.split(".")[-1], 1)
     if kind in ("FFMA", "FMUL", "FADD", "IMAD"):
@@ -232,6 +237,7 @@ def unit_cycles(counts: Counts, card: Card) -> dict[str, float]:
 
 
 def kernel_row(architecture: str, name: str, cost: dict[str, Counts], resources: dict[str, int]) -> Row:
+    """Instructions of a warp for one token, by class, and what the kernel holds."""
     main = cost["main"]
     shared = sum(main[f"shared x{wide}"] for wide in (1, 2, 4))
     kinds = ("arithmetic", "exponentials", "other special", "integer", "shuffles", "global", "rest")

@@ -75,6 +75,7 @@ def table(result: dict[str, float]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Scores the pairs of files, prints the table, and writes what else was asked for."""
     protocol = Protocol(args.max_dist, args.protocol)
     names = None if args.images is None else args.images.read_text(encoding="utf-8").split()
     pairs = find_pairs(args.pred, args.gt, names)

@@ -76,6 +76,7 @@ class Detection3DHead(nn.Module):
 
     def forward(self, feats: Tensor | Sequence[Tensor]) -> Output:
         maps = [average(feats, side) for side in self.squares] if isinstance(feats, Tensor) else feats
+
         def told(value: float) -> Tensor:
             return maps[0].new_full((len(maps[0]),), value, dtype=torch.float64)
 

@@ -108,6 +108,8 @@ class Plan(NamedTuple):
 
 
 class Shape(NamedTuple):
+    """Sizes of a call; channels and states are those of a group."""
+
     batch: int
     tokens: int
     routes: int
@@ -118,12 +120,14 @@ class Shape(NamedTuple):
 
 @functools.cache
 def load_card(kind: Kind, device: torch.device) -> Card:
+    """Compiled at the first call of a process, CudaError where that fails."""
     with torch.cuda.device(device):
         return Card(kind, device)
 
 
 @functools.lru_cache(maxsize=1024)
 def make_plan(kind: Kind, shape: Shape, routes: tuple[Route, ...], device: torch.device, back: bool) -> Plan:
+    """With blocks of so many warps that most of them run at once. Kept: a network asks for few shapes."""
     card, shared = load_card(kind, device), kind.shared_bytes(back)
     warps_in_all = -(-shape.channels // kind.channels)
 

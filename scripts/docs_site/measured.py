@@ -74,6 +74,7 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def kind_of(module: nn.Module) -> str:
+    """What a module is called in a drawing."""
     if isinstance(module, nn.ConvTranspose2d):
         return f"{module.kernel_size[0]} x {module.kernel_size[0]} transposed conv"
     if isinstance(module, nn.Conv2d) and type(module).__module__.startswith("torch."):

@@ -66,6 +66,7 @@ def _judge(run: Processes, run_dir: Path, words: str, saved: bool = True) -> str
 
 
 def full_disk(stage: Stage) -> str:
+    """Something else fills the disk while the run saves in every step."""
     run_dir = stage.run_dir("full")
     with memory_disk(run_dir, 12):
         run = stage.start(stage.experiment("full", **KEYS, **EVERY_STEP))
@@ -81,6 +82,7 @@ def full_disk(stage: Stage) -> str:
 
 
 def quota(stage: Stage) -> str:
+    """The quota of the run's folder sinks below what is there."""
     with disk_with_quota(stage.folder / "quota", stage.folder / "quota.img") as folder:
         run_dir = folder / "run"
         run = stage.start(stage.experiment("run", **KEYS, **EVERY_STEP, out_dir=str(folder)))
@@ -90,6 +92,7 @@ def quota(stage: Stage) -> str:
 
 
 def read_only_disk(stage: Stage) -> str:
+    """An error makes the file system read-only."""
     with failing_disk(stage.folder / "failing", stage.folder / "failing.img", 48) as trigger:
         run_dir = stage.folder / "failing" / "run"
         run = stage.start(stage.experiment("run", **KEYS, **EVERY_STEP, out_dir=str(stage.folder / "failing")))
@@ -99,6 +102,7 @@ def read_only_disk(stage: Stage) -> str:
 
 
 def file_limit(stage: Stage) -> str:
+    """No file may be larger than 300 kB, which a checkpoint is."""
     run_dir = stage.run_dir("limit")
     size = 300_000
 
@@ -167,6 +171,7 @@ def shared_memory(stage: Stage, kibibytes: int, lost: bool = False) -> str:
 
 
 def unwritable(stage: Stage) -> str:
+    """A file stands where the run's folder is to be."""
     (stage.folder / "runs").mkdir(exist_ok=True)
     stage.run_dir("file").write_text("not a folder")
     run = stage.start(stage.experiment("file", **KEYS))

@@ -31,6 +31,7 @@ def predictions(case: Case, out: Predictions, run: str, kind: str,
 
 
 def inside(case: Case, prefix: str = "eval.mid.") -> Iterator[Measure]:
+    """Maps inside the network, in evaluation mode."""
     model = case.model().eval()
     seen = case.record(model)
     with torch.no_grad():
@@ -62,6 +63,7 @@ def forward(case: Case, prepare: Callable[[MultiTaskModel], None] = lambda model
 
 
 def training(case: Case, run: str = "train.", **changes) -> Iterator[Measure]:
+    """Predictions, maps inside, loss, gradients and batch statistics of one pass in training mode."""
     step = forward(case, **changes)
     yield from predictions(case, step.out, run, "train")
     for name, want in case.below(f"{run}mid.").items():
@@ -71,6 +73,7 @@ def training(case: Case, run: str = "train.", **changes) -> Iterator[Measure]:
 
 
 def loss_and_gradients(case: Case, step: Step, run: str) -> Iterator[Measure]:
+    """After `forward`; runs the backward pass. Of parameters without a gradient there must be none."""
     step.loss.backward()
     want = case.values[f"{run}loss"]
     yield case.measure("loss", f"{run}loss", step.loss.reshape(want.shape), want)
@@ -89,6 +92,7 @@ def gradients_by_task(model: nn.Module) -> dict[str, Tensor]:
 
 
 def buffers(case: Case, model: nn.Module, run: str) -> Iterator[Measure]:
+    """Batch statistics after the pass."""
     for name, got, want in case.paired(case.below(f"{run}after."), split_by_task(model, dict(model.named_buffers()))):
         yield case.measure("after", f"after {name}", got, want)
 

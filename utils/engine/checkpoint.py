@@ -152,6 +152,7 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_file(path: Path) -> None:
+    """FileNotFoundError without such a file; it names the checkpoints of the folder."""
     if path.is_file():
         return
     folder = path.parent
@@ -162,6 +163,7 @@ def require_file(path: Path) -> None:
 
 
 def damaged(path: Path) -> str:
+    """The sentence about a file that cannot be read."""
     return f"{path} cannot be read: truncated or not a checkpoint ({path.stat().st_size:,} bytes); fetch it again"
 
 
@@ -179,6 +181,7 @@ def compare_states(own: Mapping[str, Tensor],
 
 
 def differences(missing: list[str], unexpected: list[str], mismatched: list[str]) -> str:
+    """What `compare_states` found, in words: numbers, and the first two of each; empty where nothing differs."""
     parts = []
     for words, entries in (("missing in the file", missing), ("unknown to the model", unexpected),
                            ("of another shape", mismatched)):
