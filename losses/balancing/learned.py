@@ -130,8 +130,8 @@ class FAMO(FollowsLosses):
         self.register_buffer("passes", torch.zeros(()))
 
     def combine(self, losses: Mapping[str, Tensor], shares: Mapping[str, Tensor | float]) -> Tensor:
-        logits = dict(zip(self.tasks, F.softmax(self.logits, dim=0), strict=True))
-        weights = torch.stack([logits[task] * shares[task] for task in losses])
+        z = dict(zip(self.tasks, F.softmax(self.logits, dim=0), strict=True))
+        weights = torch.stack([z[task] * shares[task] for task in losses])
         values = torch.stack(list(losses.values())) + LOG_EPS
         scale = (weights / values.detach()).sum().clamp(min=LOG_EPS)
         return (weights / scale * values.log()).sum()
