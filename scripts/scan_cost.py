@@ -62,9 +62,7 @@ CARDS = {"sm_80": Card("A100 80 GB", 108, 1.41, 2.04, 164, 2, 2),
 
 
 class Instruction(NamedTuple):
-    """One line of disassembled code, without its predicate."""
-
-    text: str
+    text: str  # without its predicate
     target: int | None  # of a branch, as a number of an instruction
     conditional: bool
 
@@ -74,10 +72,8 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """From the target of a branch backwards to behind that branch, as numbers of instructions."""
-
-    begin: int
-    end: int
+    begin: int  # target of a branch backwards, as a number of an instruction
+    end: int  # the instruction behind that branch
 
     def holds(self, other: "Loop") -> bool:
         return self != other and self.begin <= other.begin and other.end <= self.end
