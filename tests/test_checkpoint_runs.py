@@ -116,5 +116,7 @@ def test_checkpoint_of_another_model_says_what_it_holds():
 def test_missing_run_checkpoint_lists_the_folder(tmp_path):
     (tmp_path / "best.pt").touch()
     (tmp_path / "log.txt").touch()
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name}_; the folder holds .*\b{tmp_path.name}\b"):
+        read_checkpoint(tmp_path.with_name(f"{tmp_path.name}_"))            # a run whose name is mistyped
     with pytest.raises(FileNotFoundError, match=r"last.pt; the folder holds best.pt$"):
         read_checkpoint(tmp_path / "last.pt")

@@ -42,7 +42,8 @@ document.addEventListener("mousemove", ({ target, clientX, clientY }) => {
 # What is read there stays in sight however far down the page its own place is; gradio's container would not let it.
 IN_SIGHT = """<style>
 .gradio-container { overflow: clip !important; }
-.block.value { position: sticky !important; bottom: 0; z-index: 2; background: var(--body-background-fill) !important; }
+.block.value { position: sticky !important; bottom: 0; z-index: 100; }
+.block.value { background: var(--body-background-fill) !important; }
 .block.value .prose { padding: 4px 8px; }
 </style>"""
 TOUCH = "Move over a picture, or touch it, to read the values there."

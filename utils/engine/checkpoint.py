@@ -25,6 +25,7 @@ from utils.engine.tasks import tasks_named
 from utils.seals import check_whole, save_sealed
 from utils.sharded import parted_like
 
+OF_A_RUN = ("best.pt", "last.pt")       # which checkpoint of a run is meant: the first of these that is there
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".npz")
 ABOUT = "mtdp"              # in the header of a safetensors file: JSON with "config" and "selection"
 PLAIN_TYPES = (int, float, str, bool, type(None), torch.Size)
@@ -158,8 +159,9 @@ def require_file(path: Path) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint {path}: the folder {folder} does not exist")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in SUFFIXES)
-    raise FileNotFoundError(f"no checkpoint {path}; the folder holds {', '.join(found) or 'no checkpoint'}")
+    found = sorted(entry.name for entry in folder.iterdir()
+                   if entry.suffix in SUFFIXES or any((entry / name).is_file() for name in OF_A_RUN))
+    raise FileNotFoundError(f"no checkpoint {path}; the folder holds {', '.join(found) or 'neither one nor a run'}")
 
 
 def damaged(path: Path) -> str:

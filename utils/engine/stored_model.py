@@ -12,12 +12,11 @@ import yaml
 from models.ops import SCAN_BACKENDS
 from models.ops.scan_choice import ScanNeeds
 from utils.distributed import pick_device
-from utils.engine.checkpoint import SUFFIXES, read_checkpoint
+from utils.engine.checkpoint import OF_A_RUN, SUFFIXES, read_checkpoint
 from utils.engine.config import Config, config_from_dict
 
 logger = logging.getLogger(__name__)
 
-OF_A_RUN = ("best.pt", "last.pt")               # the first of these that is there
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OF_THE_HUB = ("*.pt", "*.pth", "*.tar", "*.safetensors", "config.yaml")
 
