@@ -1,11 +1,12 @@
 """Predicts with an exported ONNX file; needs onnxruntime and NumPy, and nothing of this program.
 
     python scripts/run_onnx.py model.onnx photo.png --output predictions
+    python scripts/run_onnx.py model.onnx photo.png --image_size 480 640        # of a file whose size is open
 
 Reads .npy arrays (H, W, 3) uint8 and binary .ppm by itself, and whatever Pillow reads where that is installed. Writes
 one <task>.npy per task at the picture's own size: classes as numbers, depth in its unit, unit vectors, probabilities.
 The picture is scaled to fit the network's input, its aspect ratio kept; predictions are scaled back by taking the
-nearest pixel.
+nearest pixel. The input has the experiment's size, as in `--run_mode predict`, unless --image_size says another one.
 """
 
 import argparse
@@ -70,9 +71,23 @@ def weights(old: int, new: int) -> np.ndarray:
     return (found / found.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def predict(session: onnxruntime.InferenceSession, about: dict, image: np.ndarray) -> dict[str, np.ndarray]:
-    """task -> (H, W) or (H, W, C) at the picture's size."""
-    frame = (about["input"]["height"], about["input"]["width"])
+def input_size(about: dict, asked: list[int] | None) -> tuple[int, int]:
+    """(height, width) of the network's input: that of the experiment, or the one that is asked for where it is open."""
+    known = about["input"]
+    own = (known["height"], known["width"])
+    if asked is None or tuple(asked) == own:
+        return own
+    if "multiple" not in known:
+        sys.exit(f"--image_size: this file takes images of {own[0]} x {own[1]} only; export it with --dynamic size")
+    if any(side % known["multiple"] or side < known["least"] for side in asked):
+        sys.exit(f"--image_size {asked[0]} {asked[1]}: sides must be multiples of {known['multiple']}, from "
+                 f"{known['least']} on")
+    return tuple(asked)
+
+
+def predict(session: onnxruntime.InferenceSession, about: dict, image: np.ndarray,
+            frame: tuple[int, int]) -> dict[str, np.ndarray]:
+    """task -> (H, W) or (H, W, C) at the picture's size. frame: (height, width) of the network's input."""
     scale = min(frame[0] / image.shape[0], frame[1] / image.shape[1])
     height = min(frame[0], max(1, round(image.shape[0] * scale)))
     width = min(frame[1], max(1, round(image.shape[1] * scale)))
@@ -98,12 +113,16 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--output", type=Path, default=Path("predictions"))
+    parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+                        help="of the network's input, where the file leaves it open; default: that of the experiment")
     args = parser.parse_args()
     for path in (args.model, args.picture):
         if not path.is_file():
             sys.exit(f"no file {path}")
     try:
-        session = onnxruntime.InferenceSession(str(args.model), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3              # errors: constants that it does not fold are none
+        session = onnxruntime.InferenceSession(str(args.model), options, providers=["CPUExecutionProvider"])
     except CANNOT_LOAD as error:
         sys.exit(f"{args.model} cannot be loaded by onnxruntime {onnxruntime.__version__}; is the file whole, with its "
                  f".data beside it? It says: {str(error).splitlines()[0]}")
@@ -112,7 +131,8 @@ def main() -> None:
         sys.exit(f"{args.model} was not written by --run_mode export --format onnx")
     about = json.loads(stored)
     args.output.mkdir(parents=True, exist_ok=True)
-    for task, prediction in predict(session, about, read_picture(args.picture)).items():
+    frame = input_size(about, args.image_size)
+    for task, prediction in predict(session, about, read_picture(args.picture), frame).items():
         np.save(args.output / f"{task}.npy", prediction)
         classes = about["tasks"][task]["classes"]
         if classes:

@@ -77,7 +77,9 @@ def test_attention_without_scores_is_timms(shift):
     torch.manual_seed(0)
     block = SwinBlock(16, (4, 4), num_heads=4, window_size=4, shift_size=shift, always_partition=True,
                       dynamic_mask=True).double()
-    mask = block.get_attn_mask(torch.zeros(1, 8, 8, 16, dtype=torch.float64))  # four windows
+    padded = torch.zeros(1, 8, 8, 16, dtype=torch.float64)  # four windows
+    mask = block.shift_mask(2, 2, padded)
+    assert (mask is None and not shift) or torch.equal(mask, block.get_attn_mask(padded))
     windows = torch.randn(8, 16, 16, dtype=torch.float64, requires_grad=True)
     grad, leaves = torch.randn_like(windows), [windows, *block.attn.parameters()]
     results = [[out, *torch.autograd.grad(out, leaves, grad)]

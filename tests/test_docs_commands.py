@@ -68,7 +68,7 @@ ELSEWHERE = {
     r"bench_scan\.py|scan_cost\.py": "test_scan_bench.py::test_one_scan",
     r"sbatch": "test_launch.py::test_an_array_is_one_experiment_with_other_seeds",
     r"benchmark\.py": "test_benchmark.py::test_parameters_and_multiply_adds",
-    r"check_export": "test_export.py::test_a_scan_in_onnx",
+    r"check_export": "test_export.py::test_a_scan_over_maps_of_any_size_in_onnx",
 }
 # Commands that no test runs, and why.
 NOT_RUN = {

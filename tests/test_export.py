@@ -14,7 +14,7 @@ from models.ops.routes import Route, four_routes
 from models.ops.scan_args import ScanArgs
 from models.ops.scan_reference import reference_scan
 from models.ops.scan_standard import standard_scan
-from scripts.check_export import checkpoint_of
+from scripts.check_export import ON_SWIN, checkpoint_of
 from tests.shared import ROOT
 from tests.watched_run import experiment
 from utils.engine.build import model_from_config, trained_model
@@ -34,10 +34,10 @@ def fcn(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def onnx_file(fcn):
-    """The same as ONNX for any number of images."""
+    """The same as ONNX for any number of images of any size."""
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason=f"{library} is not installed")
-    [path] = EXPORTS.load("onnx")(Job(own_config(fcn), fcn, "batch", fcn.parent / "onnx"))
+    [path] = EXPORTS.load("onnx")(Job(own_config(fcn), fcn, "both", fcn.parent / "onnx"))
     return path
 
 
@@ -66,28 +66,35 @@ class Scan(torch.nn.Module):
         self.register_buffer("rates", -torch.rand(4, 3, 2))
         self.register_buffer("skip", torch.randn(4, 3))
 
-    def args(self, u, delta, B, C):
-        return ScanArgs(u, delta, self.rates, B, C, self.skip, None, None, four_routes(3, 4), True)
+    def args(self, *maps):
+        """Of maps (B, H, W, G, C)."""
+        u, delta, B, C = (x.flatten(1, 2) for x in maps)
+        return ScanArgs(u, delta, self.rates, B, C, self.skip, None, None, four_routes(*maps[0].shape[1:3]), True)
 
-    def forward(self, *inputs):
-        return standard_scan(self.args(*inputs))
+    def forward(self, *maps):
+        return standard_scan(self.args(*maps))
 
 
-def test_a_scan_in_onnx(tmp_path):
+def scan_maps(*size):
+    return [torch.randn(1, *size, groups, width) for groups, width in ((2, 3), (4, 3), (4, 2), (4, 2))]
+
+
+def test_a_scan_over_maps_of_any_size_in_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     torch.manual_seed(0)
     scan = Scan()
-    inputs = [torch.randn(1, 12, groups, width) for groups, width in ((2, 3), (4, 3), (4, 2), (4, 2))]
+    sides = {1: torch.export.Dim("rows"), 2: torch.export.Dim("columns")}
     with torch.no_grad():
-        program = torch.onnx.export(torch.export.export(scan, tuple(inputs), strict=False), verbose=False,
-                                    optimize=False)
+        graph = torch.export.export(scan, tuple(scan_maps(3, 4)), dynamic_shapes=((sides,) * 4,), strict=False)
+        program = torch.onnx.export(graph, verbose=False, optimize=False)
     program.save(str(tmp_path / "scan.onnx"))
     session = onnxruntime.InferenceSession(str(tmp_path / "scan.onnx"))
     names = [entry.name for entry in session.get_inputs()]
-    found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
-    for ours, theirs in zip(found, reference_scan(scan.args(*inputs)), strict=True):
-        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+    for maps in (scan_maps(3, 4), scan_maps(5, 2)):
+        found = session.run(None, {name: value.numpy() for name, value in zip(names, maps, strict=True)})
+        for ours, theirs in zip(found, reference_scan(scan.args(*maps)), strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
     assert "Scan" in {node.op_type for node in program.model.graph}
 
 
@@ -114,6 +121,13 @@ def test_onnx_says_what_it_is_and_predicts_without_this_program(onnx_file, fcn, 
             assert (arrays[0] == ours).mean() > 0.7              # pixels between two classes: scaled in another order
         else:
             assert np.abs(arrays[0] - ours).mean() < 0.1 * np.abs(ours).max()
+    for asked, said in ((("128", "64"), ""), (("100", "64"), "sides must be multiples of 32, from 64 on")):
+        done = subprocess.run([*script, str(tmp_path / "photo.npy"), "--image_size", *asked], capture_output=True,
+                              text=True, cwd=tmp_path)
+        assert done.returncode == bool(said) and said in done.stderr
+    depth = np.load(tmp_path / "predictions" / "depth.npy")
+    other = load_model(fcn, device="cpu", overrides=["image_size=[128, 64]"]).predict(photo)["depth"].array
+    assert np.abs(depth - other).mean() < 0.1 * np.abs(other).max()
     done = subprocess.run([*script, str(tmp_path / "none.png")], capture_output=True, text=True)
     assert done.returncode == 1 and "no file" in done.stderr
     for name in ("torn.onnx", "torn.png"):
@@ -163,6 +177,12 @@ def test_adapters_are_merged_into_a_whole_file(tmp_path):
     with torch.no_grad():
         for ours, theirs in zip(whole(image).final.values(), model.eval()(image).final.values(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_a_mixture_of_experts_takes_any_number_of_images(tmp_path):
+    [path] = export("torch_export", checkpoint_of("mlore", (32, 64), tmp_path), tmp_path / "graph", "batch")
+    with torch.no_grad():
+        assert torch.export.load(path).module()(255 * torch.rand(5, 3, 32, 64))[0].shape == (5, 1, 32, 64)
 
 
 def test_a_diffusion_begins_with_the_same_noise_in_onnx(tmp_path, caplog):
@@ -215,7 +235,7 @@ def test_what_differs_is_told_and_removed(fcn, tmp_path, caplog):
 def test_what_onnxruntime_cannot_load_is_told_and_removed(fcn, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, **kwargs: session(b"no graph", **kwargs))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, *args, **kwargs: session(b"", *args, **kwargs))
     with pytest.raises(ValueError, match="cannot run what PyTorch wrote of model .*removed again: "):
         export("onnx", fcn, tmp_path)
     assert not any(tmp_path.iterdir())
@@ -231,3 +251,12 @@ def test_what_cannot_be_exported_says_why(fcn, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"export: model 'fcn' on 'swin' cannot be traced: RuntimeError: on purpose$"):
         monkeypatch.setattr("torch.export.export", refuse)
         export("torch_export", fcn, tmp_path)
+
+
+@pytest.mark.parametrize("decoder, overrides, said", [
+    ("taskprompter", (), "'vit' does not take images of any size, .* ViT was built for images of 32x64"),
+    ("mlore", ON_SWIN, "its routers weigh 8 positions one by one but got a map of 24")])
+def test_what_belongs_to_one_size_says_why(decoder, overrides, said, tmp_path):
+    checkpoint = checkpoint_of(decoder, (32, 64), tmp_path, *overrides)
+    with pytest.raises(ValueError, match=said):
+        export("torch_export", checkpoint, tmp_path / "graph", "size")

@@ -116,7 +116,7 @@ class PromptedSwin(SwinBackbone):
         if self.image_scale != 1:
             image = F.interpolate(image, scale_factor=self.image_scale, mode="bilinear", align_corners=False)
         feat, levels = self.patch_embed(image), []  # (B, H, W, C)
-        prompts = self.task_prompts.repeat(len(image), 1, 1)  # (B, T, C)
+        prompts = self.task_prompts.repeat(image.shape[0], 1, 1)  # (B, T, C)
         for stage, (layer, branches) in enumerate(zip(self.layers, self.prompting, strict=True)):
             for block, branch in zip(layer.blocks, branches, strict=True):
                 feat, prompts, spatial, channel = self.run_block(block, branch, feat, prompts)
@@ -166,7 +166,8 @@ def window_attention(block: SwinBlock, prompts: Tensor, feat: Tensor) -> tuple[T
     window_h, window_w = block.window_size
     # Zeros after the norm, not masked: padded positions are keys like all others.
     feat = F.pad(feat, (0, 0, 0, -width % window_w, 0, -height % window_h))
-    mask = block.get_attn_mask(feat)  # (w, L, L), None without a shift
+    rows, columns = feat.shape[1] // window_h, feat.shape[2] // window_w
+    mask = block.shift_mask(rows, columns, feat)  # (w, L, L), None without a shift
     feat = feat.roll([-shift for shift in block.shift_size], dims=(1, 2))
     windows = rearrange(feat, "b (i y) (j x) c -> b (i j) (y x) c", y=window_h, x=window_w)
     split = {"three": 3, "m": attention.num_heads}
@@ -183,7 +184,7 @@ def window_attention(block: SwinBlock, prompts: Tensor, feat: Tensor) -> tuple[T
     spatial = rearrange(scores[..., :num_prompts, num_prompts:], "b w m t l -> b w l (m t)")
 
     def put_together(windows: Tensor) -> Tensor:
-        whole = rearrange(windows, "b (i j) (y x) c -> b (i y) (j x) c", i=feat.shape[1] // window_h, y=window_h)
+        whole = rearrange(windows, "b (i j) (y x) c -> b (i y) (j x) c", i=rows, y=window_h)
         return whole.roll(block.shift_size, dims=(1, 2))[:, :height, :width]
 
     maps = rearrange(put_together(spatial), "b h w (m t) -> b m t h w", t=num_prompts)

@@ -73,7 +73,7 @@ class PromptedViT(ViTBackbone):
         """Normalised image (B, 3, H*patch, W*patch) -> one level per tap, shallowest first."""
         self.check_size(image)
         patches = self.patch_embed(image) + self.pos_embed[:, 1:]  # (B, N, C)
-        prompts = self.task_prompts.repeat(len(image), 1, 1)  # (B, T, C)
+        prompts = self.task_prompts.repeat(image.shape[0], 1, 1)  # (B, T, C)
         tokens, levels = cat((prompts, patches), dim=1), []  # (B, T + N, C)
         for number, (block, branch) in enumerate(zip(self.blocks, self.prompting, strict=True), start=1):
             tokens, scores, channel = self.run_block(block, branch, tokens)

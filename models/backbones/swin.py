@@ -28,6 +28,7 @@ from utils.options import Options
 
 logger = logging.getLogger(__name__)
 
+MASKED = -100.0  # added to a score
 DERIVED_BUFFERS = ("relative_position_index", "attn_mask")  # stored by some releases, computed by us
 
 
@@ -85,14 +86,40 @@ class SwinBlock(SwinTransformerBlock):
         self.pad_before_roll = pad_before_roll
 
     def _attn(self, tokens: Tensor) -> Tensor:
-        """Window attention on normalised tokens (B, H, W, C) -> (B, H, W, C)."""
-        if not self.pad_before_roll:
-            return super()._attn(tokens)
-        height, width = tokens.shape[1:3]
-        window_h, window_w = self.window_size
+        """Window attention on normalised tokens (B, H, W, C) -> (B, H, W, C).
+
+        The number of windows is said, not inferred: an export may leave H and W open.
+        """
+        (height, width), (window_h, window_w) = tokens.shape[1:3], self.window_size
+        rows, columns = (height + window_h - 1) // window_h, (width + window_w - 1) // window_w
+        padding = (0, 0, 0, columns * window_w - width, 0, rows * window_h - height)
+        grid = {"i": rows, "j": columns, "y": window_h, "x": window_w}
         # Zeros after the norm, not masked: padded tokens are keys, with q, k, v equal to the qkv bias.
-        padded = F.pad(tokens, (0, 0, 0, -width % window_w, 0, -height % window_h))  # whole windows
-        return super()._attn(padded)[:, :height, :width]  # nothing left to pad: roll, attend, roll back
+        if self.pad_before_roll:
+            tokens = self._rolled(F.pad(tokens, padding), -1)
+        else:
+            tokens = F.pad(self._rolled(tokens, -1), padding)
+        windows = rearrange(tokens, "b (i y) (j x) c -> (b i j) (y x) c", **grid)
+        windows = self.attn(windows, mask=self.shift_mask(rows, columns, tokens))
+        tokens = rearrange(windows, "(b i j) (y x) c -> b (i y) (j x) c", b=tokens.shape[0], **grid)
+        if self.pad_before_roll:
+            return self._rolled(tokens, 1)[:, :height, :width]
+        return self._rolled(tokens[:, :height, :width], 1)
+
+    def _rolled(self, tokens: Tensor, sign: int) -> Tensor:
+        return tokens.roll([sign * shift for shift in self.shift_size], dims=(1, 2)) if any(self.shift_size) else tokens
+
+    def shift_mask(self, rows: int, columns: int, like: Tensor) -> Tensor | None:
+        """(rows columns, N, N), added to the scores of positions that a roll has brought together in one window."""
+        if not any(self.shift_size):
+            return None
+        sides = []
+        for windows, side, shift in zip((rows, columns), self.window_size, self.shift_size, strict=True):
+            brought = torch.arange(windows * side, device=like.device) >= windows * side - shift
+            sides.append(brought.view(windows, side))  # in the last window alone
+        below, right = sides[0][:, None, :, None], sides[1][None, :, None, :]
+        parts = (2 * below + right).flatten(2).flatten(0, 1)  # (rows columns, N): from where
+        return like.new_zeros(()).masked_fill(parts[:, None] != parts[:, :, None], MASKED)
 
 
 class FusedAttention(WindowAttention):
@@ -149,7 +176,7 @@ class SwinStage(nn.Module):
                 window_size=window_size, shift_size=window_size // 2 if index % 2 else 0,
                 drop_path=rate, pad_before_roll=pad_before_roll,
                 always_partition=True,  # keep window and shift on maps smaller than the window
-                dynamic_mask=True,  # the shift mask follows the input size instead of input_resolution
+                dynamic_mask=True,  # none is kept for input_resolution: `shift_mask` follows the map's size
             )
             for index, rate in enumerate(drop_path)
         ])

@@ -92,7 +92,7 @@ class ViTBackbone(VisionTransformer):
         self.check_size(image)
         tokens = self.patch_embed(image)  # (B, N, C), row-major
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, C)
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)  # (B, 1+N, C)
         tokens = tokens + self.pos_embed
         maps = []
         for number, block in enumerate(self.blocks, start=1):

@@ -96,6 +96,9 @@ class Router(nn.Module):
 
     def forward(self, feat: Tensor) -> tuple[Tensor, Tensor]:
         pixels = rearrange(feat, "b (t c) h w -> t b (h w) c", t=self.num_tasks)
+        if pixels.shape[2] != self.pool.in_features:
+            raise ValueError(f"its routers weigh {self.pool.in_features} positions one by one but got a map of "
+                             f"{pixels.shape[2]}")
         mean = F.gelu(self.pixel_norm(self.pixel_in(pixels))).mean(dim=2)  # (T, B, C/4): before the layer, cheaper
         pooled = self.pool(pixels.mT).squeeze(-1)  # (T, B, C)
         summary = torch.cat((self.pixel_out(mean), self.pool_out(F.gelu(self.pool_norm(pooled)))), dim=2)  # (T, B, C/2)
@@ -205,7 +208,7 @@ class FoldedPaths(nn.Module):
 
     def _weights(self, index: int, gates: Tensor, factor: Tensor) -> Tensor:
         """(C, B, E + T + 1): the share of every kernel in the output channels of this task."""
-        others = factor.new_zeros(len(factor), self.num_tasks + 1)  # (B, T + 1)
+        others = factor.new_zeros(factor.shape[0], self.num_tasks + 1)  # (B, T + 1)
         others[:, index], others[:, -1] = factor[:, 0], 1
         parts = (einsum(self.mixture_scale[index], gates, "o, b e -> o b e"),
                  einsum(self.scale[index], others, "o, b n -> o b n"))

@@ -255,18 +255,20 @@ class TaskDiffusionDecoder(Decoder):
     def first_latents(self, like: Tensor) -> Sequence[Tensor]:
         """One latent (B, M, h, w) of pure noise per draw; every image begins with the same numbers."""
         size, place = tuple(like.shape[-2:]), (like.device, torch.promote_types(like.dtype, torch.float32))
+        if not all(isinstance(side, int) for side in size):  # in a graph whose image size is open
+            raise ValueError("its first noise is drawn for a grid of known size")
         if (size, *place) not in self.first_noise:
             generator = torch.Generator().manual_seed(NOISE_SEED)
             noise = torch.randn(self.config.randsteps, 1, self.codes.channels, *size, generator=generator, device="cpu")
             self.first_noise[(size, *place)] = noise.to(*place)
-        return [noise.expand(len(like), -1, -1, -1) for noise in self.first_noise[(size, *place)]]
+        return [noise.expand(like.shape[0], -1, -1, -1) for noise in self.first_noise[(size, *place)]]
 
     def _denoise(self, injected: Sequence[Tensor], feats: Sequence[Tensor], latent: Tensor) -> dict[str, Tensor]:
         """S steps of DDIM from pure noise; only the last one, which gives the result, works at the finer grid."""
         steps = self.config.timesteps
         for step in range(steps):
             is_last = step == steps - 1
-            now = log_snr(torch.full((len(latent),), 1 - step / steps, dtype=torch.float64, device=latent.device))
+            now = log_snr(torch.full((latent.shape[0],), 1 - step / steps, dtype=torch.float64, device=latent.device))
             logits = self.predict(injected, feats, latent, now, enlarge=is_last)
             if not is_last:
                 latent = self.update(latent, self.codes.of_predictions(logits), step)

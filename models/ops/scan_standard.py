@@ -52,11 +52,13 @@ def _along(x: Tensor, routes: Sequence[Route]) -> Tensor:
 
 def _ordered(rows: Tensor, routes: Sequence[Route], back: bool = False) -> Tensor:
     """Rows (P, B, K, C) in spatial order to the same along their routes, or back."""
-    numbers: dict[Route, list[int]] = {}
-    for k, route in enumerate(routes):
-        numbers.setdefault(route, []).append(k)
-    parts = [_one_order(rows[:, :, own], route, back) for route, own in numbers.items()]
-    places = [k for own in numbers.values() for k in own]
+    orders: list[Route] = []  # each once; a list, because sizes that are left open have no hash
+    for route in routes:
+        if route not in orders:
+            orders.append(route)
+    numbers = [[k for k, route in enumerate(routes) if route == order] for order in orders]
+    parts = [_one_order(rows[:, :, own], order, back) for order, own in zip(orders, numbers, strict=True)]
+    places = [k for own in numbers for k in own]
     return torch.cat(parts, dim=2)[:, :, [places.index(k) for k in range(len(routes))]]
 
 

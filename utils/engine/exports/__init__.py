@@ -5,7 +5,7 @@ An entry is a function: `job.Job` to the files that it has written and checked.
 
 from utils.table import Table
 
-DYNAMIC = ("none", "batch")         # what of the input an exported graph leaves open
+DYNAMIC = ("none", "batch", "size", "both")         # what of the input an exported graph leaves open
 EXPORTS = Table("export format", {
     "onnx": "utils.engine.exports.onnx_file:export_onnx",
     "torch_export": "utils.engine.exports.torch_file:export_torch",

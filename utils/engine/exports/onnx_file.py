@@ -38,7 +38,7 @@ def export_onnx(job: Job) -> list[Path]:
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"export: model '{job.config.model}' cannot be written as ONNX: "
                          f"{first_line(error)}") from error
-    program.model.metadata_props[METADATA] = as_json(job.about(chosen))
+    program.model.metadata_props[METADATA] = as_json(job.about(chosen, network.multiple))
     program.save(str(path), external_data=large)
     wrote = [path, *([Path(f"{path}.data")] if large else [])]
     reasons = onnxruntime.capi.onnxruntime_pybind11_state
@@ -55,7 +55,9 @@ def export_onnx(job: Job) -> list[Path]:
 
 def _runner(path: Path, names: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:
     import onnxruntime
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3                          # errors: constants that it does not fold are none
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(image: Tensor) -> dict[str, Tensor]:
         return dict(zip(names, map(torch.from_numpy, session.run(names, {INPUT: image.numpy()})), strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.blocks.task_maps import of_maps
 
+LEAST_CELLS = 2             # of a side: one would be taken for a constant
 TRACED_CELLS = (11, 13)     # of an image, in multiples: no side is another's, or one of small windows
 
 
@@ -44,5 +45,5 @@ def _padded(feat: Tensor, height: int, width: int) -> Tensor:
 
 def sizes_to_check(size: tuple[int, int], multiple: int) -> list[tuple[int, int]]:
     """The experiment's size, the same turned, a small one and one in between, none of them traced."""
-    (height, width), few = size, (2 * multiple, 3 * multiple)
+    (height, width), few = size, (LEAST_CELLS * multiple, 3 * multiple)
     return list(dict.fromkeys([(height, width), (width, height), few, (7 * multiple, 4 * multiple)]))

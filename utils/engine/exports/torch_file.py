@@ -13,7 +13,8 @@ def export_torch(job: Job) -> list[Path]:
     network, chosen = deployed(job)
     path = job.folder / "model.pt2"
     job.folder.mkdir(parents=True, exist_ok=True)
-    torch.export.save(traced(job, network), path, extra_files={"about.json": as_json(job.about(chosen))})
+    about = as_json(job.about(chosen, network.multiple))
+    torch.export.save(traced(job, network), path, extra_files={"about.json": about})
     loaded = torch.export.load(path).module()
 
     def run(image: Tensor) -> dict[str, Tensor]:
