@@ -40,6 +40,7 @@ from utils.files import read_rgb, read_uint8
 from utils.png import decoder_in_words
 
 BATCH = 4
+WARM_UP = 8             # batches of a worker at the beginning of a turn; they take longer, of two workers most of all
 SIZE = (425, 560)
 
 
@@ -90,7 +91,8 @@ class Rate:
         self.workers = children() - before
 
     def __call__(self, number: int) -> tuple[float, float]:
-        list(itertools.islice(self.batches, 4))            # what was made ahead while others ran
+        number *= len(self.workers)
+        list(itertools.islice(self.batches, WARM_UP * len(self.workers)))      # what was made ahead while others ran
         start, used = time.perf_counter(), self._processor_time()
         for _ in itertools.islice(self.batches, number):
             pass
@@ -114,6 +116,7 @@ class Alone:
 
     def __call__(self) -> float:
         self.begin.wait()
+        self.begin.wait()                                  # they are warm
         start = time.perf_counter()
         self.end.wait()
         return self.images / (time.perf_counter() - start)
@@ -123,7 +126,9 @@ class Alone:
         samples = iter(loader.batch_sampler)
         while True:
             self.begin.wait()
-            for batch in itertools.islice(samples, batches):
+            for number, batch in enumerate(itertools.islice(samples, WARM_UP + batches)):
+                if number == WARM_UP:
+                    self.begin.wait()
                 loader.collate_fn([loader.dataset[key] for key in batch])
             self.end.wait()
 
@@ -183,7 +188,7 @@ def bench(root: Path, images: int, batches: int, repeats: int, epochs: int) -> N
 main = Command(__doc__, bench, {
     "--root": dict(type=Path, default=Path("datasets/bench"), help="folder for the rendered images and the cache"),
     "--images": dict(type=int, default=24, help="training images"),
-    "--batches": dict(type=int, default=24, help="batches of four per measurement"),
+    "--batches": dict(type=int, default=24, help="batches of four per measurement and worker"),
     "--repeats": dict(type=int, default=5),
     "--epochs": dict(type=int, default=10),
 })
