@@ -29,7 +29,8 @@ def export_safetensors(job: Job) -> list[Path]:
     with atomic_path(path) as temporary:
         save_file(state, temporary, metadata={ABOUT: stored})
     again, _ = loaded_model(config, path)
-    if not all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()):
+    written = again.state_dict()
+    if not all(torch.equal(value, written[key]) for key, value in model.state_dict().items()):
         raise ValueError(f"export: {path} does not hold what was written; is the disk sound?")
     (job.folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="ascii")
     card = job.folder / "README.md"
