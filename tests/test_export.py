@@ -248,6 +248,8 @@ def refuse(*_, **__):
 def test_what_cannot_be_exported_says_why(fcn, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--dynamic says nothing of safetensors"):
         export("safetensors", fcn, tmp_path, "batch")
+    with pytest.raises(ValueError, match="--dynamic both leaves the image size open, which only --format onnx can"):
+        export("torch_export", fcn, tmp_path, "both")
     with pytest.raises(ValueError, match=r"export: model 'fcn' on 'swin' cannot be traced: RuntimeError: on purpose$"):
         monkeypatch.setattr("torch.export.export", refuse)
         export("torch_export", fcn, tmp_path)
@@ -258,5 +260,7 @@ def test_what_cannot_be_exported_says_why(fcn, tmp_path, monkeypatch):
     ("mlore", ON_SWIN, "its routers weigh 8 positions one by one but got a map of 24")])
 def test_what_belongs_to_one_size_says_why(decoder, overrides, said, tmp_path):
     checkpoint = checkpoint_of(decoder, (32, 64), tmp_path, *overrides)
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
     with pytest.raises(ValueError, match=said):
-        export("torch_export", checkpoint, tmp_path / "graph", "size")
+        export("onnx", checkpoint, tmp_path / "graph", "size")

@@ -10,6 +10,9 @@ from utils.engine.exports.job import Job, as_json, check, deployed, traced
 
 def export_torch(job: Job) -> list[Path]:
     """Writes model.pt2; what it is stands in its extra file about.json."""
+    if job.open_size:
+        raise ValueError(f"export: --dynamic {job.dynamic} leaves the image size open, which only --format onnx can: "
+                         "PyTorch's file refuses many sizes other than the traced one; --dynamic batch is possible")
     network, chosen = deployed(job)
     path = job.folder / "model.pt2"
     job.folder.mkdir(parents=True, exist_ok=True)
