@@ -4,8 +4,8 @@
 //     NODE_PATH=node_modules node scripts/check_page.js report.html [--screenshots DIR]
 //
 // Per page: milliseconds until it is loaded, bytes, messages of the console, requests that leave the file, findings of
-// axe-core (light and dark, wide and narrow), whether a phone's width makes the whole page scroll sideways, and how many
-// elements the tab key reaches. One line of JSON each; the exit status is 1 if anything is wrong.
+// axe-core (light and dark, wide and narrow), whether a phone's width makes the whole page scroll sideways, how many
+// elements the tab key reaches, and how many keys to colours there are, and entries of them that are not printed. One line of JSON each; the exit status is 1 if anything is wrong.
 const fs = require("fs");
 const path = require("path");
 const puppeteer = require("puppeteer-core");
@@ -40,9 +40,13 @@ async function check(browser, file, folder) {
     const scrolled = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
     if (scrolled > 0) found.wide.push({ width, scrolled });
     found.tab_stops = await page.evaluate(() => document.querySelectorAll("a[href], summary, [tabindex='0']").length);
+    await page.emulateMediaType("print");
+    found.keys = (await page.$$("ul.key")).length;
+    found.unprinted = await page.$$eval("ul.key li", (entries) => entries.filter(
+      (one) => !one.checkVisibility({ contentVisibilityAuto: true }) || !one.getBoundingClientRect().height).length);
     await page.close();
   }
-  found.wrong = found.console.length + found.requests.length + found.wide.length +
+  found.wrong = found.console.length + found.requests.length + found.wide.length + found.unprinted +
     found.axe.filter(({ impact }) => SERIOUS.includes(impact)).length;
   return found;
 }

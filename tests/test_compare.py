@@ -10,7 +10,7 @@ from PIL import Image
 from evaluation.depth import DepthMeter
 from evaluation.segmentation import SegmentationMeter
 from scripts.compare import main
-from tests.test_report import Parsed
+from tests.test_report import Parsed, keys_of
 from utils.engine.report.comparison import Compared, mean_and_interval, of_images
 from utils.engine.report.review import INPUT, ImageScores, save_image_scores, thumbnail
 from utils.engine.results import save_results
@@ -26,7 +26,8 @@ def make_run(folder, rmse, miou, names=NAMES, unit="m", images=True) -> str:
     if images:
         save_image_scores(folder / "images.json", ImageScores(
             {"semseg": SegmentationMeter.of_image, "depth": DepthMeter.of_image}, list(names),
-            {"semseg": np.asarray(miou, float), "depth": np.asarray(rmse, float)}))
+            {"semseg": np.asarray(miou, float), "depth": np.asarray(rmse, float)},
+            {"semseg": [((0, 128, 0), "cat")], "depth": [((122, 4, 3), "near & far")]}))
     for i, name in enumerate(names):
         for kind in (INPUT, "depth", "depth_label", "semseg", "semseg_label"):
             path = thumbnail(folder, kind, name)
@@ -57,6 +58,7 @@ def test_the_page_pairs_the_same_images(runs, tmp_path, capsys):
     assert "depth: better by most in first" in text and "im03, RMSE m: first 0.4632, second 0.7632" in text
     assert "semseg: better by most in" not in text         # nowhere a difference
     assert len([i for i in found.all("img") if i["alt"].startswith("image, ")]) == 4
+    assert keys_of(tmp_path / "new" / "page.html") == [("depth: colours", ["7a0403"], ["near &amp; far"], False)]
     assert r"\begin{tabular}" in text and "depth/rmse mean" in text
 
 

@@ -125,6 +125,15 @@ def test_the_page_shows_and_tells(prediction, tmp_path):
     built = page.build_page({"a": model, "b": model}, [])
     assert {block.label for block in built.blocks.values() if isinstance(block, gradio.Image)} == {
         "photograph", *prediction}
+    heard = {(block, event) for fn in built.fns.values() for block, event in fn.targets
+             if isinstance(built.blocks.get(block), gradio.Slider)}
+    assert len(heard) == 3 and {event for _, event in heard} == {"change"}          # by the keyboard too
+    painted = page._paint([page.Shown("a", model)], {"a": prediction}, ["semseg", "edge"], 1.0, 0.0)
+    pictures, keys = painted[:len(prediction)], painted[len(prediction):]
+    for task, picture, key in zip(prediction, pictures, keys, strict=True):
+        assert picture.visible == key.visible == (task in ("semseg", "edge"))
+        assert key.value.count("<li>") == len(prediction[task].legend())
+    assert "wall" in keys[0].value and 'fill="#800000"' in keys[0].value
     scratch = page.Scratch()
     found, *files = page._predict({"a": model}, scratch, "photo.jpg")
     assert found["a"] is prediction and len(files) == 1

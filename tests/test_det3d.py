@@ -173,6 +173,7 @@ def test_vehicles_are_drawn_on_the_picture(boxes):
     assert not (empty == (60, 220, 60)).all(axis=-1).any() and (empty != 90).any()       # the street from above
     [(colour, text)] = BOXES.legend(boxes, context)
     assert colour == (60, 220, 60) and text.startswith(f"car: {len(boxes.labels)}, from ") and text.endswith(" m")
+    assert [name for _, name in BOXES.key(context)] == list(VEHICLES) and (colour, "car") in BOXES.key(context)
     unsure = boxes._replace(scores=torch.linspace(0, 1, len(boxes.labels)))
     assert 0 < len(shown(unsure).labels) < len(boxes.labels)
     assert shown(boxes).centers[:, 2].tolist() == sorted(boxes.centers[:, 2].tolist(), reverse=True)

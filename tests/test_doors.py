@@ -252,7 +252,7 @@ class CountEvaluator(Evaluator):
 def test_a_label_that_is_no_map(rooms, tmp_path, monkeypatch, scope):
     from data.spec import Source
     view = View(picture=lambda points, context, rgb: rgb, legend=lambda points, context: [],
-                write=lambda path, points, context: path, raw_format=lambda context: "none")
+                key=lambda context: [], write=lambda path, points, context: path, raw_format=lambda context: "none")
     task = Task(num_channels=1, label=PointLabel(), loss=lambda context: PointLoss(),
                 decode=lambda output, meta: output, evaluators=(CountEvaluator,), view=view)
     monkeypatch.setitem(TASKS, "points", task)

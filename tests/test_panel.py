@@ -71,6 +71,26 @@ def test_colours_saturate_and_legends_name_them():
     assert CLASSES.legend(np.array([[[1], [1], [2]]]), classes) == [((128, 0, 0), "cat"), ((0, 128, 0), "dog")]
 
 
+CAT = ("wall", "cat", "dog")
+
+
+@pytest.mark.parametrize(("view", "context", "values", "words"), [
+    (CLASSES, TaskContext(3, class_names=CAT), [0, 1, 2, 255], [*CAT, "no label"]),
+    (CLASSES, TaskContext(3, class_names=CAT, colours=((1, 2, 3), (4, 5, 6), (7, 8, 9))), [0, 1, 2, 255],
+     [*CAT, "no label"]),
+    (CLASSES, TaskContext(2), [0, 1, 255], ["0", "1", "no label"]),
+    (DEPTH_MAP, TaskContext(1, unit="m", shown=(1.0, 3.0)), [1, 3, 0], ["near", "far", "no label"]),
+    (DEPTH_MAP, TaskContext(1, unit="px", shown=(1.0, 3.0)), [1, 3, 255], ["small", "large", "no label"]),
+    (VECTORS, NORMALS, [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, 0, 1), (255, 255, 255)],
+     ["+x", "-x", "+y", "+z", "no label"]),
+    (PROBABILITY, EDGE, [0, 1, 255], ["0", "1", "no label"]),
+])
+def test_a_key_names_the_colours_that_are_painted(view, context, values, words):
+    column = np.array(values, np.float32).reshape(len(values), 1, -1)
+    painted = view.picture(column, context, RGB)[:, 0].tolist()
+    assert [([*colour], text) for colour, text in view.key(context)] == list(zip(painted, words, strict=True))
+
+
 @pytest.mark.parametrize(("unit", "valid_range", "steps", "words"), [
     ("m", None, 1000, "16-bit PNG, millimetres, at most 65.535 m"),
     ("m", (0.1, 80), 256, "16-bit PNG, m * 256, at most 255.996 m"),

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -129,6 +130,27 @@ def test_images_are_scored_one_by_one_and_shown_small(run):
     assert data == thumbnail(run, "depth", best).read_bytes()
 
 
+def keys_of(page: Path) -> list[tuple[str, list[str], list[str], bool]]:
+    """Of every list of colours on a page: its name, the colours, their words, and whether it is folded."""
+    text = page.read_text(encoding="utf-8")
+    return [(name, re.findall('fill="#(.*?)"', body), re.findall("</svg>(.*?)</li>", body), bool(folded))
+            for folded, name, body in re.findall('(</summary>\n)?<ul class="key" aria-label="(.*?)">(.*?)</ul>', text)]
+
+
+def test_every_task_has_a_key_to_its_colours(run):
+    """Words beside each colour, folded where there are many; the colours are those of the pictures."""
+    keys = load_image_scores(run / "images.json").keys
+    assert list(keys) == ["semseg", "depth", "normals", "edge"]
+    assert keys_of(run / "report.html") == [
+        (f"{task}: colours", ["{:02x}{:02x}{:02x}".format(*colour) for colour, _ in key], [text for _, text in key],
+         task == "semseg") for task, key in keys.items()]
+    colours, names = zip(*keys["semseg"], strict=True)
+    assert len(colours) == len(set(names)) == 41 and names[:2] == ("wall", "floor")
+    label = np.asarray(Image.open(thumbnail(run, "semseg_label", load_image_scores(run / "images.json").names[0])))
+    nearest = np.abs(label.reshape(-1, 1, 3).astype(int) - np.array(colours)).max(axis=2).min(axis=1)
+    assert np.median(nearest) <= 8                          # as JPEG keeps it
+
+
 def test_infer_writes_the_page_beside_its_results(run, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["main.py", "--run_mode", "infer", "--trained_model", str(run / "last.pt"),
                                      "--output", str(tmp_path / "out"), "boundary_kwargs.workers=0"])
@@ -222,10 +244,16 @@ def test_padding_is_cut_from_pictures_of_any_scale():
 def test_scores_of_images_read_back(tmp_path):
     score = SegmentationMeter.of_image
     save_image_scores(tmp_path / "images.json", ImageScores({"semseg": score}, ["a/b", "c"],
-                                                            {"semseg": np.array([0.5, np.nan])}))
+                                                            {"semseg": np.array([0.5, np.nan])},
+                                                            {"semseg": [((1, 2, 3), "caf\u00e9")]}))
     back = load_image_scores(tmp_path / "images.json")
     assert back.scores == {"semseg": score} and back.names == ["a/b", "c"]
+    assert back.keys == {"semseg": [((1, 2, 3), "caf\u00e9")]}
     assert back.values["semseg"].tolist()[0] == 0.5 and np.isnan(back.values["semseg"][1])
+    older = json.loads((tmp_path / "images.json").read_text())
+    del older["keys"]
+    (tmp_path / "images.json").write_text(json.dumps(older))
+    assert load_image_scores(tmp_path / "images.json").keys == {}
     (tmp_path / "images.json").write_text("{}")
     with pytest.raises(ValueError, match=r"images\.json holds no scores of images"):
         load_image_scores(tmp_path / "images.json")
@@ -314,3 +342,4 @@ def test_a_browser_finds_nothing_wrong(run):
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["wrong"] == 0, done.stdout
     assert not found["console"] and not found["requests"] and not found["wide"] and found["tab_stops"] > 10
+    assert found["unprinted"] == 0 and found["keys"] == 4

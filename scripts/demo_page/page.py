@@ -14,6 +14,7 @@ from scripts.demo_page.relief import write_relief
 from scripts.demo_page.showing import over_photograph, pack, size_shown, value_at
 from utils.engine.prediction import Prediction
 from utils.engine.predictor import Predictor
+from utils.engine.report.page import KEY_STYLE, swatches
 from utils.engine.tasks import TASKS
 
 HOUR = 3600             # seconds after which pictures and results are deleted
@@ -46,21 +47,25 @@ IN_SIGHT = """<style>
 .block.value { background: var(--body-background-fill) !important; }
 .block.value .prose { padding: 4px 8px; }
 </style>"""
+KEY = f"<style>\n{KEY_STYLE.read_text(encoding='ascii')}</style>"
 TOUCH = "Move over a picture, or touch it, to read the values there."
 
 
 class Shown:
-    """The widgets of one network: a picture per task, the values at a place, a surface, a file."""
+    """The widgets of one network: a picture per task and its colours, the values at a place, a surface, a file."""
 
     def __init__(self, name: str, model: Predictor):
         self.name, self.model = name, model
         with gr.Column(min_width=320):
             gr.Markdown(f"## {name}\n{model.config.model} on {model.config.backbone}, {model.selection}")
+            self.pictures, self.keys = {}, {}
             with gr.Row():
-                self.pictures = {task: gr.Image(label=task, interactive=False, format="png", min_width=480,
-                                                elem_classes="result", alt_text=f"{task} by {name}",
-                                                buttons=["download", "fullscreen"])     # and none that shares it
-                                 for task in model.tasks}
+                for task in model.tasks:
+                    with gr.Column(min_width=480):
+                        self.pictures[task] = gr.Image(
+                            label=task, interactive=False, format="png", elem_classes="result",
+                            alt_text=f"{task} by {name}", buttons=["download", "fullscreen"])  # and none that shares it
+                        self.keys[task] = gr.HTML()
             self.value = gr.Markdown(TOUCH, elem_classes="value")
             # Of networks that predict metres. Never hidden at first: gradio does not draw what it shows later.
             metres = any(TASKS.load(task).view.unit_of(context) == "m" for task, context in model.contexts.items())
@@ -90,16 +95,17 @@ def build_page(models: Mapping[str, Predictor], examples: Sequence[str]) -> gr.B
                 view = gr.Slider(20, 120, 60, step=1, label="field of view of the camera for the surface, degrees")
         with gr.Row():
             shown = [Shown(name, model) for name, model in models.items()]
-        pictures = [widget for one in shown for widget in one.pictures.values()]
+        painted = [widget for one in shown for part in (one.pictures, one.keys) for widget in part.values()]
         in_space = [one for one in shown if one.surface is not None]
         surfaces, files = [one.surface for one in in_space], [one.file for one in shown]
         settings = [wanted, opacity, threshold]
         start.click(partial(_predict, models, scratch), [picture], [predictions, *files]).then(
-            partial(_paint, shown), [predictions, *settings], pictures).then(
+            partial(_paint, shown), [predictions, *settings], painted).then(
             partial(_surfaces, in_space, scratch), [predictions, view], surfaces)
-        for change in (wanted.change, opacity.release, threshold.release):
-            change(partial(_paint, shown), [predictions, *settings], pictures)
-        view.release(partial(_surfaces, in_space, scratch), [predictions, view], surfaces)
+        # Not `release`, which is the mouse's alone: the arrow keys move a slider too.
+        for setting in settings:
+            setting.change(partial(_paint, shown), [predictions, *settings], painted, trigger_mode="always_last")
+        view.change(partial(_surfaces, in_space, scratch), [predictions, view], surfaces, trigger_mode="always_last")
         for one in shown:
             for widget in one.pictures.values():
                 widget.select(_values(one.name), [predictions], [one.value], show_progress="hidden",
@@ -112,7 +118,7 @@ def launch(page: gr.Blocks, host: str, port: int, folders: Sequence[str]) -> Non
     print(f"http://{host}:{port}   Ctrl-C ends", flush=True)
     theme = gr.themes.Soft(font=SYSTEM, font_mono=["ui-monospace", "monospace"]).set(**DARK_ON_LIGHT)
     page.launch(server_name=host, server_port=port, allowed_paths=list(folders), theme=theme, footer_links=[],
-                share=False, show_error=True, quiet=True, head=TAB_ORDER + UNDER_CURSOR + IN_SIGHT)
+                share=False, show_error=True, quiet=True, head=TAB_ORDER + UNDER_CURSOR + IN_SIGHT + KEY)
 
 
 def _predict(models: Mapping[str, Predictor], scratch: "Scratch", path: str | None) -> list[Any]:
@@ -133,15 +139,19 @@ def _predict(models: Mapping[str, Predictor], scratch: "Scratch", path: str | No
 
 
 def _paint(shown: Sequence[Shown], predictions: Mapping[str, Prediction], wanted: Sequence[str], opacity: float,
-           threshold: float) -> Any:
-    """Every picture again, those of tasks that are not wanted hidden."""
+           threshold: float) -> list[Any]:
+    """Every picture again, and what its colours mean; those of tasks that are not wanted hidden."""
     painted = []
     for one in shown:
+        pictures, keys = [], []
         for task in one.pictures:
             result = predictions.get(one.name, {}).get(task)
             image = None if result is None else over_photograph(result, predictions[one.name].image, opacity, threshold)
-            painted.append(gr.Image(value=image, visible=task in wanted))
-    return painted if len(painted) != 1 else painted[0]
+            key = "" if result is None else swatches(f"colours of {task} by {one.name}", result.legend())
+            pictures.append(gr.Image(value=image, visible=task in wanted))
+            keys.append(gr.HTML(value=key, visible=task in wanted))
+        painted += pictures + keys
+    return painted
 
 
 def _surfaces(shown: Sequence[Shown], scratch: "Scratch", predictions: Mapping[str, Prediction], view: float) -> Any:

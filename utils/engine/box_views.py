@@ -113,6 +113,10 @@ def _legend(boxes: Boxes3D, context: TaskContext) -> Legend:
             for number, count in counts.items()]
 
 
+def _key(context: TaskContext) -> Legend:
+    return list(zip(PALETTE, VEHICLES, strict=True))
+
+
 # Files ------------------------------------------------------------------------------------------------------------
 
 
@@ -135,4 +139,4 @@ def save_boxes(predictions: Sequence[Boxes3D], meta: Sequence[Mapping], folder: 
             path.write_text(json.dumps(prediction_json(Boxes3DLabel().onto(boxes, image), VEHICLES)), encoding="ascii")
 
 
-BOXES = View(_picture, _legend, _write_json, _format, unit="m")
+BOXES = View(_picture, _legend, _key, _write_json, _format, unit="m")

@@ -14,6 +14,7 @@ from utils.durable import whole_or_none
 Colour = tuple[int, int, int]
 Legend = list[tuple[Colour, str]]
 SAMPLED = 4e6               # pixels of a map from which the range of its colours is taken
+UNLABELLED = "no label"
 PIECE = 2**18               # pixels of a map that are worked on at a time, where that takes more than the result
 
 
@@ -27,11 +28,13 @@ class View:
     returns the file; `path` has no ending yet, the view appends one (`with_ending`). raw_format(context): what that
     file holds, with units. unit: of the values of a prediction; empty: that of the data set's labels.
     shown_range(prediction, context): the range that its colours tell apart, if they are stretched.
+    key(context): what colours mean in every picture of the task, labels' too: all classes, what has no label.
     by_rows: all of these ask a map for its `shape` and for slices of its rows alone, so it need never be whole.
     """
 
     picture: Callable[[Any, TaskContext, np.ndarray], np.ndarray]
     legend: Callable[[Any, TaskContext], Legend]
+    key: Callable[[TaskContext], Legend]
     write: Callable[[Path, Any, TaskContext], Path]
     raw_format: Callable[[TaskContext], str]
     unit: str = ""
@@ -75,14 +78,24 @@ def _classes_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
     """The eight classes with the largest area."""
     area = cv2.calcHist([np.ascontiguousarray(prediction, np.uint8)], [0], None, [256], [0, 256])
     area = area.ravel()                                     # (256, 1) of OpenCV 4, (256,) of OpenCV 5
+    return [_class_entry(i, context) for i in np.argsort(-area, kind="stable")[:8].tolist() if area[i]]
+
+
+def _classes_key(context: TaskContext) -> Legend:
+    number = len(context.class_names) or context.num_channels
+    return [*(_class_entry(i, context) for i in range(number)), ((255, 255, 255), UNLABELLED)]
+
+
+def _class_entry(class_id: int, context: TaskContext) -> tuple[Colour, str]:
     names, colours = context.class_names, palette(context)
-    return [(tuple(map(int, colours[i % len(colours)])), names[i] if i < len(names) else str(i))
-            for i in np.argsort(-area, kind="stable")[:8].tolist() if area[i]]
+    return (tuple(map(int, colours[class_id % len(colours)])),
+            names[class_id] if class_id < len(names) else str(class_id))
 
 
 # ------------------------------------------------------------ depth, normals, probabilities
 
 TURBO = cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_TURBO)[:, 0, ::-1].copy()    # (256, 3) RGB
+NEAR, FAR = tuple(TURBO[255].tolist()), tuple(TURBO[0].tolist())
 
 
 def _pieces(values: np.ndarray) -> Iterator[slice]:
@@ -124,7 +137,12 @@ def _depth_legend(prediction: np.ndarray, context: TaskContext) -> Legend:
     near, far = _shown_depth(prediction, context)
     words = ("near {:.2f} m", "far {:.2f} m") if context.unit == "m" else ("{:.2f} " + context.unit,) * 2
     return [(colour, text.format(value).strip()) for colour, text, value in zip(
-        ((122, 4, 3), (48, 18, 59)), words, (near, far), strict=True)]
+        (NEAR, FAR), words, (near, far), strict=True)]
+
+
+def _depth_key(context: TaskContext) -> Legend:
+    low, high = ("near", "far") if context.unit == "m" else ("small", "large")
+    return [(NEAR, low), (FAR, high), ((0, 0, 0), UNLABELLED)]
 
 
 def colour_normals(normals: np.ndarray) -> np.ndarray:
@@ -209,12 +227,20 @@ def _picture_probability(probability: np.ndarray, context: TaskContext, rgb: np.
     return colour_probability(probability[..., 0])
 
 
-def _normals_legend(normals: np.ndarray, context: TaskContext) -> Legend:
+def _normals_legend(normals: np.ndarray | None, context: TaskContext) -> Legend:
     return [((255, 127, 127), "+x"), ((0, 127, 127), "-x"), ((127, 255, 127), "+y"), ((127, 127, 255), "+z")]
 
 
-def _probability_legend(probability: np.ndarray, context: TaskContext) -> Legend:
+def _normals_key(context: TaskContext) -> Legend:
+    return [*_normals_legend(None, context), ((0, 0, 0), UNLABELLED)]
+
+
+def _probability_legend(probability: np.ndarray | None, context: TaskContext) -> Legend:
     return [((0, 0, 0), "0"), ((255, 255, 255), "1")]
+
+
+def _probability_key(context: TaskContext) -> Legend:
+    return [*_probability_legend(None, context), ((127, 127, 127), UNLABELLED)]
 
 
 def _vectors_format(context: TaskContext) -> str:
@@ -253,9 +279,9 @@ def _probability_format(context: TaskContext) -> str:
     return "16-bit PNG, probability * 65535"
 
 
-CLASSES = View(_picture_classes, _classes_legend, _write_classes, _classes_format, unit="class")
-DEPTH_MAP = View(_picture_depth, _depth_legend, _write_depth, _depth_format, shown_range=_shown_depth)
-VECTORS = View(_picture_normals, _normals_legend, _write_vectors, _vectors_format, unit="unit vector",
+CLASSES = View(_picture_classes, _classes_legend, _classes_key, _write_classes, _classes_format, unit="class")
+DEPTH_MAP = View(_picture_depth, _depth_legend, _depth_key, _write_depth, _depth_format, shown_range=_shown_depth)
+VECTORS = View(_picture_normals, _normals_legend, _normals_key, _write_vectors, _vectors_format, unit="unit vector",
                by_rows=True)
-PROBABILITY = View(_picture_probability, _probability_legend, _write_probability, _probability_format,
-                   unit="probability")
+PROBABILITY = View(_picture_probability, _probability_legend, _probability_key, _write_probability,
+                   _probability_format, unit="probability")

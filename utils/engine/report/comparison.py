@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.evaluator import Score
-from utils.engine.report.page import Section, code, facts, folded, heading, page, pictures, plot, table
+from utils.engine.report.page import Section, code, facts, folded, heading, key_to_colours, page, pictures, plot, table
 from utils.engine.report.plots import scatter_svg
 from utils.engine.report.review import INDEX, INPUT, LABEL, ImageScores, load_image_scores, thumbnail
 from utils.engine.results import unit_of
@@ -40,7 +40,8 @@ class Compared:
         names = sorted(set.intersection(*(set(one.names) for one in found)))
         tasks = [task for task in found[0].scores if all(task in one.scores for one in found)]
         return ImageScores({task: found[0].scores[task] for task in tasks}, names,
-                           {task: np.mean([of_images(one, task, names) for one in found], axis=0) for task in tasks})
+                           {task: np.mean([of_images(one, task, names) for one in found], axis=0) for task in tasks},
+                           found[0].keys)
 
 
 def of_images(found: ImageScores, task: str, names: Sequence[str]) -> np.ndarray:
@@ -130,6 +131,8 @@ def _apart(first: Compared, other: Compared, task: str, score: Score, names: Seq
                 and thumbnail(other.folders[0], task, names[i]).is_file()]
     among = f", of the {len(pictured)} images with pictures" if 0 < len(pictured) < len(order) else ""
     order = pictured or order
+    if pictured and gain[order].any():
+        yield key_to_colours(task, first.images.keys.get(task, []))
     for row, chosen in ((other, [i for i in order if gain[i] > 0][:EACH]),
                         (first, [i for i in order[::-1] if gain[i] < 0][:EACH])):
         if chosen:

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-STYLE = Path(__file__).with_name("page.css")
+from utils.engine.views import Legend
+
+STYLE, KEY_STYLE = (Path(__file__).with_name(name) for name in ("page.css", "key.css"))
+FEW = 12                            # colours that are shown unasked
 Section = tuple[str, str]           # heading, HTML
 
 
@@ -25,7 +28,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
 <style>
-{STYLE.read_text(encoding="ascii")}</style>
+{STYLE.read_text(encoding="ascii")}{KEY_STYLE.read_text(encoding="ascii")}</style>
 </head>
 <body>
 <a class="skip" href="#content">Skip to the content</a>
@@ -76,6 +79,20 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 def folded(summary: str, content: str) -> str:
     """Opens where the reader wants it."""
     return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
+
+
+def key_to_colours(task: str, legend: Legend) -> str:
+    """What the colours of a task's pictures mean; a long one opens where the reader wants it, and on paper."""
+    title = f"{task}: colours"
+    return folded(f"{title} ({len(legend)})", swatches(title, legend)) if len(legend) > FEW else swatches(title, legend)
+
+
+def swatches(title: str, legend: Legend) -> str:
+    """A list of colours with their words; drawn, since backgrounds are left out on paper. Empty without a colour."""
+    drawn = ('<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true"><rect width="1" height="1" '
+             'fill="#{:02x}{:02x}{:02x}"/></svg>')
+    items = "".join(f"<li>{drawn.format(*colour)}{escape(words)}</li>" for colour, words in legend)
+    return f'<ul class="key" aria-label="{escape(title, quote=True)}">{items}</ul>' if items else ""
 
 
 def code(text: str) -> str:

@@ -1,8 +1,9 @@
 """What an evaluation leaves behind of every image: its own score in each task, and small pictures of it.
 
-In the folder of the evaluation: images.json (`{"scores": {task: {...}}, "images": [{"name", "scores"}]}`) and
-thumbnails/<task>/<name>.jpg, thumbnails/<task>_label/<name>.jpg, thumbnails/input/<name>.jpg. Pictures stay of the
-images that the page shows and of `KEPT` others, so a large set takes no more room than a small one.
+In the folder of the evaluation: images.json (`{"scores": {task: {...}}, "keys": {task: [[[r, g, b], words]]}, "images":
+[{"name", "scores"}]}`) and thumbnails/<task>/<name>.jpg, thumbnails/<task>_label/<name>.jpg,
+thumbnails/input/<name>.jpg. Pictures stay of the images that the page shows and of `KEPT` others, so a
+large set takes no more room than a small one.
 """
 
 import json
@@ -26,6 +27,7 @@ from utils import distributed
 from utils.batches import to_device
 from utils.engine.panel import coloured_as, to_array
 from utils.engine.tasks import TASKS
+from utils.engine.views import Legend
 
 SIDE, QUALITY = 240, 80             # of a thumbnail: its longer side in pixels, and how well JPEG keeps it
 INDEX, PICTURES, INPUT, LABEL = "images.json", "thumbnails", "input", "_label"
@@ -41,6 +43,7 @@ class ImageScores:
     scores: dict[str, Score]
     names: list[str]
     values: dict[str, np.ndarray]           # task -> (images,)
+    keys: dict[str, Legend]                 # what the colours of the pictures mean, of every task
 
 
 class Review:
@@ -97,7 +100,8 @@ class Review:
         rows = sorted((row for part in distributed.gather_objects(self.rows) for row in part), key=lambda row: row[0])
         seconds = time.perf_counter() - self.start
         found = ImageScores({task: kind.of_image for task, kind in self.judges.items()}, [name for name, _ in rows],
-                            {task: np.array([scores[task] for _, scores in rows]) for task in self.judges})
+                            {task: np.array([scores[task] for _, scores in rows]) for task in self.judges},
+                            {task: TASKS.load(task).view.key(context) for task, context in self.contexts.items()})
         if distributed.is_main():
             save_image_scores(self.folder / INDEX, found)
             kinds = [INPUT, *(f"{task}{ending}" for task in self.contexts for ending in ("", LABEL))]
@@ -125,16 +129,19 @@ def save_image_scores(path: Path, found: ImageScores) -> None:
               for i, name in enumerate(found.names)]
     about = {task: asdict(score) for task, score in found.scores.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"scores": about, "images": images}, indent=0) + "\n", encoding="ascii")
+    whole = {"scores": about, "keys": found.keys, "images": images}
+    path.write_text(json.dumps(whole, indent=0) + "\n", encoding="ascii")
 
 
 def load_image_scores(path: Path) -> ImageScores:
-    """What `save_image_scores` wrote; null becomes NaN."""
+    """What `save_image_scores` wrote; null becomes NaN. Files of versions without keys have none."""
     try:
         content = json.loads(path.read_text(encoding="ascii"))
         scores = {task: Score(**about) for task, about in content["scores"].items()}
         values = {task: np.array([image["scores"][task] for image in content["images"]], float) for task in scores}
-        return ImageScores(scores, [image["name"] for image in content["images"]], values)
+        keys = {task: [(tuple(colour), words) for colour, words in key]
+                for task, key in content.get("keys", {}).items()}
+        return ImageScores(scores, [image["name"] for image in content["images"]], values, keys)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} holds no scores of images by this program ({type(error).__name__})") from error
 

@@ -22,7 +22,7 @@ from utils.engine.config_groups import AtTestTime
 from utils.engine.cost import count, forward_ms
 from utils.engine.evaluate import Evaluators
 from utils.engine.report.figures import figure_html
-from utils.engine.report.page import Section, code, facts, folded, heading, page, pictures, plot, table
+from utils.engine.report.page import Section, code, facts, folded, heading, key_to_colours, page, pictures, plot, table
 from utils.engine.report.plots import lines_svg
 from utils.engine.report.review import INPUT, LABEL, ImageScores, Review, shown_images, thumbnail
 from utils.engine.results import Results, table_rows, unit_of
@@ -114,9 +114,10 @@ def _tasks(about: Evaluated) -> Iterator[Section]:
 
 
 def _examples(about: Evaluated, task: str) -> Iterator[str]:
-    """The images that are shown, with the label beside the prediction."""
+    """What the colours mean; the images that are shown, with the label beside the prediction."""
     images, score = about.images, about.images.scores.get(task)
     unit = unit_of(task, score, about.config.dataset.units) if score else ""
+    yield key_to_colours(task, images.keys[task])
     for rank, indices in shown_images(images, task):
         yield heading(3, f"{task}: {rank} images" + (f" by {score.label}" if score else ""))
         for i in indices:
