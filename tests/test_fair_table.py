@@ -181,7 +181,7 @@ def test_memory_and_speed_are_of_one_machine(suite, tmp_path):
     records["r1"]["cost"].update(memory_gib=9.0)
     page = write_page(load_suite(suite(search={})), records, tmp_path).read_text()
     assert "- machine: m, CUDA 1; cells at a time on it: 1; 2 networks\n" in page
-    assert "- machine: a processor, 1 of 2 thread(s); cells at a time on it: 2; r1\n" in page
+    assert "- machine: a processor, 1 of 2 thread(s); cells at a time on it: 2; rows and seeds: fcn-swin (1)\n" in page
     assert "deterministic arithmetic; arithmetic of a CPU, whose digits depend" in page
     assert "| memory, GiB (m, CUDA 1) |" in page and "9.0" not in page
 

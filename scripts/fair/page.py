@@ -167,20 +167,26 @@ def _conditions(records: Mapping[str, Record], rows: Sequence[Row]) -> str:
 
 
 def _machines(records: Mapping[str, Record]) -> list[str]:
-    """A line per machine; on all but the one that had the most cells, the cells by name."""
-    cells: dict[str, list[str]] = {}
-    for name, record in records.items():
-        cells.setdefault(record["machine"], []).append(name)
+    """A line per machine; on all but the one that had the most cells, the rows and the seeds of each."""
+    cells: dict[str, list[Record]] = {}
+    for record in records.values():
+        cells.setdefault(record["machine"], []).append(record)
     most, *others = sorted(cells, key=lambda machine: -len(cells[machine]))
 
     def line(machine: str, which: str) -> str:
-        at_a_time = sorted({records[name]["sharing"] for name in cells[machine]})
+        at_a_time = sorted({record["sharing"] for record in cells[machine]})
         return f"machine: {machine}; cells at a time on it: {', '.join(map(str, at_a_time))}{which}"
+
+    def seeds(machine: str) -> str:
+        rows: dict[str, list[str]] = {}
+        for record in cells[machine]:
+            rows.setdefault(record["row"], []).append(str(record["seed"]))
+        return ", ".join(f"{row} ({' '.join(of)})" for row, of in rows.items())
 
     if not others:
         return [line(most, "")]
     return [line(most, f"; {len(cells[most])} networks"),
-            *(line(machine, f"; {', '.join(cells[machine])}") for machine in others)]
+            *(line(machine, f"; rows and seeds: {seeds(machine)}") for machine in others)]
 
 
 def _determinism(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> str:
