@@ -107,6 +107,15 @@ def test_the_code_of_a_label_that_is_void_everywhere_is_finite():
     assert latent.shape == (1, 10, 2, 2) and latent.isfinite().all() and latent.abs().max() <= 0.01
 
 
+def test_a_task_that_is_named_apart_is_coded_like_its_kind():
+    tasks = {"semseg": 5, "semseg@street": 3, "sal": 2, "sal@people": 2}
+    codes = LabelCodes(tasks, 8, 0.01, masked=True)
+    assert {task: code.num_embeddings for task, code in codes.codes.items()} == {
+        task: number + 1 for task, number in tasks.items()}
+    latent = codes.of_labels({task: torch.zeros(1, 1, 16, 16) for task in tasks}, (2, 2))
+    assert latent.shape == (1, 12, 2, 2)        # two of saliency beside what is mixed
+
+
 def test_saliency_is_coded_from_a_high_probability_on_and_beside_the_others():
     codes, logits = LabelCodes({"depth": 1, "sal": 2}, 8, 0.01, masked=False), torch.zeros(1, 2, 1, 2)
     logits[0, 1] = torch.tensor([math.log(0.84 / 0.16), math.log(0.86 / 0.14)])

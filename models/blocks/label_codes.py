@@ -1,6 +1,7 @@
 """Codes of labels and of predictions, learned vectors per cell of a coarse grid: what TaskDiffusion adds noise to.
 
-How the label of a task is coded stands in CODES; a task that is not there cannot be coded.
+How the label of a task is coded stands in CODES; a task that is not there cannot be coded. `semseg@street` is coded like
+semseg.
 Reference: Yang et al., "Multi-Task Dense Predictions via Unleashing the Power of Diffusion", ICLR 2025.
 
 Axes: B batch, n outputs of a task, q channels of a code, H W pixels of the label, h w grid.
@@ -116,9 +117,10 @@ class LabelCodes(nn.Module):
 
     def __init__(self, tasks: Mapping[str, int], channels: int, scale: float, masked: bool):
         super().__init__()
-        if unknown := [task for task in tasks if task not in CODES]:
+        kinds = {task: task.partition("@")[0] for task in tasks}
+        if unknown := [task for task, kind in kinds.items() if kind not in CODES]:
             raise ValueError(f"it has no code for the labels of task '{unknown[0]}'; it codes: {', '.join(CODES)}")
-        self.rules, self.scale, quarter = {task: CODES[task] for task in tasks}, scale, channels // 4
+        self.rules, self.scale, quarter = {task: CODES[kind] for task, kind in kinds.items()}, scale, channels // 4
         self.codes = nn.ModuleDict({
             task: (ClassCode(num_outputs, quarter) if rule.classes
                    else ValueCode(num_outputs, quarter, masked, rule.void_as))
