@@ -184,6 +184,7 @@ def test_memory_and_speed_are_of_one_machine(suite, tmp_path):
     assert "- machine: a processor, 1 of 2 thread(s); cells at a time on it: 2; rows and seeds: fcn-swin (1)\n" in page
     assert "deterministic arithmetic; arithmetic of a CPU, whose digits depend" in page
     assert "| memory, GiB (m, CUDA 1) |" in page and "9.0" not in page
+    assert "/r1.json\n```" in page                       # a cell that repeats to the last digit
 
 
 def test_check_compares_with_the_records(suite, in_process, tmp_path, capsys):

@@ -92,8 +92,9 @@ def write_page(loaded: LoadedSuite, records: Mapping[str, Record], folder: Path)
         parts += ["## One picture", f"![What every decoder says of a picture]({STRIP})",
                   "A picture that none of them was trained on or scored with, and the networks of the first seed."]
     parts += ["## How the learning rates were found", _search(rows)] if suite.search.lr else []
+    repeated = next((name for name, record in records.items() if "CUDA" not in record["machine"]), next(iter(records)))
     parts += ["## To check it", f"One cell, from its record; it says which digits differ:\n\n```bash\n{command} "
-              f"--again docs/results/{loaded.name}/{next(iter(records))}.json\n```\n\nThis page, from the records: "
+              f"--again docs/results/{loaded.name}/{repeated}.json\n```\n\nThis page, from the records: "
               f"`{command} --page`. Cells that are not there yet: `{command}`."]
     write_text(folder / PAGE, "\n\n".join(filter(None, parts)) + "\n")
     return folder / PAGE
