@@ -1,7 +1,7 @@
 """Codes of labels and of predictions, learned vectors per cell of a coarse grid: what TaskDiffusion adds noise to.
 
-How the label of a task is coded stands in CODES; a task that is not there cannot be coded. `semseg@street` is coded like
-semseg.
+How the label of a task is coded stands in CODES; a task that is not there cannot be coded. `semseg@street` is coded
+like semseg.
 Reference: Yang et al., "Multi-Task Dense Predictions via Unleashing the Power of Diffusion", ICLR 2025.
 
 Axes: B batch, n outputs of a task, q channels of a code, H W pixels of the label, h w grid.
