@@ -90,8 +90,8 @@ def write_page(loaded: LoadedSuite, records: Mapping[str, Record], folder: Path)
                   "of the logarithms of the tasks' main scores, negated where lower is better."]
     if (folder / STRIP).is_file():
         parts += ["## One picture", f"![What every decoder says of a picture]({STRIP})",
-                  "A picture that none of them was trained on or scored with; of every row the first seed whose weights were "
-                  "at hand."]
+                  "A picture that none of them was trained on or scored with; of every row the first seed whose "
+                  "weights were at hand."]
     parts += ["## How the learning rates were found", _search(rows)] if suite.search.lr else []
     repeated = next((name for name, record in records.items() if "CUDA" not in record["machine"]), next(iter(records)))
     parts += ["## To check it", f"One cell, from its record; it says which digits differ:\n\n```bash\n{command} "

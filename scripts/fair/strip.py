@@ -21,7 +21,7 @@ WIDTH, TITLE, GAP = 150, 18, 4          # of a tile and the line above it, pixel
 
 
 def draw_strip(cells: Sequence[tuple[Cell, Config]], picture: Path, device: str, path: Path) -> int:
-    """Writes the strip of the rows whose first seed is trained, and returns how many there are.
+    """Writes the strip of the rows of which a seed is trained, the first such, and returns how many there are.
 
     Networks of one task are left out. FileNotFoundError where no row is trained.
     """
