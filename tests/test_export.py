@@ -20,7 +20,7 @@ from tests.watched_run import experiment
 from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import save_checkpoint
 from utils.engine.exports import EXPORTS
-from utils.engine.exports.job import Deployed, Job, check
+from utils.engine.exports.job import Deployed, Job, check, example
 from utils.engine.first_weights import begin
 from utils.engine.hub import push_to_hub, save_pretrained
 from utils.engine.stored_model import own_config
@@ -101,16 +101,32 @@ def test_a_scan_over_maps_of_any_size_in_onnx(tmp_path):
 # ------------------------------------------------------------ files
 
 
-def test_onnx_says_what_it_is_and_predicts_without_this_program(onnx_file, fcn, tmp_path):
-    photo = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    np.save(tmp_path / "photo.npy", photo)
-    (tmp_path / "photo.ppm").write_bytes(b"P6\n70 50\n255\n" + photo.tobytes())
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of noise; in tmp_path it lies as photo.npy and photo.ppm."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    np.save(tmp_path / "photo.npy", pixels)
+    (tmp_path / "photo.ppm").write_bytes(b"P6\n70 50\n255\n" + pixels.tobytes())
+    return pixels
+
+
+@pytest.fixture
+def run_onnx(tmp_path, monkeypatch):
+    """The script's main function, for words of its command line, in tmp_path."""
+    def run(*words):
+        from scripts.run_onnx import main
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["run_onnx.py", *map(str, words)])
+        main()
+    return run
+
+
+def test_onnx_says_what_it_is_and_predicts_without_this_program(onnx_file, fcn, photo, run_onnx, tmp_path):
     script = [sys.executable, str(ROOT / "scripts" / "run_onnx.py"), str(onnx_file)]
-    for name in ("photo.npy", "photo.ppm"):
-        done = subprocess.run([*script, str(tmp_path / name), "--output", str(tmp_path / name[-3:])],
-                              capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([*script, "photo.npy", "--output", "npy"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "depth.npy: " in done.stdout and done.stdout.count("\n") == 4
+    run_onnx(onnx_file, "photo.ppm", "--output", "ppm")
     expected = load_model(fcn, device="cpu").predict(photo)
     for task in ("semseg", "depth", "normals", "edge"):
         arrays = [np.load(tmp_path / folder / f"{task}.npy") for folder in ("npy", "ppm")]
@@ -121,21 +137,22 @@ def test_onnx_says_what_it_is_and_predicts_without_this_program(onnx_file, fcn, 
             assert (arrays[0] == ours).mean() > 0.7              # pixels between two classes: scaled in another order
         else:
             assert np.abs(arrays[0] - ours).mean() < 0.1 * np.abs(ours).max()
-    for asked, said in ((("128", "64"), ""), (("100", "64"), "sides must be multiples of 32, from 64 on")):
-        done = subprocess.run([*script, str(tmp_path / "photo.npy"), "--image_size", *asked], capture_output=True,
-                              text=True, cwd=tmp_path)
-        assert done.returncode == bool(said) and said in done.stderr
+    run_onnx(onnx_file, "photo.npy", "--image_size", 128, 64)
     depth = np.load(tmp_path / "predictions" / "depth.npy")
     other = load_model(fcn, device="cpu", overrides=["image_size=[128, 64]"]).predict(photo)["depth"].array
     assert np.abs(depth - other).mean() < 0.1 * np.abs(other).max()
-    done = subprocess.run([*script, str(tmp_path / "none.png")], capture_output=True, text=True)
-    assert done.returncode == 1 and "no file" in done.stderr
+
+
+@pytest.mark.parametrize("words, said", [
+    (("MODEL", "photo.npy", "--image_size", 100, 64), "sides must be multiples of 32, from 64 on"),
+    (("MODEL", "none.png"), "no file none.png"),
+    (("MODEL", "torn.png"), "torn.png cannot be read as a picture"),
+    (("torn.onnx", "photo.npy"), "torn.onnx cannot be loaded by onnxruntime")])
+def test_what_run_onnx_cannot_use_is_told(words, said, onnx_file, photo, run_onnx, tmp_path):
     for name in ("torn.onnx", "torn.png"):
         (tmp_path / name).write_bytes(b"nothing of the kind")
-    for files, said in ((["torn.onnx", "photo.npy"], "torn.onnx cannot be loaded by onnxruntime"),
-                        ([onnx_file, "torn.png"], "torn.png cannot be read as a picture")):
-        done = subprocess.run([*script[:2], *map(str, files)], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit, match=said):
+        run_onnx(*(onnx_file if word == "MODEL" else word for word in words))
 
 
 def test_torch_export_is_read_without_this_program(fcn, tmp_path):
@@ -232,9 +249,23 @@ def test_what_differs_is_told_and_removed(fcn, tmp_path, caplog):
     assert not (tmp_path / "wrong").exists()
 
 
+class Multiples(torch.nn.Module):
+    """So many of the image, quickly traced."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, image):
+        return tuple(n * image for n in range(self.number))
+
+
 def test_what_onnxruntime_cannot_load_is_told_and_removed(fcn, tmp_path, monkeypatch):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     session = onnxruntime.InferenceSession
+    monkeypatch.setattr("utils.engine.exports.onnx_file.traced", lambda job, network: torch.export.export(
+        Multiples(len(network.names)), (example(job, 1),)))
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, *args, **kwargs: session(b"", *args, **kwargs))
     with pytest.raises(ValueError, match="cannot run what PyTorch wrote of model .*removed again: "):
         export("onnx", fcn, tmp_path)
