@@ -27,7 +27,6 @@ def export_onnx(job: Job) -> list[Path]:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     network, chosen = deployed(job)
     graph = traced(job, network)
-    graph._guards_code = []     # of open sizes: no file holds them, and PyTorch would trace them all again, for minutes
     path = job.folder / "model.onnx"
     job.folder.mkdir(parents=True, exist_ok=True)
     large = sum(value.numel() * value.element_size() for value in network.state_dict().values()) > LARGEST
