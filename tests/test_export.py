@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from timm.layers import Conv2dSame
 
 from models import load_model
 from models.ops.routes import Route, four_routes
@@ -21,6 +22,7 @@ from utils.engine.build import model_from_config, trained_model
 from utils.engine.checkpoint import save_checkpoint
 from utils.engine.exports import EXPORTS
 from utils.engine.exports.job import Deployed, Job, check, example
+from utils.engine.exports.open_size import sizes_said
 from utils.engine.first_weights import begin
 from utils.engine.hub import push_to_hub, save_pretrained
 from utils.engine.stored_model import own_config
@@ -96,6 +98,30 @@ def test_a_scan_over_maps_of_any_size_in_onnx(tmp_path):
         for ours, theirs in zip(found, reference_scan(scan.args(*maps)), strict=True):
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
     assert "Scan" in {node.op_type for node in program.model.graph}
+
+
+class Strides(torch.nn.Module):
+    """An encoder of two convolutions of stride 2: one map at stride 4."""
+
+    strides = (4,)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(Conv2dSame(3, 3, 3, 2) for _ in range(2)))
+
+    def forward(self, image):
+        return [self.layers(image)]
+
+
+def test_sizes_behind_strides_are_no_floors_of_floors():
+    encoder = Strides()
+    network, image = torch.nn.Sequential(encoder), torch.rand(1, 3, 44, 52)
+    sides = {2: 4 * torch.export.Dim("rows", min=2), 3: 4 * torch.export.Dim("columns", min=2)}
+    with sizes_said(network, encoder, 4):
+        graph = torch.export.export(network, (image,), dynamic_shapes=(sides,), strict=False)
+    sizes = [str(side) for node in graph.graph.nodes for side in getattr(node.meta.get("val"), "shape", ())]
+    assert max(size.count("//") for size in sizes) == 1
+    torch.testing.assert_close(graph.module()(image), encoder(image))
 
 
 # ------------------------------------------------------------ files

@@ -2,8 +2,9 @@
 
 While PyTorch traces, a side is a symbol of which it knows no divisor. Maps behind strides then have sizes like
 ((h - 1) // 2 + 1 - 1) // 2 + 1, which it can neither simplify nor tell from each other; with them tracing took minutes,
-and now and then took a side for a constant. So sizes are said: image and maps of the backbone are padded by no pixels
-to sides that are whole numbers times one symbol, and everything behind them is counted in that.
+and now and then took a side for a constant. So sizes are said: image, maps of the backbone and what its convolutions of
+stride 2 and more give are padded by no pixels to sides that are whole numbers times one symbol, and everything behind
+them is counted in that.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,13 @@ def sizes_said(network: nn.Module, encoder: nn.Module, multiple: int) -> Iterato
         return of_maps(lambda own: [_padded(feat, height // stride, width // stride)
                                     for feat, stride in zip(own, encoder.strides, strict=True)], maps)
 
-    hooks = [network.register_forward_pre_hook(of_image), encoder.register_forward_hook(of_encoder)]
+    def of_stride(layer: nn.Conv2d, inputs: tuple[Tensor], feat: Tensor) -> Tensor:
+        height, width = inputs[0].shape[-2:]
+        return _padded(feat, height // layer.stride[0], width // layer.stride[1])
+
+    strided = [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1]
+    hooks = [network.register_forward_pre_hook(of_image), encoder.register_forward_hook(of_encoder),
+             *(layer.register_forward_hook(of_stride) for layer in strided)]
     try:
         yield
     finally:
