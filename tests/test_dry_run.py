@@ -1,11 +1,13 @@
 """The rehearsal of a run: what it says, that nothing stays, and what it finds."""
 
 import json
+import shutil
+import time
 
 import pytest
 
 import main
-from tests.processes import run_main
+from tests.processes import on_ranks, run_main
 from tests.test_train import NYUD
 from utils.engine.config import load_config
 from utils.engine.dry_run import Needs, dry_run
@@ -55,6 +57,19 @@ def test_a_rehearsal_of_a_run_that_is_there_touches_nothing(tiny):
 def test_a_rehearsal_on_two_processes(tiny, tmp_path):
     said = run_main(["--config_exp", NYUD, "--dry_run", *tiny], processes=2)
     assert said.count("everything works") == 1 and "for 4 images" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def late_rehearsal(rank: int, tiny: list[str]) -> None:
+    """One process is slower than the one that removes the folder."""
+    if rank == 1:
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda folder: time.sleep(0.5) or usage(folder)
+    dry_run(load_config(NYUD, tiny))
+
+
+def test_the_folder_of_a_rehearsal_stays_until_no_process_needs_it(tiny, tmp_path):
+    on_ranks(late_rehearsal, 2, tiny)
     assert not (tmp_path / "runs").exists()
 
 

@@ -69,6 +69,7 @@ def dry_run(config: Config) -> Needs:
                 run.writer.close()
                 setup_logging(distributed.is_main())        # lets go of the log in there
         needs.free = shutil.disk_usage(scratch).free
+        distributed.barrier()                               # then no process needs the folder any more
     _report(config, needs)
     return needs
 
